@@ -1,0 +1,37 @@
+# `make demo` and `make test` from a fresh clone do all their own set-up. Needs python3 (≥ 3.10), make and g++.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# ninja and the compiler must be found when DeepSpeed builds an op, activated environment or not.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: setup demo test test-data check clean
+
+setup: $(VENV)/ready
+
+# torch first: where it comes from decides whether this is a CPU or a CUDA environment; the rest then fits it.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel ninja
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The whole way on this machine, no download, in a few minutes: text → corpus → three runs → export → scores.
+demo: setup
+	$(BIN)/python tools/demo.py --output_dir runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not data"
+
+# What needs the real text and GLUE files of ../shared/data; skips, and says so, where they are not there.
+test-data: setup
+	$(BIN)/python -m pytest -m data
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs .cache

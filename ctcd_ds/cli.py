@@ -1,0 +1,46 @@
+"""What every command shares: how it parses, how it speaks of mistakes, and with which code it ends.
+
+Exit codes: 0 done, 1 internal failure or damage found, 2 a user's mistake, 85 stopped early with all saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_DONE, EXIT_FAILED, EXIT_MISTAKE, EXIT_SAVED = 0, 1, 2, 85
+
+
+class UserError(ValueError):
+    """A user's mistake. Its text is all the user sees: the field, the value, and the fix; exit code 2."""
+
+
+class RunFailure(RuntimeError):
+    """What ended a run and is nobody's typing mistake (a non-finite loss, a damaged file): one message, exit code 1."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """An argument parser that shows every default and takes no abbreviations."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command's `main` and ends the process: a UserError is one message without traceback."""
+    try:
+        code = main()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        code = EXIT_MISTAKE
+    except RunFailure as failure:
+        print(f"failed: {failure}", file=sys.stderr, flush=True)
+        code = EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code or EXIT_DONE)

@@ -1,0 +1,120 @@
+"""From a checkpoint to Hugging Face model directories that any tool of theirs loads, checked before it says done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctcd_ds.cli import RunFailure, UserError
+from ctcd_ds.corpus.loader import valid_batches
+from ctcd_ds.corpus.masking import VALID_SEED, Masking
+from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.export.model_card import model_card
+from ctcd_ds.peers.build import load_fitted
+from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
+from ctcd_ds.training import checkpoint as checkpoints
+from ctcd_ds.training.run_directory import RunDirectory
+
+TOLERANCE = 1e-4  # of the logits' own size: only the shape of the last GEMM differs
+
+
+def export(source: Path, peer: str, output_dir: Path) -> dict[str, Path]:
+    """Writes one trained peer to `output_dir`, or with peer 'all' each to output_dir/<peer>/.
+
+    Args:
+        source: a run directory (its newest good checkpoint is taken) or one of its checkpoints.
+    Returns: peer → directory. Raises UserError (wrong source, peer or output_dir), RunFailure where the reloaded
+    model does not give the training weights' logits; nothing is left behind then.
+    """
+    run, checkpoint, manifest = _find(source)
+    recipe = load_recipe(run.recipe)
+    trained = [name for name, section in recipe.peers.items() if not section.frozen]
+    if peer != "all" and peer not in trained:
+        frozen = f" ({peer} is frozen: its model is {recipe.peers[peer].pretrained})" if peer in recipe.peers else ""
+        raise UserError(f"--peer {peer}: no trained peer of this run{frozen}; {did_you_mean(peer, ['all', *trained])}")
+    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
+        raise UserError(f"--output_dir {output_dir} is not empty: name another")
+
+    weights = checkpoints.consolidated(checkpoint)
+    input_ids = _probe(recipe, manifest["vocab_size"])
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        names = trained if peer == "all" else [peer]
+        for name in names:
+            place = temporary / name if peer == "all" else temporary
+            _export_one(run, name, weights[name], manifest, place, input_ids)
+            (place / "README.md").write_text(model_card(run, recipe, name, manifest), encoding="utf-8")
+        if output_dir.exists():
+            output_dir.rmdir()
+        temporary.rename(output_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {name: output_dir / name if peer == "all" else output_dir for name in names}
+
+
+def _find(source: Path) -> tuple[RunDirectory, Path, dict[str, Any]]:
+    """The run, the checkpoint and its verified manifest that `source` means."""
+    if source.parent.name == "checkpoints" and (source / "manifest.json").exists():
+        return RunDirectory(source.parent.parent), source, checkpoints.verify(source)
+    run = RunDirectory(source)
+    if not run.recipe.exists():
+        raise UserError(f"--checkpoint {source}: neither a run directory (no recipe.yaml) nor one of its checkpoints")
+    newest = checkpoints.newest(run.checkpoints)
+    if newest is None:
+        raise UserError(f"--checkpoint {source}: the run has no good checkpoint yet")
+    return run, *newest
+
+
+def _export_one(
+    run: RunDirectory, name: str, state: Mapping[str, Tensor], manifest: dict[str, Any], place: Path, input_ids: Tensor
+) -> None:
+    from transformers import AutoModelForMaskedLM, logging
+
+    from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_identity
+
+    logging.disable_progress_bar()
+    vocab_size = manifest["vocab_size"]
+    _model(run, name, state, vocab_size).save_pretrained(place)
+    tokenizer = load_tokenizer(run.tokenizer)
+    save_tokenizer(tokenizer, place)
+
+    reloaded, inside = AutoModelForMaskedLM.from_pretrained(place), _model(run, name, state)
+    with torch.no_grad():
+        found = reloaded.eval()(input_ids=input_ids).logits
+        expected = inside.eval()(input_ids=input_ids).logits[..., :vocab_size]
+    error, size = float((found - expected).abs().max()), float(expected.abs().max())
+    if found.shape != expected.shape or not error <= TOLERANCE * max(1.0, size):
+        raise RunFailure(f"peer {name}: the exported model's logits are off by {error:.3g} (logits up to {size:.3g})")
+    if tokenizer_identity(load_tokenizer(place)) != tokenizer_identity(tokenizer):
+        raise RunFailure(f"peer {name}: the exported tokenizer does not give the ids of {run.tokenizer}")
+
+
+def _model(run: RunDirectory, name: str, state: Mapping[str, Tensor], vocab_size: int | None = None) -> Any:
+    """The peer with these weights; with `vocab_size` its vocabulary is cut to that, else padded as in training."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    config = AutoConfig.from_pretrained(run.peers / name)
+    config.dtype = torch.float32
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    model = AutoModelForMaskedLM.from_config(config)
+    load_fitted(model, state)
+    return model
+
+
+def _probe(recipe: Recipe, vocab_size: int) -> Tensor:
+    """Ids to compare logits on, int64 [4, L]: masked held-out rows, or random ids where the corpus is not there."""
+    length = recipe.corpus.sequence_length
+    try:
+        corpus = Corpus.open(Path(recipe.corpus.path))
+        rows = corpus.rows("valid" if corpus.splits.get("valid") else "train", length)
+    except UserError:
+        return torch.randint(5, vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
+    masking = Masking(recipe.corpus.mask_fraction, corpus.special, corpus.vocab_size)
+    return next(iter(valid_batches(rows, masking, VALID_SEED, 4, 0, 1, max_rows=4))).input_ids

@@ -1,0 +1,79 @@
+"""Files that prove themselves: JSON with a sha256 over its own content, and files described by size and sha256.
+
+Corpora and checkpoints carry such a manifest. It is written last and by an atomic rename, so a directory
+without a valid one is unfinished, whatever else lies in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ctcd_ds.cli import UserError
+
+
+def canonical_sha256(content: Any) -> str:
+    """sha256 of the canonical JSON (sorted keys, no white space) of `content`: 64 hex digits."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file, as a manifest lists it."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest.hexdigest()}
+
+
+def _digest(file: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes `text` so that a reader, or a crash at any moment, sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes the names in a directory durable (a rename is not, before its directory is synced)."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` with its own sha256 under the key "sha256", atomically."""
+    write_atomic(path, json.dumps({**content, "sha256": canonical_sha256(content)}, indent=1) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads a manifest and checks its own sha256.
+
+    Raises UserError, naming the path, where it is missing, is no JSON object, or was changed.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{path} is not readable as a manifest: {problem}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a manifest: it holds no JSON object")
+    stated = content.pop("sha256", None)
+    if stated != (found := canonical_sha256(content)):
+        raise UserError(f"{path} was changed or damaged: it states sha256 {stated}, its content has {found}")
+    return {**content, "sha256": stated}

@@ -1,0 +1,51 @@
+"""The oracle: the objective of DESIGN §2, written as it reads, in fp64, with autograd. Slow and plain on purpose.
+
+It shares no code and no cast with `fused.py`, so that agreement of the two means something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ctcd_ds.objective.graph import DistillationGraph
+
+
+def reference_objective(
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    graph: DistillationGraph,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CTCD's loss over one set of positions (arXiv 2311.02849, equations 1 to 4; DESIGN §2).
+
+    Args:
+        logits: one [P, V] tensor a peer, any floating dtype; −inf where a token is impossible for all peers.
+        targets: int64 [P], the ground-truth tokens; −100 where a position has none (soft loss only).
+    Returns:
+        (total, hard [N], soft [N, N]) in fp64: hard[i] = CE_i over the positions with a target,
+        soft[i, j] = KL from peer j to peer i over all positions, τ² in, both unweighted; 0 where there is no edge.
+    """
+    n, has_target = len(logits), targets >= 0
+    hard = torch.zeros(n, dtype=torch.float64)
+    soft = torch.zeros(n, n, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+
+    for i in graph.hard_peers():
+        log_p = torch.log_softmax(logits[i].double(), dim=-1)[has_target]
+        ce = -log_p.gather(1, targets[has_target].unsqueeze(1)).mean()
+        hard[i] = ce.detach()
+        total = total + graph.hard[i] * ce
+
+    for i, j, weight in graph.edges():
+        log_p = torch.log_softmax(logits[i].double() / temperature, dim=-1)
+        log_q = torch.log_softmax(logits[j].detach().double() / temperature, dim=-1)
+        possible = torch.isfinite(log_q) & torch.isfinite(log_p)  # 0 · log 0 = 0
+        difference = torch.where(possible, log_q, 0.0) - torch.where(possible, log_p, 0.0)
+        kl = temperature**2 * (log_q.exp() * difference).sum(dim=-1).mean()
+        soft[i, j] = kl.detach()
+        total = total + weight * kl
+
+    return total, hard, soft

@@ -1,0 +1,88 @@
+"""The container of all peers: one forward each, one summed loss. This is the module that DeepSpeed wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ctcd_ds.objective.fused import Losses, fused_objective
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.peers.build import seed_of
+from ctcd_ds.peers.heads import project_positions
+
+
+class Batch(NamedTuple):
+    """One micro-batch as the peers see it.
+
+    input_ids: int64 [B, L]. positions: int64 [P], flat indices into B·L, where logits are needed.
+    targets: int64 [P], −100 where only the soft loss counts.
+    hard_count, soft_count: this micro-batch's share of the positions (see `fused_objective`).
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    hard_count: float | Tensor
+    soft_count: float | Tensor
+
+
+class CoTraining(nn.Module):
+    """N peers and their distillation graph.
+
+    Peers meet in the objective only, through detached targets. Dropout streams are keyed by the peer's name, so a
+    peer draws the same numbers whoever else is in the run.
+    """
+
+    def __init__(
+        self, peers: Mapping[str, nn.Module], graph: DistillationGraph, vocab_size: int, temperature: float, seed: int
+    ) -> None:
+        super().__init__()
+        self.peers = nn.ModuleDict(peers)
+        self.graph = graph
+        self.vocab_size, self.temperature, self.seed = vocab_size, temperature, seed
+
+    def train(self, mode: bool = True) -> CoTraining:
+        """Frozen peers stay in eval mode: a finished teacher has no dropout."""
+        super().train(mode)
+        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+            if not trained:
+                self.peers[name].eval()
+        return self
+
+    def forward(self, batch: Batch, micro_step: int, rank: int) -> Losses:
+        """The losses of one micro-batch; `micro_step` counts over the whole run."""
+        projections = []
+        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+            torch.manual_seed(seed_of(self.seed, "dropout", name, micro_step, rank))
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                projections.append(project_positions(self.peers[name], batch.input_ids, batch.positions))
+        return fused_objective(
+            projections,
+            batch.targets,
+            self.graph,
+            self.vocab_size,
+            self.temperature,
+            batch.hard_count,
+            batch.soft_count,
+        )
+
+    def parameter_groups(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """AdamW's groups: two a trained peer, with and without weight decay (biases and norms have none).
+
+        `settings[name]` is the peer's OptimizerSection. Groups carry the peer's name under "peer", so that clipping
+        and learning rates find it again inside ZeRO.
+        """
+        groups = []
+        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+            if not trained:
+                continue
+            own = settings[name]
+            parameters = list(self.peers[name].parameters())
+            for decay in (True, False):
+                members = [p for p in parameters if (p.ndim > 1) == decay]
+                common = {"peer": name, "lr": own.lr, "betas": own.betas, "eps": own.eps}
+                groups.append({"params": members, "weight_decay": own.weight_decay if decay else 0.0, **common})
+        return groups

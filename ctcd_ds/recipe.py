@@ -1,0 +1,325 @@
+"""The recipe: everything about a run except how DeepSpeed runs it. Typed, frozen, validated as a whole.
+
+The keys are DESIGN §4's contract. Numbers are read as in YAML 1.2 (5e-4 is a float), in files and in --set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.objective.graph import DistillationGraph
+
+
+class Mistakes(UserError):
+    """All mistakes found at once: one line each, with field, value, and what to do."""
+
+    def __init__(self, where: str, mistakes: Sequence[str]) -> None:
+        self.mistakes = list(mistakes)
+        count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        super().__init__(f"{count} in {where}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+
+
+def did_you_mean(word: object, allowed: Iterable[str]) -> str:
+    """' (did you mean …?)' for a near miss, else what is allowed."""
+    known = sorted(allowed)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known) or 'none'}"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists only
+Count = Annotated[int, Field(ge=1)]
+
+
+class CorpusSection(_Section):
+    """Which rows are read and how they are masked. The directory is prepare_corpus.py's."""
+
+    path: str
+    sequence_length: Annotated[int, Field(ge=4)] = 128
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    whole_word_masking: bool = False
+
+
+class OptimizerSection(_Section):
+    """AdamW. `max_grad_norm` clips each peer by its own norm; 0 is no clipping."""
+
+    lr: Positive = 5e-4
+    weight_decay: NotNegative = 0.01
+    betas: Betas = (0.9, 0.98)
+    eps: Positive = 1e-6
+    max_grad_norm: NotNegative = 1.0
+
+
+class OptimizerOverride(_Section):
+    """What one peer does differently; null is the recipe's own value."""
+
+    lr: Positive | None = None
+    weight_decay: NotNegative | None = None
+    betas: Betas | None = None
+    eps: Positive | None = None
+    max_grad_norm: NotNegative | None = None
+
+
+class PeerSection(_Section):
+    """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from."""
+
+    model: dict[str, Any] | None = None
+    pretrained: str | None = None
+    frozen: bool = False
+    hard: NotNegative | None = None
+    soft: dict[str, NotNegative] = {}
+    optimizer: OptimizerOverride = OptimizerOverride()
+
+    @property
+    def hard_weight(self) -> float:
+        """1 unless stated; a frozen peer learns nothing."""
+        return 0.0 if self.frozen else 1.0 if self.hard is None else self.hard
+
+
+class ObjectiveSection(_Section):
+    """`soft_positions`: distil at the target positions, or at all that are not special tokens."""
+
+    task: Literal["mlm", "clm"] = "mlm"
+    temperature: Positive = 1.0
+    soft_positions: Literal["targets", "all"] = "targets"
+
+
+class ScheduleSection(_Section):
+    """Warm-up from 0 over `warmup_fraction` of the steps, then down to 0 along a line or a cosine."""
+
+    type: Literal["linear", "cosine"] = "linear"
+    warmup_fraction: Fraction = 0.06
+
+
+class TrainingSection(_Section):
+    """How long and how often. Exactly one of `steps` and `epochs`; intervals are in steps."""
+
+    global_batch_rows: Count = 128
+    steps: Count | None = None
+    epochs: Positive | None = None
+    log_every: Count = 10
+    valid_every: Count = 500
+    valid_rows: Count = 2048
+    checkpoint_every: Count | None = None
+    checkpoint_every_minutes: Positive | None = None
+    keep_checkpoints: Count = 3
+
+    @property
+    def checkpoint_minutes(self) -> float | None:
+        """The interval in minutes where none in steps is given."""
+        if self.checkpoint_every is not None:
+            return None
+        return 15.0 if self.checkpoint_every_minutes is None else self.checkpoint_every_minutes
+
+
+class Recipe(_Section):
+    """A whole run. Build it with `load_recipe`, which reports all mistakes at once."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    corpus: CorpusSection
+    peers: dict[str, PeerSection]
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    training: TrainingSection
+
+    def optimizer_of(self, peer: str) -> OptimizerSection:
+        """The optimizer's settings with the peer's own in place."""
+        own = self.peers[peer].optimizer.model_dump(exclude_none=True)
+        return self.optimizer.model_copy(update=own)
+
+    def graph(self) -> DistillationGraph:
+        """The distillation graph, peers in the recipe's order."""
+        names = tuple(self.peers)
+        return DistillationGraph(
+            names=names,
+            hard=tuple(peer.hard_weight for peer in self.peers.values()),
+            soft=tuple(tuple(peer.soft.get(other, 0.0) for other in names) for peer in self.peers.values()),
+            trained=tuple(not peer.frozen for peer in self.peers.values()),
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain JSON-like data; what is null by default is left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as a file that `load_recipe` reads back to an equal recipe."""
+        yaml, stream = YAML(typ="safe", pure=True), StringIO()
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        yaml.dump(self.resolved(), stream)
+        return stream.getvalue()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML or JSON recipe, applies `a.b=c` overrides, validates everything.
+
+    Relative paths in it are relative to the current directory and come out absolute where they exist.
+    Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
+    """
+    raw = _read(path)
+    mistakes = [m for override in overrides if (m := _override(raw, override))]
+    mistakes += recipe_mistakes(raw)
+    if mistakes:
+        raise Mistakes(f"recipe {path}", mistakes)
+    for section, key in [(raw["corpus"], "path"), *((peer, "pretrained") for peer in raw["peers"].values())]:
+        if isinstance(value := section.get(key), str) and Path(value).exists():
+            section[key] = str(Path(value).resolve())
+    return Recipe.model_validate(raw)
+
+
+def recipe_mistakes(raw: Any) -> list[str]:
+    """What is wrong with a recipe as read from a file: structure and types, then what the keys mean together."""
+    if not isinstance(raw, dict):
+        return [f"a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {type(raw).__name__}"]
+    mistakes = []
+    try:
+        Recipe.model_validate(raw)
+    except ValidationError as problem:
+        mistakes = [_explain(error, raw) for error in problem.errors()]
+    return mistakes + list(_peer_mistakes(raw)) + list(_training_mistakes(raw))
+
+
+def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    # On the raw mapping, so that one section's mistake does not hide another's.
+    peers = raw.get("peers")
+    if not isinstance(peers, dict):
+        return
+    if not peers:
+        yield "peers = {}: a run needs at least one peer"
+    for name, peer in peers.items():
+        here = f"peers.{name}"
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+            yield f"{here}: a peer's name is letters, digits, _ and -, and begins with a letter"
+        if not isinstance(peer, dict):
+            continue
+        yield from _source_mistakes(here, peer)
+        soft = peer.get("soft") or {}
+        hard, frozen = peer.get("hard"), peer.get("frozen") is True
+        for other, weight in soft.items() if isinstance(soft, dict) else ():
+            if other == name:
+                yield f"{here}.soft.{other} = {weight}: a peer does not learn from itself"
+            elif other not in peers:
+                yield f"{here}.soft.{other} = {weight}: no peer has this name; {did_you_mean(other, set(peers) - {name})}"
+        weighted = any(soft.values()) if isinstance(soft, dict) else True
+        if frozen:
+            if hard:
+                yield f"{here}.hard = {hard}: a frozen peer learns nothing; remove hard, or remove frozen"
+            if weighted:
+                yield f"{here}.soft = {soft}: a frozen peer learns nothing; remove soft, or remove frozen"
+            if not peer.get("pretrained"):
+                yield f"{here}.frozen = true: a frozen peer is a finished model; say which with pretrained: DIR"
+        elif hard == 0 and not weighted:
+            yield f"{here}.hard = 0: without a soft weight the peer learns from nothing; give it one, or remove the peer"
+    if peers and all(isinstance(p, dict) and p.get("frozen") is True for p in peers.values()):
+        yield "peers: all are frozen, so there is nothing to train"
+
+
+def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
+    model, pretrained = peer.get("model"), peer.get("pretrained")
+    if (model is None) == (pretrained is None):
+        both = "both are given" if model is not None else "neither is given"
+        yield f"{here}: exactly one of model (a Hugging Face config) and pretrained (a checkpoint); {both}"
+    if isinstance(model, dict):
+        if not isinstance(model.get("model_type"), str):
+            yield f"{here}.model.model_type = {model.get('model_type')!r}: name an architecture of transformers, e.g. bert"
+        if "vocab_size" in model:
+            yield f"{here}.model.vocab_size = {model['vocab_size']}: comes from the corpus's tokenizer; remove it"
+
+
+def _training_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    training, objective = raw.get("training"), raw.get("objective")
+    if isinstance(training, dict):
+        steps, epochs = training.get("steps"), training.get("epochs")
+        if (steps is None) == (epochs is None):
+            yield (
+                f"training: exactly one of steps and epochs; found steps = {steps}, epochs = {epochs} "
+                "(with --set, null takes one away: training.epochs=null)"
+            )
+        if training.get("checkpoint_every") is not None and training.get("checkpoint_every_minutes") is not None:
+            yield "training: only one of checkpoint_every (steps) and checkpoint_every_minutes"
+    if isinstance(objective, dict) and objective.get("task") == "clm":
+        yield "objective.task = clm: causal models are not built yet; allowed now: mlm"
+
+
+def _explain(error: Any, raw: dict[str, Any]) -> str:
+    """One of pydantic's errors in the house's words."""
+    location = [str(part) for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
+    field, value = ".".join(location), error["input"]
+    if error["type"] == "extra_forbidden":
+        return f"{field} = {value!r}: unknown key; {did_you_mean(location[-1], _keys_beside(location))}"
+    if error["type"] == "missing":
+        return f"{field}: missing; it has no default"
+    said = error["msg"].replace("Input should be", "must be")
+    return f"{field} = {value!r}: {said[0].lower() + said[1:]}"
+
+
+def _keys_beside(location: Sequence[str]) -> list[str]:
+    """The keys that are known at the place of an unknown one."""
+    section: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[part].annotation
+            if get_origin(section) in (Union, UnionType):
+                section = next(arg for arg in get_args(section) if arg is not type(None))
+        elif get_origin(section) is dict:
+            section = get_args(section)[1]
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data from YAML 1.2 text (1e-4 is a float, `yes` a string, a key given twice an error)."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"recipe {path} cannot be read: {problem}") from None
+    try:
+        return json.loads(text) if path.suffix == ".json" else read_yaml(text)
+    except (YAMLError, ValueError) as problem:
+        said = str(problem).split("\nTo suppress this check")[0].strip()
+        raise UserError(f"recipe {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {said}") from None
+
+
+def _override(raw: Any, override: str) -> str | None:
+    """Puts one `a.b.c=value` into the raw recipe. Returns what is wrong with it, or None."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        return f"--set {override}: write key=value, e.g. --set training.steps=100"
+    try:
+        value = read_yaml(text)
+    except YAMLError:
+        return f"--set {override}: {text!r} is not a YAML value"
+    place = raw
+    for depth, key in enumerate(keys[:-1]):
+        if not isinstance(place, dict):
+            break
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+    if not isinstance(place, dict):
+        return f"--set {override}: {'.'.join(keys[: depth + 1])} is no section"
+    place[keys[-1]] = value
+    return None

@@ -1,0 +1,146 @@
+"""Checkpoints: an envelope around DeepSpeed's `save_checkpoint` that is either whole or not there (DESIGN §6).
+
+    checkpoints/step-00000120/     manifest.json · deepspeed/…
+    checkpoints/latest             the newest tag, for people; --resume trusts manifests only
+
+All ranks write into a temporary directory; rank 0 then lists every file with size and sha256 in a manifest, makes it
+durable, and renames the directory. A tag without a valid manifest does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.manifest import canonical_sha256, file_entry, read_manifest, sync_directory, write_atomic, write_manifest
+from ctcd_ds.peers.build import weights_sha256
+from ctcd_ds.training.plan import Plan
+
+FORMAT, VERSION = "ctcd_ds.checkpoint", 1
+_INSIDE = "deepspeed"  # DeepSpeed's own tag
+
+
+def tag_of(step: int) -> str:
+    """The directory name of a checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def save(engine: Any, plan: Plan, directory: Path, step: int) -> Path:
+    """Saves the state after `step` steps. Called by all ranks; returns the checkpoint's path."""
+    final = directory / tag_of(step)
+    temporary = directory / f".{tag_of(step)}.tmp"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(temporary), tag=_INSIDE, save_latest=False, exclude_frozen_parameters=True)
+    dist.barrier()
+    if first:
+        write_manifest(temporary / "manifest.json", _content(engine, plan, temporary, step))
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_directory(directory)
+        write_atomic(directory / "latest", final.name + "\n")
+        _prune(directory, plan.recipe.training.keep_checkpoints)
+    dist.barrier()
+    return final
+
+
+def _content(engine: Any, plan: Plan, temporary: Path, step: int) -> dict[str, Any]:
+    files = {}
+    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        files[path.relative_to(temporary).as_posix()] = file_entry(path)
+    frozen = {
+        name: weights_sha256(engine.module.peers[name]) for name, section in plan.recipe.peers.items() if section.frozen
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "world": plan.world,
+        "recipe": canonical_sha256(plan.recipe.resolved()),
+        "corpus": plan.corpus.fingerprint,
+        "tokenizer": plan.corpus.tokenizer_fingerprint,
+        "vocab_size": plan.corpus.vocab_size,
+        "frozen": frozen,
+        "files": files,
+    }
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Reads the manifest and every file it lists. Raises UserError, naming the file, at the first that is not so."""
+    manifest = read_manifest(checkpoint / "manifest.json")
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise UserError(
+            f"{checkpoint} is no checkpoint of this version: {manifest.get('format')} {manifest.get('version')}"
+        )
+    for name, stated in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        if (found := file_entry(path)) != stated:
+            raise UserError(f"{path} was changed or damaged: {found}, the manifest says {stated}")
+    return manifest
+
+
+def newest(directory: Path, say: Any = print) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, and its manifest; says which were skipped and why."""
+    for checkpoint in sorted(directory.glob("step-*"), reverse=True):
+        try:
+            return checkpoint, verify(checkpoint)
+        except UserError as problem:
+            say(f"skipping checkpoint {checkpoint.name}: {problem}")
+    return None
+
+
+def refuse_another_run(manifest: dict[str, Any], plan: Plan) -> None:
+    """Raises UserError where a checkpoint does not belong to this corpus or this number of ranks."""
+    if manifest["corpus"] != plan.corpus.fingerprint:
+        raise UserError(
+            f"corpus.path = {plan.corpus.path}: the run was started on another corpus (fingerprint "
+            f"{manifest['corpus'][:12]}, this one {plan.corpus.fingerprint[:12]})"
+        )
+    if manifest["world"] != plan.world:
+        raise UserError(
+            f"the checkpoint was saved by {manifest['world']} ranks, this start has {plan.world}: "
+            f"resume with {manifest['world']} ranks"
+        )
+
+
+def load(engine: Any, checkpoint: Path, manifest: dict[str, Any]) -> int:
+    """Puts a verified checkpoint into the engine. Returns its step."""
+    for name, stated in manifest["frozen"].items():
+        if (found := weights_sha256(engine.module.peers[name])) != stated:
+            raise UserError(
+                f"peers.{name}.pretrained: its weights are not those of the run's start ({found} ≠ {stated})"
+            )
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=_INSIDE, load_module_strict=not manifest["frozen"])
+    assert path is not None
+    return int(manifest["step"])
+
+
+def consolidated(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
+    """The fp32 master weights of every trained peer, put together from all ranks' shards: peer → name → tensor."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports every shard
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=_INSIDE)
+    peers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        _, peer, name = key.split(".", 2)  # peers.<name>.…: the container's own prefix
+        peers.setdefault(peer, {})[name] = tensor
+    return peers
+
+
+def _prune(directory: Path, keep: int) -> None:
+    for old in sorted(directory.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)

@@ -1,0 +1,211 @@
+"""The user's DeepSpeed JSON, checked against the recipe and resolved: what DeepSpeed gets holds no "auto".
+
+The recipe owns batch size, learning rate, clipping and steps; the JSON owns precision, ZeRO stage, buckets,
+monitors and one of micro-batch and accumulation. DeepSpeed itself ignores unknown keys and reads "auto" as a
+string or as False, so both are settled here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.recipe import Recipe, did_you_mean
+
+_ALLOWED = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16", "fp16", "zero_optimization", "data_types", "communication_data_type", "prescale_gradients"),
+    *("gradient_predivide_factor", "disable_allgather", "steps_per_print", "wall_clock_breakdown", "dump_state"),
+    *("memory_breakdown", "disable_python_gc", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler"),
+    *("comms_logger", "activation_checkpointing", "timers", "zero_allow_untested_optimizer", "log_level"),
+}
+_REFUSED = {
+    "optimizer": "the recipe's section optimizer owns it, per peer; remove the block",
+    "scheduler": "the recipe's section schedule owns it; remove the block",
+    "amp": "use bf16 or fp16",
+    "torch_autocast": "use bf16 or fp16",
+    "checkpoint": "checkpoints are written by CTCD-DS (recipe: training.checkpoint_every); remove the block",
+    "elasticity": "the global batch is the recipe's; remove the block",
+    "curriculum_learning": "the data order is the recipe's; remove the block",
+    "data_efficiency": "the data order is the recipe's; remove the block",
+    "pipeline": "peers are small models: they train data-parallel",
+    "tensor_parallel": "peers are small models: they train data-parallel",
+}
+_STAGES = {
+    0: "stage 0 keeps bf16 weights without fp32 masters, which drifts; use 1 or 2",
+    3: "stage 3 cuts up the weights, which peers of this size do not need; use 2",
+}
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """The resolved JSON and what training reads off it."""
+
+    values: dict[str, Any]
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def precision(self) -> str:
+        """'bf16', 'fp16' or 'fp32'."""
+        return next((p for p in ("bf16", "fp16") if self.values.get(p, {}).get("enabled")), "fp32")
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage, 1 or 2."""
+        return int(self.values["zero_optimization"]["stage"])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The user's file as it is. Raises UserError where it is no JSON object or a key stands in it twice."""
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twins := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"{', '.join(twins)} stands in it twice")
+        return dict(pairs)
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"DeepSpeed config {path} must be a JSON object, found {type(values).__name__}")
+    return values
+
+
+def resolve(
+    given: dict[str, Any], recipe: Recipe, world: int, device: str, output_dir: Path
+) -> tuple[DeepSpeedConfig | None, list[str]]:
+    """The config that DeepSpeed gets, and what is wrong with the given one (then the config is None).
+
+    Args:
+        world: number of ranks. device: 'cpu' or 'cuda', for "auto" precision.
+        output_dir: the run directory; TensorBoard's files go there unless the JSON says otherwise.
+    """
+    mistakes = [*_key_mistakes(given), *_contradictions(given, recipe), *_precision_mistakes(given, device)]
+    batch, said = _split_batch(given, recipe.training.global_batch_rows, world)
+    mistakes += said
+    mistakes += _zero_mistakes(given.get("zero_optimization"))
+    if mistakes or batch is None:
+        return None, mistakes
+    values = _without_auto(given)
+    for precision in ("bf16", "fp16"):
+        block = given.get(precision)
+        if isinstance(block, dict) and block.get("enabled") == "auto":
+            values[precision]["enabled"] = precision == "bf16" and device == "cuda"
+    micro_batch, accumulation = batch
+    values["zero_optimization"] = {"stage": 2, **values.get("zero_optimization", {})}
+    values["zero_optimization"]["compute_grad_norm"] = False  # norms are per peer, ours
+    values.update(
+        train_batch_size=recipe.training.global_batch_rows,
+        train_micro_batch_size_per_gpu=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        gradient_clipping=0.0,  # DeepSpeed's default is 1.0, over all peers together
+        steps_per_print=values.get("steps_per_print", 10**9),
+        tensorboard={
+            "enabled": True,
+            "output_path": str(output_dir),
+            "job_name": "tensorboard",
+            **values.get("tensorboard", {}),
+        },
+    )
+    return DeepSpeedConfig(values, micro_batch, accumulation), []
+
+
+def _key_mistakes(given: dict[str, Any]) -> Iterator[str]:
+    for key, value in given.items():
+        if key in _REFUSED:
+            yield f"deepspeed_config {key}: {_REFUSED[key]}"
+        elif key not in _ALLOWED:
+            yield f"deepspeed_config {key} = {value!r}: unknown key; {did_you_mean(key, _ALLOWED)}"
+
+
+def _contradictions(given: dict[str, Any], recipe: Recipe) -> Iterator[str]:
+    rows, stated = recipe.training.global_batch_rows, given.get("train_batch_size", "auto")
+    if stated not in ("auto", rows):
+        yield (
+            f"train_batch_size = {stated!r} in the DeepSpeed config, training.global_batch_rows = {rows} in the "
+            'recipe: the recipe owns it; write "auto" or leave it out'
+        )
+    clipping, norm = given.get("gradient_clipping", "auto"), recipe.optimizer.max_grad_norm
+    if clipping not in ("auto", 0, norm):
+        yield (
+            f"gradient_clipping = {clipping!r} in the DeepSpeed config, optimizer.max_grad_norm = {norm:g} in the "
+            'recipe: the recipe owns it, per peer; write "auto" or leave it out'
+        )
+
+
+def _precision_mistakes(given: dict[str, Any], device: str) -> Iterator[str]:
+    enabled = {}
+    for key in ("bf16", "fp16"):
+        block = given.get(key, {})
+        enabled[key] = block.get("enabled", False) if isinstance(block, dict) else None
+        if enabled[key] not in (True, False, "auto"):
+            yield f'deepspeed_config {key} = {block!r}: write {{"enabled": true}}, false or "auto"'
+    if enabled["bf16"] is True and enabled["fp16"] is True:
+        yield "deepspeed_config bf16.enabled and fp16.enabled are both true: choose one"
+    if enabled["fp16"] is True and device == "cpu":
+        yield "deepspeed_config fp16.enabled = true: DeepSpeed has no fp16 on the CPU; use ds_configs/cpu.json"
+
+
+def _zero_mistakes(block: Any) -> Iterator[str]:
+    if not isinstance(block, dict):
+        yield f'deepspeed_config zero_optimization = {block!r}: write {{"stage": 2}} (or 1)'
+        return
+    stage = block.get("stage", 0)
+    if stage in _STAGES and not isinstance(stage, bool):
+        yield f"deepspeed_config zero_optimization.stage = {stage}: {_STAGES[stage]}"
+    elif stage not in (1, 2, "auto") or isinstance(stage, bool):
+        yield f"deepspeed_config zero_optimization.stage = {stage!r}: must be 1 or 2"
+    for key in ("offload_optimizer", "offload_param", "zenflow"):
+        if block.get(key):
+            yield f"deepspeed_config zero_optimization.{key}: clipping is per peer, on the device; remove it"
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = set(fields) | {str(f.alias) for f in fields.values() if f.alias}
+    for key in sorted(set(block) - known):
+        yield f"deepspeed_config zero_optimization.{key} = {block[key]!r}: unknown; {did_you_mean(key, known)}"
+    try:
+        DeepSpeedZeroConfig(**{k: v for k, v in block.items() if k in known and v != "auto"})
+    except ValidationError as problem:
+        for error in problem.errors():
+            where = ".".join(str(part) for part in error["loc"])
+            yield f"deepspeed_config zero_optimization.{where} = {error['input']!r}: {error['msg']}"
+
+
+def _split_batch(given: dict[str, Any], rows: int, world: int) -> tuple[tuple[int, int] | None, list[str]]:
+    """(micro-batch, accumulation) with micro · accumulation · world = rows: one is given, the other follows."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    stated = {name: given[name] for name in names if given.get(name, "auto") != "auto"}
+    wrong = [
+        f"deepspeed_config {name} = {value!r}: must be a whole number from 1"
+        for name, value in stated.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+    ]
+    if wrong:
+        return None, wrong
+    product = world
+    for value in stated.values():
+        product *= value
+    of = " × ".join([f"{world} ranks", *(f"{name} {value}" for name, value in stated.items())])
+    if rows % product or (len(stated) == 2 and rows != product):
+        relation = "is not" if len(stated) == 2 else "is not divisible by"
+        return None, [f"training.global_batch_rows = {rows} {relation} {of} = {product}; change one of them"]
+    accumulation = stated.get(names[1], rows // product if names[0] in stated else 1)
+    return (stated.get(names[0], rows // world // accumulation), accumulation), []
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    """Drops every "auto" that is left: DeepSpeed's default then holds."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }

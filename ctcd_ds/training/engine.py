@@ -1,0 +1,53 @@
+"""The only door to DeepSpeed's runtime: processes, the engine around the peers, and what is read off it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from ctcd_ds.cluster.ranks import Ranks, meet_alone
+from ctcd_ds.peers.build import build_peer
+from ctcd_ds.peers.cotrain import CoTraining
+from ctcd_ds.training.plan import Plan
+
+INITIALISATION_TIMEOUT = timedelta(minutes=30)
+
+
+def device_type() -> str:
+    """'cuda' or 'cpu': what DeepSpeed will run on here."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().device_name()).split(":")[0]
+
+
+def start_processes(ranks: Ranks) -> torch.device:
+    """Joins the process group and picks this rank's device. A process without a launcher meets only itself."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if ranks.source == "alone":
+        meet_alone()
+    accelerator = get_accelerator()
+    if device_type() != "cpu":
+        accelerator.set_device(ranks.local_rank)
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name(), timeout=INITIALISATION_TIMEOUT, verbose=False
+    )
+    return torch.device(accelerator.current_device_name())
+
+
+def build_engine(plan: Plan) -> Any:
+    """Builds all peers and wraps their container in a DeepSpeed engine with AdamW, two groups a peer."""
+    import deepspeed
+
+    recipe = plan.recipe
+    peers = {name: build_peer(name, section, plan.corpus, recipe.seed) for name, section in recipe.peers.items()}
+    module = CoTraining(peers, recipe.graph(), plan.corpus.vocab_size, recipe.objective.temperature, recipe.seed)
+    module.train()
+    settings = {name: recipe.optimizer_of(name) for name in recipe.peers}
+    # Fused AdamW touches each value once; as plain torch.optim.AdamW it needs no compiled op of DeepSpeed's.
+    optimizer = torch.optim.AdamW(module.parameter_groups(settings), fused=True)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed.values)
+    return engine

@@ -1,0 +1,248 @@
+"""The training loop. Everything a step does stands in `train`, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ctcd_ds.cli import RunFailure, UserError
+from ctcd_ds.cluster.ranks import Ranks
+from ctcd_ds.corpus.loader import MicroBatch, TrainLoader
+from ctcd_ds.objective.fused import Losses
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.peers.cotrain import Batch
+from ctcd_ds.training import checkpoint
+from ctcd_ds.training.engine import build_engine, start_processes
+from ctcd_ds.training.evaluate import evaluate
+from ctcd_ds.training.metrics import MetricsLog
+from ctcd_ds.training.optimizer import PeerGradients
+from ctcd_ds.training.plan import Plan
+from ctcd_ds.training.run_directory import RunDirectory
+from ctcd_ds.training.schedule import lr_factor
+
+
+def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
+    """Runs the plan to its end, from the newest checkpoint of the run directory if there is one.
+
+    Called by all ranks, after the plan and the directory were found good. Returns the number of steps.
+    Raises RunFailure where a loss or gradient is not finite.
+    """
+    training, config = plan.recipe.training, plan.deepspeed
+    device = start_processes(ranks)
+    engine = build_engine(plan)
+    step = first_step = _resume_or_create(engine, plan, run, ranks, device)
+    loader = TrainLoader(
+        plan.rows,
+        plan.masking,
+        plan.recipe.seed,
+        training.global_batch_rows,
+        config.micro_batch,
+        config.accumulation,
+        ranks.rank,
+        ranks.world,
+        start_step=step,
+        soft_positions=plan.recipe.objective.soft_positions,
+        device=device if device.type == "cuda" else None,
+    )
+    graph, settings = plan.recipe.graph(), {name: plan.recipe.optimizer_of(name) for name in plan.recipe.peers}
+    gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)
+    log = MetricsLog(run.metrics, engine.monitor, plan, step) if ranks.first else None
+    clock = _Clock(training.checkpoint_minutes)
+    losses: dict[str, float] = {}
+    held_out: dict[str, float] = {}
+    skipped = saved_at = 0
+
+    while step < plan.steps:
+        factor = lr_factor(plan.recipe.schedule, step, plan.steps)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = settings[group["peer"]].lr * factor
+
+        micro_batches, seen = next(loader), []
+        soft_count = _soft_count(micro_batches, ranks.world, device)
+        for k, micro_batch in enumerate(micro_batches):
+            micro_step = step * config.accumulation + k
+            terms = engine(_batch(micro_batch, soft_count), micro_step, ranks.rank)
+            engine.backward(terms.total)
+            seen.append(terms)
+            if k + 1 < config.accumulation:
+                engine.step()  # counts a micro-step; the optimizer moves at the last one
+
+        values, norms, save_due = _exchange(seen, gradients, graph, clock.due())
+        gradients.clip(norms, settings)
+        losses, grad_norms = _named(values, graph, list(gradients.groups))
+        overflow = _check_finite({**losses, **grad_norms}, config.precision, step, micro_batches, ranks)
+        engine.step()
+        skipped += overflow
+        step += 1
+
+        last = step == plan.steps
+        validates = plan.valid is not None and (last or step % training.valid_every == 0)
+        started = time.perf_counter()
+        if validates:
+            held_out = evaluate(engine, plan, device)
+        if log is not None:
+            log.pause(time.perf_counter() - started)
+            log.advance(step, {k: v for k, v in losses.items() if k.endswith("/hard")} or losses)
+            if last or validates or step == first_step + 1 or step % training.log_every == 0:
+                lrs = {f"lr/{name}": settings[name].lr * factor for name in gradients.groups}
+                counters = {"loss_scale": float(engine.optimizer.loss_scale), "skipped_steps": skipped}
+                log.row(
+                    step,
+                    {**losses, **grad_norms, **lrs, **(counters if config.precision == "fp16" else {}),
+                     **(held_out if validates else {})},
+                    loader.waited_s,
+                )  # fmt: skip
+        if last or save_due or (training.checkpoint_every and step % training.checkpoint_every == 0):
+            started = time.perf_counter()
+            checkpoint.save(engine, plan, run.checkpoints, step)
+            saved_at = step
+            clock.saved()
+            if log is not None:
+                log.pause(time.perf_counter() - started)
+
+    assert saved_at == plan.steps or first_step == plan.steps
+    loader.close()
+    if log is not None:
+        log.close()
+        seconds = clock.since_start()
+        run.write_json(
+            "summary.json",
+            {
+                "steps": step,
+                "rows": step * training.global_batch_rows,
+                "tokens": step * plan.tokens_per_step,
+                **{k: v if math.isfinite(v) else None for k, v in {**losses, **held_out}.items()},
+                "skipped_steps": skipped,
+                "seconds": seconds,
+                "rows_per_s": (step - first_step) * training.global_batch_rows / seconds,
+                "tokens_per_s": (step - first_step) * plan.tokens_per_step / seconds,
+            },
+        )
+        run.write_exit("finished", step, f"all {step} steps are done")
+    return step
+
+
+def _resume_or_create(engine: Any, plan: Plan, run: RunDirectory, ranks: Ranks, device: torch.device) -> int:
+    """Loads the newest good checkpoint, or makes the run directory. Returns the steps that are done."""
+    found: list[Any] = [None]
+    if ranks.first:
+        found = [checkpoint.newest(run.checkpoints) if run.checkpoints.is_dir() else None]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        checkpoint.refuse_another_run(found[0][1], plan)
+    if ranks.first:
+        run.create(plan, torch.get_num_threads(), device.type)
+    dist.barrier()
+    if found[0] is None:
+        return 0
+    step = checkpoint.load(engine, *found[0])
+    if ranks.first:
+        print(f"going on from {found[0][0]} (step {step} of {plan.steps})", flush=True)
+    return step
+
+
+def _soft_count(micro_batches: list[MicroBatch], world: int, device: torch.device) -> Tensor | None:
+    """A micro-batch's share of the step's soft positions over all ranks; None where they are the targets."""
+    if micro_batches[0].soft_positions is None:
+        return None
+    own = sum(len(b.soft_positions) for b in micro_batches if b.soft_positions is not None)
+    count = torch.tensor(float(own), device=device)
+    dist.all_reduce(count)
+    return count / (world * len(micro_batches))
+
+
+def _batch(micro_batch: MicroBatch, soft_count: Tensor | None) -> Batch:
+    """The positions of a micro-batch with what each is divided by: DeepSpeed averages over ranks and accumulation."""
+    ids, targets, count = micro_batch.input_ids, micro_batch.targets, float(len(micro_batch.targets))
+    if micro_batch.soft_positions is None or soft_count is None:
+        return Batch(ids, micro_batch.target_positions, targets, count, count)
+    everywhere = torch.full((ids.numel(),), -100, dtype=targets.dtype, device=targets.device)
+    everywhere[micro_batch.target_positions] = targets
+    return Batch(ids, micro_batch.soft_positions, everywhere[micro_batch.soft_positions], count, soft_count)
+
+
+def _exchange(
+    seen: list[Losses], gradients: PeerGradients, graph: DistillationGraph, save_due: bool
+) -> tuple[list[float], Tensor, bool]:
+    """The step's global values in one all-reduce and one host sync.
+
+    Returns (hard losses, soft losses by edge, gradient norms by trained peer) as one flat list, the norms as a
+    tensor on the device, and whether rank 0's clock asks for a checkpoint.
+    """
+    hard = torch.stack([terms.hard for terms in seen]).mean(dim=0)
+    soft = torch.stack([terms.soft for terms in seen]).mean(dim=0)
+    edges = [soft[i, j] for i, j, _ in graph.edges()]
+    terms = torch.stack([*(hard[i] for i in graph.hard_peers()), *edges]).double() / dist.get_world_size()
+    due = torch.tensor([float(save_due)], dtype=torch.float64, device=terms.device)
+    packed = torch.cat([terms, gradients.squared_norms(), due])
+    dist.all_reduce(packed)
+    norms = packed[len(terms) : -1].sqrt()
+    *values, due_anywhere = torch.cat([packed[: len(terms)], norms, packed[-1:]]).tolist()
+    return values, norms, due_anywhere > 0
+
+
+def _named(
+    values: list[float], graph: DistillationGraph, trained: list[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The exchanged values under their names in metrics.jsonl: losses, gradient norms (before clipping)."""
+    keys = [f"loss/{graph.names[i]}/hard" for i in graph.hard_peers()]
+    keys += [f"loss/{graph.names[i]}/soft/{graph.names[j]}" for i, j, _ in graph.edges()]
+    losses = dict(zip(keys, values, strict=False))
+    norms = {f"grad_norm/{name}": norm for name, norm in zip(trained, values[len(keys) :], strict=True)}
+    return losses, norms
+
+
+def _check_finite(
+    values: dict[str, float], precision: str, step: int, micro_batches: list[MicroBatch], ranks: Ranks
+) -> bool:
+    """Whether this step overflowed (fp16, where DeepSpeed then skips it and lowers the loss scale).
+
+    Raises RunFailure at any other precision: the optimizer must not move, and nothing later can mend it.
+    """
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad and precision != "fp16":
+        rows = [int(row) for batch in micro_batches for row in batch.rows[:4]]
+        raise RunFailure(
+            f"step {step + 1}: {', '.join(f'{name} = {value}' for name, value in bad.items())}; the optimizer did not "
+            f"move. Rank {ranks.rank} had rows {rows} …. Lower the learning rate, or lengthen the warm-up"
+        )
+    return bool(bad)
+
+
+class _Clock:
+    """When a checkpoint by time is due. Only rank 0's clock counts; all ranks hear of it in the exchange."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._minutes, self._start = minutes, time.monotonic()
+        self._last = self._start
+
+    def due(self) -> bool:
+        if self._minutes is None or dist.get_rank() != 0:
+            return False
+        return time.monotonic() - self._last >= 60 * self._minutes
+
+    def saved(self) -> None:
+        self._last = time.monotonic()
+
+    def since_start(self) -> float:
+        return time.monotonic() - self._start
+
+
+def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> None:
+    """`train`, with its end written to exit.json whatever it is."""
+    try:
+        train(plan, ranks, run)
+    except UserError:
+        raise
+    except BaseException as failure:
+        if ranks.first:
+            run.write_exit("failed", -1, f"{type(failure).__name__}: {failure}")
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,73 @@
+"""Co-trains the peers of a recipe under DeepSpeed. Start it with `deepspeed`, `torchrun`, or as it is (one process).
+
+deepspeed launchers/pretrain.py --recipe R.yaml --deepspeed_config D.json --output_dir RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from ctcd_ds import cli
+from ctcd_ds.cluster.ranks import Ranks, find_ranks
+from ctcd_ds.recipe import load_recipe
+
+
+def main() -> int:
+    parser = cli.parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run directory")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the recipe")
+    parser.add_argument("--resume", action="store_true", help="goes on from the newest good checkpoint in output_dir")
+    parser.add_argument("--dry_run", action="store_true", help="prints peers, graph, cost and length, and stops")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    arguments = parser.parse_args()
+
+    ranks = find_ranks()
+    try:
+        return pretrain(arguments, ranks)
+    except cli.UserError:
+        if not ranks.first:
+            time.sleep(10)  # rank 0 has most likely found the same and speaks; the launcher then ends this one
+        raise
+
+
+def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    """Checks everything, then trains."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+
+    import torch
+
+    torch.set_num_threads(ranks.threads())  # before the first operation: the number changes bits and speed
+    from ctcd_ds.training.deepspeed_config import read_json
+    from ctcd_ds.training.engine import device_type
+    from ctcd_ds.training.plan import describe, make_plan
+    from ctcd_ds.training.run_directory import RunDirectory
+
+    run = RunDirectory(arguments.output_dir.resolve())
+    plan = make_plan(recipe, read_json(arguments.deepspeed_config), ranks.world, device_type(), run.path)
+    if arguments.dry_run:
+        if ranks.first:
+            print(describe(plan))
+        return cli.EXIT_DONE
+    run.refuse_or_resume(recipe, arguments.resume)
+    if run.state() == "finished":
+        if ranks.first:
+            print(f"{run.path} is finished already: nothing to do")
+        return cli.EXIT_DONE
+    if ranks.first:
+        print(describe(plan), flush=True)
+
+    from ctcd_ds.training.trainer import start
+
+    start(plan, ranks, run)
+    if ranks.first:
+        print(f"finished: {plan.steps} steps in {run.path}")
+    return cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,21 @@
+"""Fixtures that all tests share: where the real text is, and a small corpus made by the project's own commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may wait for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text and GLUE files beside the project; tests marked `data` skip without it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data is not here: {folder}")
+    return folder

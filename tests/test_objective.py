@@ -1,0 +1,171 @@
+"""The working objective against the fp64 oracle, and the properties the method stands on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ctcd_ds.objective.fused as fused
+from ctcd_ds.objective.fused import Projection, fused_objective
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.reference import reference_objective
+
+V, PADDED = 150, 192
+
+
+def random_graph(n: int, seed: int) -> DistillationGraph:
+    """Any graph of n peers: some edges missing, some peers frozen (never all)."""
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.rand(n, n + 1, generator=g) * 4 * (torch.rand(n, n + 1, generator=g) < 0.7)
+    trained = [True] + [bool(x) for x in torch.rand(n - 1, generator=g) < 0.8]
+    hard = [float(weights[i, n]) if trained[i] else 0.0 for i in range(n)]
+    hard[0] = hard[0] or 1.0
+    soft = [[float(weights[i, j]) if i != j and trained[i] else 0.0 for j in range(n)] for i in range(n)]
+    return DistillationGraph(tuple(f"peer{i}" for i in range(n)), tuple(hard), tuple(map(tuple, soft)), tuple(trained))
+
+
+def pair(hard: tuple[float, float] = (1, 1), soft: tuple[float, float] = (1, 4)) -> DistillationGraph:
+    return DistillationGraph(("teacher", "student"), hard, ((0, soft[0]), (soft[1], 0)), (True, True))
+
+
+def padded(logits: Tensor) -> Tensor:
+    """The columns beyond the vocabulary are impossible."""
+    return logits.index_fill(1, torch.arange(V, PADDED), -torch.inf)
+
+
+def assert_agrees(logits: list[Tensor], targets: Tensor, graph: DistillationGraph, tau: float) -> None:
+    """Values and gradients within DESIGN §2's tolerance, padding columns untouched."""
+    ours = [x.clone().requires_grad_(graph.trained[i]) for i, x in enumerate(logits)]
+    exact = [x.double().requires_grad_(graph.trained[i]) for i, x in enumerate(logits)]
+    losses = fused_objective([Projection(x) for x in ours], targets, graph, V, tau)
+    total, hard, soft = reference_objective(exact, targets, graph, tau)
+    for found, true in ((losses.total, total), (losses.hard, hard), (losses.soft, soft)):
+        assert torch.isfinite(found).all()
+        assert ((found.double() - true).abs() <= 1e-5 * true.abs().clamp(min=1)).all(), (found, true)
+    losses.total.backward()
+    total.backward()
+    for i in range(len(logits)):
+        if not graph.trained[i]:
+            assert ours[i].grad is None
+            continue
+        found, true = ours[i].grad, exact[i].grad
+        assert found is not None and torch.isfinite(found).all()
+        true = torch.zeros_like(exact[i]) if true is None else true  # a peer without any loss of its own
+        assert (found[:, V:] == 0).all()
+        scale = (graph.hard[i] + sum(graph.soft[i])) * torch.softmax(logits[i].double(), -1).norm() / len(targets)
+        assert (found.double() - true).norm() <= 1e-5 * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([0.5, 1.0, 2.0, 8.0]), st.integers(0, 10_000))
+def test_any_graph_agrees_with_the_oracle(n: int, tau: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits = [padded(3 * torch.randn(23, PADDED)) for _ in range(n)]
+    assert_agrees(logits, torch.randint(V, (23,)), random_graph(n, seed), tau)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 0.0])
+def test_nearly_equal_peers(tau: float, apart: float) -> None:
+    torch.manual_seed(0)
+    teacher = 3 * torch.randn(64, PADDED)
+    student = teacher + apart * torch.randn(64, PADDED)
+    assert_agrees([padded(teacher), padded(student)], torch.randint(V, (64,)), pair(), tau)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize("kind", ["plus", "minus", "mixed", "equal", "one_hot_apart"])
+def test_extreme_logits(tau: float, kind: str) -> None:
+    torch.manual_seed(1)
+    a, b = torch.randn(16, PADDED), torch.randn(16, PADDED)
+    if kind == "plus":
+        a, b = a + 1e4, b + 1e4
+    elif kind == "minus":
+        a, b = a - 1e4, b - 1e4
+    elif kind == "mixed":
+        a, b = 1e4 * a.sign(), 1e4 * b.sign()
+    elif kind == "equal":
+        a, b = torch.zeros_like(a), torch.full_like(b, 7.0)
+    else:
+        a[:, 3], b[:, 4] = 1e4, 1e4
+    assert_agrees([padded(a), padded(b)], torch.randint(V, (16,)), pair(), tau)
+
+
+def test_positions_without_a_target_have_a_soft_loss_only() -> None:
+    torch.manual_seed(2)
+    logits = [padded(3 * torch.randn(40, PADDED)) for _ in range(2)]
+    targets = torch.randint(V, (40,))
+    targets[torch.rand(40) < 0.6] = -100
+    for tau in (1.0, 2.0):
+        assert_agrees(logits, targets, pair(), tau)
+
+
+def projections(seed: int, dtype: torch.dtype = torch.float32) -> list[Projection]:
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for width in (24, 16):
+        shapes = ((50, width), (PADDED, width), (PADDED,))
+        tensors = (torch.randn(shape, generator=g) for shape in shapes)
+        made.append(Projection(*(t.to(dtype).requires_grad_() for t in tensors)))
+    return made
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 50, 1000])
+def test_through_the_projection_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+    """Gradients of hidden states, output embedding and bias equal autograd's through the oracle."""
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 4 * PADDED * chunk_rows)
+    torch.manual_seed(3)
+    targets, ours, exact = torch.randint(V, (50,)), projections(5), []
+    for p in ours:
+        exact.append([t.detach().double().requires_grad_() for t in p if t is not None])
+    fused_objective(ours, targets, pair(), V, 2.0).total.backward()
+    reference_objective([(h @ w.t() + b)[:, :V] for h, w, b in exact], targets, pair(), 2.0)[0].backward()
+    for mine, true in zip((t for p in ours for t in p), (t for e in exact for t in e), strict=True):
+        assert mine is not None and mine.grad is not None and true.grad is not None
+        torch.testing.assert_close(mine.grad.double(), true.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_projection_gives_fp32_accuracy_on_its_own_inputs() -> None:
+    """With 16-bit weights the logits are still fp32: only the gradients' way through the GEMM is rounded."""
+    torch.manual_seed(4)
+    targets, ours = torch.randint(V, (50,)), projections(6, torch.bfloat16)
+    losses = fused_objective(ours, targets, pair(), V)
+    exact = [(h.double() @ w.double().t() + b.double())[:, :V] for h, w, b in ours]  # type: ignore[union-attr]
+    assert losses.total.item() == pytest.approx(float(reference_objective(exact, targets, pair())[0]), rel=1e-5)
+    losses.total.backward()
+    assert all(t.grad.dtype == torch.bfloat16 for p in ours for t in p)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_a_peers_loss_has_no_gradient_for_the_other_peer(tau: float) -> None:
+    """∂(loss of i)/∂(parameters of j) is exactly zero: the student alone is weighted, the teacher must not move."""
+    made = projections(7)
+    graph = DistillationGraph(("teacher", "student"), (0, 1), ((0, 0), (4, 0)), (True, True))
+    fused_objective(made, torch.randint(V, (50,)), graph, V, tau).total.backward()
+    assert all(t is not None and (t.grad is None or (t.grad == 0).all()) for t in made[0])
+    assert all(t is not None and t.grad is not None and (t.grad != 0).any() for t in made[1])
+
+
+def test_loss_and_gradient_of_a_peer_do_not_depend_on_others_without_edges() -> None:
+    """Soft weights 0: bit for bit the peer alone."""
+    targets = torch.randint(V, (50,), generator=torch.Generator().manual_seed(8))
+    together, alone = projections(9), projections(9)[1:]
+    both = fused_objective(together, targets, pair(soft=(0, 0)), V)
+    one = fused_objective(alone, targets, DistillationGraph(("student",), (1,), ((0,),), (True,)), V)
+    both.total.backward()
+    one.total.backward()
+    assert both.hard[1] == one.hard[0]
+    for a, b in zip(together[1], alone[0], strict=True):
+        assert a is not None and b is not None and torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+
+
+def test_small_gradients_survive_fp16_because_the_loss_scale_comes_first() -> None:
+    """p/|P| is below fp16's smallest number for most entries; scaled by 2^16 it is not."""
+    torch.manual_seed(10)
+    logits = torch.randn(2048, V).half().requires_grad_()
+    losses = fused_objective([Projection(logits)], torch.randint(V, (2048,)), random_graph(1, 0), V)
+    (losses.total * 2.0**16).backward()
+    assert logits.grad is not None and (logits.grad != 0).float().mean() > 0.99

@@ -1,0 +1,24 @@
+"""Exports one peer of a run, or all, to Hugging Face model directories, and compares logits before it says done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctcd_ds import cli
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN or RUN/checkpoints/TAG")
+    parser.add_argument("--peer", default="all", help="a peer's name, or all (then DIR/<peer>/ each)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="must be new or empty")
+    arguments = parser.parse_args()
+
+    from ctcd_ds.export.hf import export
+
+    for name, place in export(arguments.checkpoint.resolve(), arguments.peer, arguments.output_dir.resolve()).items():
+        print(f"exported {name} to {place}: reloaded, logits agree")
+
+
+if __name__ == "__main__":
+    cli.run(main)
