@@ -1,0 +1,141 @@
+"""Small corpora for tests, written by numpy alone, in the layout that tools/prepare_corpus.py writes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctcd_ds.corpus.rows import Corpus, SpecialIds
+from ctcd_ds.manifest import file_entry, write_manifest
+
+SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
+Documents = Sequence[Sequence[int]]
+
+
+def write_corpus(
+    directory: Path,
+    train: Documents | Sequence[Documents],
+    valid: Documents | Sequence[Documents] = (),
+    vocab_size: int = 1000,
+    special: SpecialIds = SPECIAL,
+) -> Path:
+    """A finished corpus at `directory`. A split is a list of documents (lists of ids, their [SEP] is added here)
+    or, for several shards, a list of such lists; an empty list is an empty split."""
+    directory.mkdir(parents=True)
+    _write_tokenizer(directory / "tokenizer", vocab_size, special)
+    splits = {
+        split: [
+            write_shard(directory, f"{split}-{number:05}", documents, vocab_size, special.sep)
+            for number, documents in enumerate(_shards(shards))
+        ]
+        for split, shards in {"train": train, "valid": valid}.items()
+    }
+    write_corpus_manifest(directory, splits, vocab_size, special)
+    return directory
+
+
+def random_documents(
+    number: int, vocab_size: int = 1000, longest: int = 60, seed: int = 0
+) -> list[list[int]]:
+    """Documents of 0 to `longest` ids, none of them special."""
+    random = np.random.default_rng(seed)
+    return [random.integers(5, vocab_size, random.integers(longest + 1)).tolist() for _ in range(number)]
+
+
+def small_rows(directory: Path, length: int = 32, documents: int = 200, vocab_size: int = 1000) -> Any:
+    """The training rows of a new random corpus of one shard, for tests of what comes after reading."""
+    path = write_corpus(directory, random_documents(documents, vocab_size), vocab_size=vocab_size)
+    return Corpus.open(path).rows("train", length)
+
+
+def write_shard(
+    directory: Path, name: str, documents: Documents, vocab_size: int, sep: int
+) -> dict[str, Any]:
+    """Writes NAME.bin and NAME.idx; returns the shard's entry for the manifest."""
+    dtype = corpus_dtype(vocab_size)
+    stored = [np.array([*document, sep], dtype) for document in documents]
+    lengths = np.array([len(document) for document in stored], np.int32)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    (directory / f"{name}.bin").write_bytes(b"".join(document.tobytes() for document in stored))
+    (directory / f"{name}.idx").write_bytes(
+        index_header(dtype, len(stored))
+        + lengths.tobytes()
+        + ((ends - lengths) * np.dtype(dtype).itemsize).tobytes()
+        + np.arange(len(stored) + 1, dtype=np.int64).tobytes()
+    )
+    return {
+        "name": name,
+        "documents": len(stored),
+        "tokens": int(lengths.sum()),
+        "bin": file_entry(directory / f"{name}.bin"),
+        "idx": file_entry(directory / f"{name}.idx"),
+    }
+
+
+def write_corpus_manifest(
+    directory: Path, splits: dict[str, list[dict[str, Any]]], vocab_size: int, special: SpecialIds = SPECIAL
+) -> None:
+    """The manifest, last as always."""
+    ids = {name: getattr(special, name) for name in ("cls", "sep", "mask", "pad", "unk")}
+    write_manifest(
+        directory / "manifest.json",
+        {
+            "format": "ctcd_ds.corpus",
+            "version": 1,
+            "tokenizer": {"fingerprint": "f" * 64, "vocabulary": "e" * 64, "vocab_size": vocab_size, **ids},
+            "dtype": corpus_dtype(vocab_size),
+            "settings": {"seed": 1, "fraction": 1.0, "valid_fraction": 0.01},
+            "splits": splits,
+        },
+    )
+
+
+def corpus_dtype(vocab_size: int) -> str:
+    return "uint16" if vocab_size < 65500 else "int32"
+
+
+def index_header(dtype: str, documents: int) -> bytes:
+    return struct.pack(
+        "<9sQBQQ", b"MMIDIDX\x00\x00", 1, {"int32": 4, "uint16": 8}[dtype], documents, documents + 1
+    )
+
+
+def _shards(split: Any) -> list[Documents]:
+    documents_come_first = not split or not split[0] or np.isscalar(split[0][0])
+    return [split] if documents_come_first else list(split)
+
+
+def _write_tokenizer(directory: Path, vocab_size: int, special: SpecialIds) -> None:
+    """A WordPiece tokenizer whose id i is the word "wi", special ids as given; AutoTokenizer loads it."""
+    names = {special.cls: "[CLS]", special.sep: "[SEP]", special.mask: "[MASK]"}
+    names |= {special.pad: "[PAD]", special.unk: "[UNK]"}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [
+                    {"id": id_, "content": name, "special": True, **flags}
+                    for id_, name in sorted(names.items())
+                ],
+                "pre_tokenizer": {"type": "BertPreTokenizer"},
+                "model": {
+                    "type": "WordPiece",
+                    "unk_token": "[UNK]",
+                    "continuing_subword_prefix": "##",
+                    "max_input_chars_per_word": 100,
+                    "vocab": {names.get(number, f"w{number}"): number for number in range(vocab_size)},
+                },
+            }
+        )
+    )
+    roles = {f"{name[1:-1].lower()}_token": name for name in names.values()}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles})
+    )

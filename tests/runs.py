@@ -1,0 +1,120 @@
+"""Real training runs for tests: several runs one after another in one set of rank processes (importing costs once).
+
+As a script it is one rank: `python tests/runs.py jobs.json` with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_* set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+FP32: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+BF16: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a recipe as plain data, a DeepSpeed config, where it goes."""
+
+    recipe: dict[str, Any]
+    output_dir: Path
+    deepspeed: dict[str, Any] = field(default_factory=lambda: FP32)
+    resume: bool = False
+
+
+def bert(width: int, layers: int, **settings: Any) -> dict[str, Any]:
+    """A small BERT's config."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width}
+    return {"model_type": "bert", "max_position_embeddings": 64, **sizes, **settings}
+
+
+def chain_documents(number: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Documents of a Markov chain with three likely next tokens: something that a model can learn."""
+    random = np.random.default_rng(seed)
+    following = np.random.default_rng(0).integers(5, vocab_size, (vocab_size, 3))
+    documents = []
+    for _ in range(number):
+        token = int(random.integers(5, vocab_size))
+        document = [token]
+        for choice in random.choice(3, size=random.integers(20, 120), p=(0.7, 0.2, 0.1)):
+            token = int(following[token, choice])
+            document.append(token)
+        documents.append(document)
+    return documents
+
+
+def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
+    """Runs the jobs in order with `world` ranks of one thread each. Fails with the ranks' output."""
+    listed = folder / f"jobs-{os.urandom(4).hex()}.json"
+    listed.write_text(json.dumps([{**asdict(job), "output_dir": str(job.output_dir)} for job in jobs]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(world):
+        own = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+        with (folder / f"{listed.stem}-rank{rank}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, str(listed)],
+                    env={**os.environ, **{k: str(v) for k, v in own.items()}},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    codes = [process.wait(timeout=280) for process in processes]
+    if any(codes):
+        logs = "\n".join(p.read_text()[-3000:] for p in sorted(folder.glob(f"{listed.stem}-rank*.log")))
+        raise AssertionError(f"exit codes {codes}\n{logs}")
+
+
+def metrics(run: Path) -> dict[int, dict[str, Any]]:
+    """metrics.jsonl by step; the later row of a step counts."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row for row in rows}
+
+
+def final_weights(run: Path) -> dict[str, dict[str, Any]]:
+    """The fp32 weights of every trained peer at the end of a run."""
+    from ctcd_ds.training.checkpoint import consolidated
+
+    return consolidated(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip())
+
+
+def _main() -> None:
+    import torch
+
+    from ctcd_ds.cluster.ranks import find_ranks
+    from ctcd_ds.recipe import load_recipe
+    from ctcd_ds.training.engine import device_type
+    from ctcd_ds.training.plan import make_plan
+    from ctcd_ds.training.run_directory import RunDirectory
+    from ctcd_ds.training.trainer import train
+
+    ranks = find_ranks()
+    torch.set_num_threads(ranks.threads())
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        path = Path(job["output_dir"])
+        written = path.with_name(f"{path.name}-rank{ranks.rank}.json")
+        written.write_text(json.dumps(job["recipe"]))
+        recipe, run = load_recipe(written), RunDirectory(path)
+        plan = make_plan(recipe, job["deepspeed"], ranks.world, device_type(), path)
+        run.refuse_or_resume(recipe, job["resume"])
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # both have looked before rank 0 writes; the first run's start sees to it itself
+        train(plan, ranks, run)
+
+
+if __name__ == "__main__":
+    _main()

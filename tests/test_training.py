@@ -1,0 +1,152 @@
+"""What co-training promises, shown on real runs: peers meet in the soft losses only, and nothing else decides bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpora import write_corpus
+from runs import BF16, FP32, Job, bert, chain_documents, final_weights, metrics, run_jobs
+
+VOCABULARY = 300
+PEERS = {
+    "teacher": {"model": bert(48, 3), "soft": {"student": 1.0}},
+    "student": {"model": bert(32, 2), "soft": {"teacher": 4.0}, "optimizer": {"lr": 2e-3}},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(
+        tmp_path_factory.mktemp("corpus") / "chain",
+        chain_documents(300, VOCABULARY, seed=1),
+        chain_documents(40, VOCABULARY, seed=2),
+        vocab_size=VOCABULARY,
+    )
+
+
+def recipe(corpus: Path, peers: dict[str, Any], steps: int = 8, **training: Any) -> dict[str, Any]:
+    return {
+        "corpus": {"path": str(corpus), "sequence_length": 32},
+        "peers": peers,
+        "optimizer": {"lr": 1e-3, "max_grad_norm": 1.0},
+        "training": {"global_batch_rows": 16, "steps": steps, "log_every": 1, "valid_every": 4, **training},
+    }
+
+
+def without_soft(peers: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**peer, "soft": {}} for name, peer in peers.items()}
+
+
+def without_dropout(peers: dict[str, Any]) -> dict[str, Any]:
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return {name: {**peer, "model": {**peer["model"], **none}} for name, peer in peers.items()}
+
+
+def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def together_and_alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both peers with soft weights 0 in one run, and each in a run of its own: dropout 0.1, clipping, 2 ranks."""
+    folder, peers = tmp_path_factory.mktemp("coupling"), without_soft(PEERS)
+    kinds = {
+        "fp32": FP32,
+        "zero1": {"zero_optimization": {"stage": 1}},
+        "bf16": {**BF16, "gradient_accumulation_steps": 2},
+        "accumulation": {**FP32, "gradient_accumulation_steps": 2},
+    }
+    jobs = []
+    for kind, config in kinds.items():
+        jobs.append(Job(recipe(corpus, peers), folder / f"{kind}-together", config))
+        jobs += [Job(recipe(corpus, {n: p}), folder / f"{kind}-{n}", config) for n, p in peers.items()]
+    run_jobs(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["fp32", "zero1", "bf16", "accumulation"])
+@pytest.mark.parametrize("peer", ["teacher", "student"])
+def test_without_soft_weights_a_peer_trains_as_if_alone_bit_for_bit(
+    together_and_alone: Path, kind: str, peer: str
+) -> None:
+    together, alone = together_and_alone / f"{kind}-together", together_and_alone / f"{kind}-{peer}"
+    ours, theirs = metrics(together), metrics(alone)
+    assert len(ours) == len(theirs) == 8
+    for step in ours:
+        for key in (f"loss/{peer}/hard", f"grad_norm/{peer}", f"lr/{peer}"):
+            assert ours[step][key] == theirs[step][key], (step, key)
+    assert ours[8][f"valid/{peer}/loss"] == theirs[8][f"valid/{peer}/loss"]
+    assert equal_states(final_weights(together)[peer], final_weights(alone)[peer])
+    assert any(row[f"grad_norm/{peer}"] > 1.0 for row in ours.values()), "clipping was never at work"
+
+
+@pytest.fixture(scope="module")
+def cut_in_many_ways(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 50 steps of CTCD at 1 and 2 ranks and with accumulation 1, 2 and 4."""
+    folder, peers = tmp_path_factory.mktemp("cuts"), without_dropout(PEERS)
+    for world in (1, 2):
+        run_jobs(
+            [
+                Job(
+                    {**recipe(corpus, peers, steps=50, valid_every=50), "objective": {"soft_positions": positions}},
+                    folder / f"{positions}-{world}x{accumulation}",
+                    {**FP32, "gradient_accumulation_steps": accumulation},
+                )
+                for accumulation, positions in ((1, "targets"), (2, "targets"), (4, "targets"), (2, "all"))
+            ],
+            world,
+            folder,
+        )
+    return folder
+
+
+@pytest.mark.parametrize("other", ["targets-1x2", "targets-1x4", "targets-2x1", "targets-2x2", "targets-2x4"])
+def test_losses_do_not_depend_on_ranks_and_accumulation(cut_in_many_ways: Path, other: str) -> None:
+    assert_equal_losses(cut_in_many_ways / "targets-1x1", cut_in_many_ways / other)
+
+
+def test_soft_losses_at_all_positions_are_normalised_over_ranks_and_accumulation(cut_in_many_ways: Path) -> None:
+    assert_equal_losses(cut_in_many_ways / "all-1x2", cut_in_many_ways / "all-2x2")
+
+
+def assert_equal_losses(one: Path, other: Path) -> None:
+    a, b = metrics(one), metrics(other)
+    assert len(a) == len(b) == 50
+    for step, row in a.items():
+        for key in (k for k in row if k.startswith("loss/")):
+            assert abs(row[key] - b[step][key]) <= 1e-5 * max(1.0, abs(row[key])), (step, key)
+
+
+def test_losses_fall_and_the_soft_losses_are_there(cut_in_many_ways: Path) -> None:
+    rows = metrics(cut_in_many_ways / "targets-1x1")
+    for peer, other in (("teacher", "student"), ("student", "teacher")):
+        assert rows[50][f"loss/{peer}/hard"] < rows[1][f"loss/{peer}/hard"] - 0.1
+        assert rows[50][f"loss/{peer}/soft/{other}"] > 0
+        assert 0 <= rows[50][f"valid/{peer}/accuracy"] <= 1
+    assert 0 <= rows[50]["valid/agreement/teacher/student"] <= 1
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+    """With dropout and accumulation: the state is the checkpoint and the step number, nothing else."""
+    plan = recipe(corpus, PEERS, steps=8, checkpoint_every=3)
+    config = {**FP32, "gradient_accumulation_steps": 2}
+    run_jobs([Job(plan, tmp_path / "whole", config), Job(plan, tmp_path / "cut", config)], 2, tmp_path)
+    expected = metrics(tmp_path / "cut")
+    for tag in ("step-00000008", "step-00000006"):  # as if killed after step 5: only step 3's checkpoint is there
+        for file in sorted((tmp_path / "cut" / "checkpoints" / tag).rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        (tmp_path / "cut" / "checkpoints" / tag).rmdir()
+    (tmp_path / "cut" / "exit.json").unlink()
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "torn')
+    run_jobs([Job(plan, tmp_path / "cut", config, resume=True)], 2, tmp_path)
+    found = metrics(tmp_path / "cut")
+    assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 8 + 5
+    for step, row in expected.items():
+        for key in (k for k in row if k.startswith(("loss/", "grad_norm/", "lr/"))):
+            assert found[step][key] == row[key]
+    whole, cut = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert all(equal_states(whole[peer], cut[peer]) for peer in PEERS)
