@@ -218,7 +218,8 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             if other == name:
                 yield f"{here}.soft.{other} = {weight}: a peer does not learn from itself"
             elif other not in peers:
-                yield f"{here}.soft.{other} = {weight}: no peer has this name; {did_you_mean(other, set(peers) - {name})}"
+                others = did_you_mean(other, set(peers) - {name})
+                yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
         weighted = any(soft.values()) if isinstance(soft, dict) else True
         if frozen:
             if hard:
@@ -228,7 +229,7 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             if not peer.get("pretrained"):
                 yield f"{here}.frozen = true: a frozen peer is a finished model; say which with pretrained: DIR"
         elif hard == 0 and not weighted:
-            yield f"{here}.hard = 0: without a soft weight the peer learns from nothing; give it one, or remove the peer"
+            yield f"{here}.hard = 0: with no soft weight either, the peer learns from nothing; give it one"
     if peers and all(isinstance(p, dict) and p.get("frozen") is True for p in peers.values()):
         yield "peers: all are frozen, so there is nothing to train"
 
@@ -239,8 +240,8 @@ def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
         both = "both are given" if model is not None else "neither is given"
         yield f"{here}: exactly one of model (a Hugging Face config) and pretrained (a checkpoint); {both}"
     if isinstance(model, dict):
-        if not isinstance(model.get("model_type"), str):
-            yield f"{here}.model.model_type = {model.get('model_type')!r}: name an architecture of transformers, e.g. bert"
+        if not isinstance(kind := model.get("model_type"), str):
+            yield f"{here}.model.model_type = {kind!r}: name an architecture of transformers, e.g. bert"
         if "vocab_size" in model:
             yield f"{here}.model.vocab_size = {model['vocab_size']}: comes from the corpus's tokenizer; remove it"
 
@@ -313,13 +314,12 @@ def _override(raw: Any, override: str) -> str | None:
     except YAMLError:
         return f"--set {override}: {text!r} is not a YAML value"
     place = raw
-    for depth, key in enumerate(keys[:-1]):
+    for depth, key in enumerate(keys):
         if not isinstance(place, dict):
-            break
-        if place.get(key) is None:
+            return f"--set {override}: {'.'.join(keys[:depth])} = {place!r} is no section"
+        if depth + 1 == len(keys):
+            place[key] = value
+        elif place.get(key) is None:
             place[key] = {}
         place = place[key]
-    if not isinstance(place, dict):
-        return f"--set {override}: {'.'.join(keys[: depth + 1])} is no section"
-    place[keys[-1]] = value
     return None

@@ -34,8 +34,8 @@ class Job:
 
 def bert(width: int, layers: int, **settings: Any) -> dict[str, Any]:
     """A small BERT's config."""
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width}
-    return {"model_type": "bert", "max_position_embeddings": 64, **sizes, **settings}
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 2 * width}
+    return {"model_type": "bert", "max_position_embeddings": 64, "num_attention_heads": 4, **sizes, **settings}
 
 
 def chain_documents(number: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
@@ -112,7 +112,7 @@ def _main() -> None:
         plan = make_plan(recipe, job["deepspeed"], ranks.world, device_type(), path)
         run.refuse_or_resume(recipe, job["resume"])
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # both have looked before rank 0 writes; the first run's start sees to it itself
+            torch.distributed.barrier()  # rank 0 writes when all have looked (the first start waits by itself)
         train(plan, ranks, run)
 
 

@@ -118,9 +118,8 @@ def test_through_the_projection_in_chunks_of_any_size(monkeypatch: pytest.Monkey
     """Gradients of hidden states, output embedding and bias equal autograd's through the oracle."""
     monkeypatch.setattr(fused, "CHUNK_BYTES", 4 * PADDED * chunk_rows)
     torch.manual_seed(3)
-    targets, ours, exact = torch.randint(V, (50,)), projections(5), []
-    for p in ours:
-        exact.append([t.detach().double().requires_grad_() for t in p if t is not None])
+    targets, ours = torch.randint(V, (50,)), projections(5)
+    exact = [[t.detach().double().requires_grad_() for t in p if t is not None] for p in ours]
     fused_objective(ours, targets, pair(), V, 2.0).total.backward()
     reference_objective([(h @ w.t() + b)[:, :V] for h, w, b in exact], targets, pair(), 2.0)[0].backward()
     for mine, true in zip((t for p in ours for t in p), (t for e in exact for t in e), strict=True):

@@ -113,7 +113,7 @@ def _probe(recipe: Recipe, vocab_size: int) -> Tensor:
     length = recipe.corpus.sequence_length
     try:
         corpus = Corpus.open(Path(recipe.corpus.path))
-        rows = corpus.rows("valid" if corpus.splits.get("valid") else "train", length)
+        rows = corpus.rows("valid" if corpus.tokens("valid") else "train", length)
     except UserError:
         return torch.randint(5, vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     masking = Masking(recipe.corpus.mask_fraction, corpus.special, corpus.vocab_size)

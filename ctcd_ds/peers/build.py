@@ -67,7 +67,7 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int) 
         try:
             known = set(AutoConfig.for_model(model["model_type"]).to_dict())
         except ValueError:
-            from transformers import CONFIG_MAPPING_NAMES
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
             near = did_you_mean(model["model_type"], CONFIG_MAPPING_NAMES)
             hint = near if near.startswith("did") else "transformers has no such architecture"

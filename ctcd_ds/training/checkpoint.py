@@ -97,7 +97,7 @@ def newest(directory: Path, say: Any = print) -> tuple[Path, dict[str, Any]] | N
     for checkpoint in sorted(directory.glob("step-*"), reverse=True):
         try:
             return checkpoint, verify(checkpoint)
-        except UserError as problem:
+        except UserError as problem:  # noqa: PERF203 - the next one is tried because this one failed
             say(f"skipping checkpoint {checkpoint.name}: {problem}")
     return None
 

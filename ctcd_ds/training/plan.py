@@ -60,7 +60,7 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     rows = valid = None
     try:
         rows = corpus.rows("train", recipe.corpus.sequence_length)
-        valid = corpus.rows("valid", recipe.corpus.sequence_length) if corpus.splits.get("valid") else None
+        valid = corpus.rows("valid", recipe.corpus.sequence_length) if corpus.tokens("valid") else None
     except UserError as mistake:
         mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
     steps = _steps(recipe, len(rows)) if rows is not None else 1

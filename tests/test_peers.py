@@ -1,0 +1,170 @@
+"""Peers of any architecture: the head at chosen positions equals the whole model there, and the vocabulary is padded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpora import write_corpus
+from runs import bert, chain_documents
+
+from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.objective.fused import project
+from ctcd_ds.peers.accounting import cost
+from ctcd_ds.peers.build import build_peer, config_mistakes, padded, peer_config, weights_sha256
+from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.peers.heads import TRANSFORMS, project_positions
+from ctcd_ds.recipe import OptimizerSection, PeerSection, Recipe
+
+VOCABULARY, LENGTH = 300, 24
+SMALL: dict[str, dict[str, Any]] = {
+    "bert": bert(32, 2),
+    "roberta": {**bert(32, 2), "model_type": "roberta", "type_vocab_size": 1},
+    "xlm-roberta": {**bert(32, 2), "model_type": "xlm-roberta", "type_vocab_size": 1},
+    "camembert": {**bert(32, 2), "model_type": "camembert", "type_vocab_size": 1},
+    "distilbert": {"model_type": "distilbert", "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "electra": {**bert(32, 2), "model_type": "electra", "embedding_size": 16},
+    "modernbert": {
+        "model_type": "modernbert",
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+    },
+    "albert": {**bert(32, 2), "model_type": "albert", "embedding_size": 16},  # the general path
+    "mpnet": {**bert(32, 2), "model_type": "mpnet"},  # the general path, positions after the padding id
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("peers") / "corpus"
+    return Corpus.open(write_corpus(folder, chain_documents(40, VOCABULARY), vocab_size=VOCABULARY))
+
+
+def peer(corpus: Corpus, name: str = "teacher", **section: Any) -> Any:
+    return build_peer(name, PeerSection.model_validate(section), corpus, seed=1)
+
+
+def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, VOCABULARY, (rows, LENGTH), generator=g)
+    return ids, torch.tensor([1, 2, 7, LENGTH, 2 * LENGTH + 5])
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_head_at_positions_equals_the_whole_model_there(corpus: Corpus, kind: str) -> None:
+    model = peer(corpus, model=SMALL[kind]).eval()
+    assert (kind in TRANSFORMS) == (kind not in ("albert", "mpnet"))
+    ids, positions = inputs()
+    with torch.no_grad():
+        found = project(project_positions(model, ids, positions), slice(None))
+        whole = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten(0, 1)[positions]
+    assert found.shape == (len(positions), padded(VOCABULARY)) == (5, 320)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_architecture_gets_gradients_and_keeps_its_tied_weights(corpus: Corpus, kind: str) -> None:
+    section = PeerSection.model_validate({"model": SMALL[kind]})
+    graph = Recipe.model_validate(
+        {"corpus": {"path": "x"}, "peers": {"a": {"model": SMALL[kind]}}, "training": {"steps": 1}}
+    ).graph()
+    module = CoTraining({"a": build_peer("a", section, corpus, 1)}, graph, VOCABULARY, 1.0, seed=1)
+    ids, positions = inputs()
+    losses = module(Batch(ids, positions, ids.flatten()[positions], 5.0, 5.0), 0, 0)
+    losses.total.backward()
+    assert torch.isfinite(losses.total)
+    assert losses.total.item() == pytest.approx(float(torch.log(torch.tensor(float(VOCABULARY)))), rel=0.1)
+    model = module.peers["a"]
+    embedding = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is embedding
+    assert (embedding.grad[VOCABULARY:] == 0).all(), "padding rows must never learn"
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_initialisation_is_keyed_by_name_and_seed_and_not_by_company(corpus: Corpus) -> None:
+    one, again = peer(corpus, model=bert(32, 2)), peer(corpus, model=bert(32, 2))
+    other = peer(corpus, name="student", model=bert(32, 2))
+    assert weights_sha256(one) == weights_sha256(again) != weights_sha256(other)
+
+
+def test_a_pretrained_peer_starts_from_its_checkpoint_in_a_padded_vocabulary(corpus: Corpus, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    source = BertForMaskedLM(
+        BertConfig(vocab_size=VOCABULARY, **{k: v for k, v in bert(32, 2).items() if k != "model_type"})
+    )
+    source.cls.predictions.bias.data.normal_()
+    source.save_pretrained(tmp_path)
+    model = peer(corpus, pretrained=str(tmp_path), frozen=True).eval()
+    ids, _ = inputs()
+    with torch.no_grad():
+        found, expected = model(input_ids=ids).logits, source.eval()(input_ids=ids).logits
+    torch.testing.assert_close(found[..., :VOCABULARY], expected)
+    assert model.config.vocab_size == 320
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_frozen_peer_stays_in_eval_mode_and_is_not_optimised(corpus: Corpus) -> None:
+    peers = {"teacher": {"pretrained": "d", "frozen": True}, "student": {"model": bert(32, 2), "soft": {"teacher": 4}}}
+    graph = Recipe.model_validate({"corpus": {"path": "x"}, "peers": peers, "training": {"steps": 1}}).graph()
+    teacher = peer(corpus, model=bert(32, 3)).requires_grad_(False)
+    module = CoTraining({"teacher": teacher, "student": peer(corpus, "student", model=bert(32, 2))}, graph, 300, 1.0, 1)
+    module.train()
+    assert not module.peers["teacher"].training and module.peers["student"].training
+    groups = module.parameter_groups({"student": OptimizerSection(), "teacher": OptimizerSection()})
+    assert {group["peer"] for group in groups} == {"student"}
+    ids, positions = inputs()
+    module(Batch(ids, positions, ids.flatten()[positions], 5.0, 5.0), 0, 0).total.backward()
+    assert all(p.grad is None for p in module.peers["teacher"].parameters())
+    assert all(p.grad is not None for p in module.peers["student"].parameters())
+
+
+def test_biases_and_norms_have_no_weight_decay(corpus: Corpus) -> None:
+    graph = Recipe.model_validate(
+        {"corpus": {"path": "x"}, "peers": {"a": {"model": bert(32, 2)}}, "training": {"steps": 1}}
+    ).graph()
+    module = CoTraining({"a": peer(corpus, "a", model=bert(32, 2))}, graph, 300, 1.0, 1)
+    decayed, plain = module.parameter_groups({"a": OptimizerSection(weight_decay=0.1)})
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"model_type": "brt"}, "did you mean 'bert'?"),
+        ({"model_type": "bert", "hiden_size": 32}, "did you mean 'hidden_size'?"),
+        ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, "does not divide hidden_size = 30"),
+        ({"model_type": "bert", "max_position_embeddings": 16}, "less than corpus.sequence_length = 24"),
+        ({"model_type": "roberta", "max_position_embeddings": 24}, "positions begin after the padding id"),
+        ({"model_type": "bert", "hidden_size": "wide"}, "expected int"),
+        ({"model_type": "gpt2"}, "no masked-LM head"),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said_before_it_is_built(
+    corpus: Corpus, model: dict[str, Any], said: str
+) -> None:
+    found = list(config_mistakes(PeerSection(model=model), corpus, LENGTH))
+    assert any(said in mistake for mistake in found), found
+
+
+def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
+    """Forward FLOPs against torch's own counter; heads on all positions, so that the counter sees the same work."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for kind in ("bert", "distilbert", "electra", "roberta"):
+        section = PeerSection(model=SMALL[kind])
+        config, model = peer_config(section, corpus), peer(corpus, model=SMALL[kind]).eval()
+        found = cost(config, LENGTH, head_fraction=1.0)
+        assert found.parameters == sum(p.numel() for p in model.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            ids, _ = inputs(rows=2)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                model(input_ids=ids)
+        assert counter.get_total_flops() / ids.numel() == pytest.approx(found.forward_flops, rel=0.02), kind

@@ -1,0 +1,180 @@
+"""The recipe: one reading of numbers, all mistakes at once, each with its cure."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, read_yaml, recipe_mistakes
+
+GOOD: dict[str, Any] = {
+    "corpus": {"path": "corpora/text"},
+    "peers": {
+        "teacher": {"model": {"model_type": "bert"}, "soft": {"student": 1.0}},
+        "student": {"model": {"model_type": "bert"}, "soft": {"teacher": 4.0}, "optimizer": {"lr": 1e-3}},
+    },
+    "training": {"steps": 10},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    raw = copy.deepcopy(GOOD)
+    *sections, key = path.split(".")
+    place = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[key] = value
+    return raw
+
+
+def test_a_good_recipe_has_defaults_and_a_graph() -> None:
+    recipe = Recipe.model_validate(GOOD)
+    assert recipe_mistakes(GOOD) == []
+    assert (recipe.corpus.sequence_length, recipe.optimizer.lr, recipe.training.checkpoint_minutes) == (128, 5e-4, 15)
+    assert recipe.graph().soft == ((0.0, 1.0), (4.0, 0.0))
+    assert recipe.optimizer_of("teacher").lr == 5e-4
+    assert recipe.optimizer_of("student").lr == 1e-3
+    assert recipe.optimizer_of("student").betas == (0.9, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("seed", -1, "seed = -1: must be greater than or equal to 0"),
+        ("seeed", 1, "did you mean 'seed'?"),
+        ("corpus.sequence_length", 128.5, "corpus.sequence_length = 128.5: must be a valid integer"),
+        ("corpus.mask_fraction", 1.5, "corpus.mask_fraction = 1.5: must be less than 1"),
+        ("optimizer.lr", "5e-4", "optimizer.lr = '5e-4': must be a valid number"),
+        ("optimizer.lr", 0, "optimizer.lr = 0: must be greater than 0"),
+        ("optimizer.learning_rate", 1, "optimizer.learning_rate = 1: unknown key"),
+        ("peers.student.optimiser", {}, "did you mean 'optimizer'?"),
+        ("peers.student.soft.techer", 1.0, "no peer has this name; did you mean 'teacher'?"),
+        ("peers.student.soft.student", 1.0, "a peer does not learn from itself"),
+        ("peers.student.soft.teacher", -4.0, "peers.student.soft.teacher = -4.0: must be greater than or equal to 0"),
+        ("peers.student.hard", -1, "peers.student.hard = -1: must be greater"),
+        ("peers.student.pretrained", "x", "exactly one of model"),
+        ("peers.student.model", {}, "model_type = None"),
+        ("peers.student.model.vocab_size", 99, "comes from the corpus's tokenizer"),
+        ("peers.student.frozen", True, "a frozen peer learns nothing"),
+        ("peers.a/b", {"model": {"model_type": "bert"}}, "a peer's name is letters"),
+        ("peers", {}, "at least one peer"),
+        ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
+        ("objective.task", "clm", "causal models are not built yet"),
+        ("objective.soft_positions", "some", "must be 'targets' or 'all'"),
+        ("schedule.type", "constant", "must be 'linear' or 'cosine'"),
+        ("training.epochs", 1, "exactly one of steps and epochs"),
+        ("training.steps", None, "exactly one of steps and epochs"),
+        ("training.global_batch_rows", 0, "must be greater than or equal to 1"),
+        ("training.checkpoint_every", 0, "must be greater than or equal to 1"),
+    ],
+)
+def test_each_mistake_is_named_with_its_cure(path: str, value: Any, said: str) -> None:
+    mistakes = recipe_mistakes(changed(path, value))
+    assert any(said in mistake for mistake in mistakes), mistakes
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    raw = changed("optimizer.lr", -1)
+    raw["peers"]["student"]["soft"]["nobody"] = 1.0
+    raw["shedule"] = {}
+    path = tmp_path / "three.yaml"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(Mistakes) as problem:
+        load_recipe(path)
+    assert len(problem.value.mistakes) == 3
+    for word in ("three.yaml", "optimizer.lr = -1", "nobody", "did you mean 'schedule'?"):
+        assert word in str(problem.value)
+
+
+def test_a_frozen_peer_with_a_hard_loss_or_without_weights_is_refused() -> None:
+    raw = changed("peers.teacher", {"frozen": True, "hard": 1.0})
+    said = "\n".join(recipe_mistakes(raw))
+    assert "peers.teacher.hard = 1.0: a frozen peer learns nothing" in said
+    assert "say which with pretrained" in said
+    raw = changed("peers.teacher", {"frozen": True, "pretrained": "some/dir"})
+    assert recipe_mistakes(raw) == []
+    assert Recipe.model_validate(raw).graph().trained == (False, True)
+
+
+def test_a_peer_that_learns_from_nothing_is_refused() -> None:
+    raw = changed("peers.teacher", {"model": {"model_type": "bert"}, "hard": 0.0})
+    assert any("learns from nothing" in mistake for mistake in recipe_mistakes(raw))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5e-4", 5e-4), ("1e-06", 1e-6), ("5.0e-4", 5e-4), ("yes", "yes"), ("true", True), ("1e3", 1000.0), ("~", None)],
+)
+def test_numbers_are_yaml_1_2_in_files_and_in_set(tmp_path: Path, text: str, value: Any) -> None:
+    assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
+    if isinstance(value, float) and value < 1:
+        path = tmp_path / "recipe.json"
+        path.write_text(json.dumps(GOOD))
+        recipe = load_recipe(path, [f"optimizer.lr={text}", "peers.student.soft.teacher=2"])
+        assert recipe.optimizer.lr == value
+        assert recipe.peers["student"].soft == {"teacher": 2}
+
+
+def test_what_set_cannot_do_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(GOOD))
+    with pytest.raises(Mistakes) as problem:
+        load_recipe(path, ["nonsense", "training.steps.x=1", "training.stepps=3"])
+    assert [m.split(":")[0] for m in problem.value.mistakes[:2]] == ["--set nonsense", "--set training.steps.x=1"]
+    assert "did you mean 'steps'" in problem.value.mistakes[2]
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: 1\na: 2", "\x00", "- 1\n- 2", "just words", ""])
+def test_a_file_that_is_no_recipe_is_one_clear_message(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml"):
+        load_recipe(path)
+
+
+def test_a_missing_or_binary_file_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name in ("absent.yaml", "binary.yaml"):
+        with pytest.raises(UserError, match=name):
+            load_recipe(tmp_path / name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lr=st.floats(1e-8, 1.0),
+    weight=st.floats(0.001, 100),
+    seed=st.integers(0, 2**63 - 1),
+    kind=st.sampled_from(["linear", "cosine"]),
+)
+def test_the_resolved_recipe_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, lr: float, weight: float, seed: int, kind: str
+) -> None:
+    raw = changed("optimizer.lr", lr)
+    raw["peers"]["student"]["soft"]["teacher"] = weight
+    raw |= {"seed": seed, "schedule": {"type": kind}}
+    recipe = Recipe.model_validate(raw)
+    path = tmp_path_factory.mktemp("recipe") / "resolved.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+    assert list(load_recipe(path).peers) == ["teacher", "student"]  # their order is the graph's
+
+
+_KEYS = ("peers", "corpus", "training", "soft", "hard", "model", "teacher", "frozen", "optimizer", "x")
+_ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_ANYTHING)
+def test_anything_at_all_gives_mistakes_and_never_a_crash(raw: Any) -> None:
+    assert recipe_mistakes(raw)
