@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,9 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from corpora import write_corpus
+
+from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
+from ctcd_ds.manifest import read_manifest, write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 FP32: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+FP16: dict[str, Any] = {
+    "fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1},
+    "zero_optimization": {"stage": 2},
+}
 BF16: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
 
 
@@ -51,6 +60,27 @@ def chain_documents(number: int, vocab_size: int, seed: int = 0) -> list[list[in
             document.append(token)
         documents.append(document)
     return documents
+
+
+def chain_corpus(directory: Path, vocab_size: int = 300) -> Path:
+    """A small corpus that a model can learn, with the identity of its own tokenizer in the manifest."""
+    write_corpus(
+        directory,
+        chain_documents(300, vocab_size, seed=1),
+        chain_documents(40, vocab_size, seed=2),
+        vocab_size=vocab_size,
+    )
+    manifest = read_manifest(directory / "manifest.json")
+    del manifest["sha256"]
+    manifest["tokenizer"] = tokenizer_identity(load_tokenizer(directory / "tokenizer"))
+    write_manifest(directory / "manifest.json", manifest)
+    return directory
+
+
+def drop_checkpoint(run: Path, step: int) -> None:
+    """As if the run had been killed before this checkpoint."""
+    shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    (run / "exit.json").unlink(missing_ok=True)
 
 
 def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
@@ -94,6 +124,7 @@ def final_weights(run: Path) -> dict[str, dict[str, Any]]:
 
 def _main() -> None:
     import torch
+    from deepspeed.accelerator import get_accelerator
 
     from ctcd_ds.cluster.ranks import find_ranks
     from ctcd_ds.recipe import load_recipe
@@ -109,7 +140,13 @@ def _main() -> None:
         written = path.with_name(f"{path.name}-rank{ranks.rank}.json")
         written.write_text(json.dumps(job["recipe"]))
         recipe, run = load_recipe(written), RunDirectory(path)
-        plan = make_plan(recipe, job["deepspeed"], ranks.world, device_type(), path)
+        device = device_type()
+        if (
+            "fp16" in job["deepspeed"]
+        ):  # DeepSpeed refuses fp16 on the CPU, where torch can do it: enough for loss scaling
+            get_accelerator().is_fp16_supported = lambda: True
+            device = "any"
+        plan = make_plan(recipe, job["deepspeed"], ranks.world, device, path)
         run.refuse_or_resume(recipe, job["resume"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # rank 0 writes when all have looked (the first start waits by itself)

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import write_corpus
-from runs import BF16, FP32, Job, bert, chain_documents, final_weights, metrics, run_jobs
+from runs import BF16, FP16, FP32, Job, bert, chain_corpus, drop_checkpoint, final_weights, metrics, run_jobs
 
-VOCABULARY = 300
 PEERS = {
     "teacher": {"model": bert(48, 3), "soft": {"student": 1.0}},
     "student": {"model": bert(32, 2), "soft": {"teacher": 4.0}, "optimizer": {"lr": 2e-3}},
@@ -19,12 +17,7 @@ PEERS = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(
-        tmp_path_factory.mktemp("corpus") / "chain",
-        chain_documents(300, VOCABULARY, seed=1),
-        chain_documents(40, VOCABULARY, seed=2),
-        vocab_size=VOCABULARY,
-    )
+    return chain_corpus(tmp_path_factory.mktemp("corpus") / "chain")
 
 
 def recipe(corpus: Path, peers: dict[str, Any], steps: int = 8, **training: Any) -> dict[str, Any]:
@@ -135,11 +128,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(corpus: Path, tmp
     config = {**FP32, "gradient_accumulation_steps": 2}
     run_jobs([Job(plan, tmp_path / "whole", config), Job(plan, tmp_path / "cut", config)], 2, tmp_path)
     expected = metrics(tmp_path / "cut")
-    for tag in ("step-00000008", "step-00000006"):  # as if killed after step 5: only step 3's checkpoint is there
-        for file in sorted((tmp_path / "cut" / "checkpoints" / tag).rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        (tmp_path / "cut" / "checkpoints" / tag).rmdir()
-    (tmp_path / "cut" / "exit.json").unlink()
+    drop_checkpoint(tmp_path / "cut", 8)
+    drop_checkpoint(tmp_path / "cut", 6)  # as if killed after step 5: only step 3's checkpoint is there
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "torn')
     run_jobs([Job(plan, tmp_path / "cut", config, resume=True)], 2, tmp_path)
@@ -150,3 +140,48 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(corpus: Path, tmp
             assert found[step][key] == row[key]
     whole, cut = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
     assert all(equal_states(whole[peer], cut[peer]) for peer in PEERS)
+
+
+def test_a_frozen_teacher_never_changes_and_a_resumed_run_goes_on_with_it(corpus: Path, tmp_path: Path) -> None:
+    from ctcd_ds.export.hf import export
+
+    alone = {"teacher": {"model": bert(48, 3)}}
+    run_jobs([Job(recipe(corpus, alone), tmp_path / "alone")], 2, tmp_path)
+    export(tmp_path / "alone", "teacher", tmp_path / "hf")
+    peers = {
+        "teacher": {"pretrained": str(tmp_path / "hf"), "frozen": True},
+        "student": {"model": bert(32, 2), "soft": {"teacher": 4.0}},
+    }
+    plan = recipe(corpus, peers, steps=8, checkpoint_every=4)
+    run_jobs([Job(plan, tmp_path / "whole"), Job(plan, tmp_path / "cut")], 2, tmp_path)
+    drop_checkpoint(tmp_path / "cut", 8)
+    run_jobs([Job(plan, tmp_path / "cut", resume=True)], 2, tmp_path)
+
+    rows = metrics(tmp_path / "whole")
+    expected = metrics(tmp_path / "alone")[8]["valid/teacher/loss"]
+    assert rows[4]["valid/teacher/loss"] == rows[8]["valid/teacher/loss"] == pytest.approx(expected, abs=1e-6)
+    assert not any(key.startswith(("loss/teacher", "grad_norm/teacher", "lr/teacher")) for key in rows[8])
+    assert rows[8]["loss/student/soft/teacher"] > 0
+    assert metrics(tmp_path / "cut")[8]["loss/student/hard"] == rows[8]["loss/student/hard"]
+    whole, cut = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert whole.keys() == {"student"} and equal_states(whole["student"], cut["student"])
+
+
+def test_fp16_scales_the_loss_skips_overflows_and_learns(corpus: Path, tmp_path: Path) -> None:
+    """With a first scale that is far too large: some steps are skipped, counted and said, then the loss falls."""
+    plan = recipe(corpus, without_dropout(PEERS), steps=50, valid_every=50)
+    run_jobs([Job(plan, tmp_path / "run", FP16)], 2, tmp_path)
+    rows = metrics(tmp_path / "run")
+    assert 0 < rows[50]["skipped_steps"] < 20
+    assert rows[50]["loss_scale"] < 2**24
+    assert rows[1]["grad_norm/teacher"] is None, "the first step overflowed"
+    assert rows[50]["loss/teacher/hard"] < rows[1]["loss/teacher/hard"] - 0.1
+    assert rows[50]["grad_norm/teacher"] < 100, "norms are those of the unscaled gradients"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(corpus: Path, tmp_path: Path) -> None:
+    plan = recipe(corpus, PEERS)
+    plan["optimizer"] = {"lr": 1e30, "max_grad_norm": 0.0}
+    plan["schedule"] = {"warmup_fraction": 0.0}
+    with pytest.raises(AssertionError, match=r"RunFailure: step \d+: .* = nan.*the optimizer did not move"):
+        run_jobs([Job(plan, tmp_path / "run")], 2, tmp_path)
