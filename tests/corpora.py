@@ -24,8 +24,11 @@ def write_corpus(
     vocab_size: int = 1000,
     special: SpecialIds = SPECIAL,
 ) -> Path:
-    """A finished corpus at `directory`. A split is a list of documents (lists of ids, their [SEP] is added here)
-    or, for several shards, a list of such lists; an empty list is an empty split."""
+    """A finished corpus at `directory`.
+
+    A split is a list of documents (lists of ids, their [SEP] is added here) or, for several shards, a list of
+    such lists; an empty list is an empty split.
+    """
     directory.mkdir(parents=True)
     _write_tokenizer(directory / "tokenizer", vocab_size, special)
     splits = {
@@ -39,9 +42,7 @@ def write_corpus(
     return directory
 
 
-def random_documents(
-    number: int, vocab_size: int = 1000, longest: int = 60, seed: int = 0
-) -> list[list[int]]:
+def random_documents(number: int, vocab_size: int = 1000, longest: int = 60, seed: int = 0) -> list[list[int]]:
     """Documents of 0 to `longest` ids, none of them special."""
     random = np.random.default_rng(seed)
     return [random.integers(5, vocab_size, random.integers(longest + 1)).tolist() for _ in range(number)]
@@ -53,9 +54,7 @@ def small_rows(directory: Path, length: int = 32, documents: int = 200, vocab_si
     return Corpus.open(path).rows("train", length)
 
 
-def write_shard(
-    directory: Path, name: str, documents: Documents, vocab_size: int, sep: int
-) -> dict[str, Any]:
+def write_shard(directory: Path, name: str, documents: Documents, vocab_size: int, sep: int) -> dict[str, Any]:
     """Writes NAME.bin and NAME.idx; returns the shard's entry for the manifest."""
     dtype = corpus_dtype(vocab_size)
     stored = [np.array([*document, sep], dtype) for document in documents]
@@ -100,9 +99,7 @@ def corpus_dtype(vocab_size: int) -> str:
 
 
 def index_header(dtype: str, documents: int) -> bytes:
-    return struct.pack(
-        "<9sQBQQ", b"MMIDIDX\x00\x00", 1, {"int32": 4, "uint16": 8}[dtype], documents, documents + 1
-    )
+    return struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, {"int32": 4, "uint16": 8}[dtype], documents, documents + 1)
 
 
 def _shards(split: Any) -> list[Documents]:
@@ -121,8 +118,7 @@ def _write_tokenizer(directory: Path, vocab_size: int, special: SpecialIds) -> N
             {
                 "version": "1.0",
                 "added_tokens": [
-                    {"id": id_, "content": name, "special": True, **flags}
-                    for id_, name in sorted(names.items())
+                    {"id": id_, "content": name, "special": True, **flags} for id_, name in sorted(names.items())
                 ],
                 "pre_tokenizer": {"type": "BertPreTokenizer"},
                 "model": {

@@ -1,0 +1,287 @@
+"""From a row's number to its tokens, and from a step's number to its rows.
+
+A corpus is opened by looking at its manifest and at the shards' sizes only, and its tokens stay on disk
+(memory maps): opening costs the same for a thousand rows and for a billion. Nothing here needs megatron-core.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
+from ctcd_ds.manifest import read_manifest
+
+FORMAT, VERSION = "ctcd_ds.corpus", 1
+
+# megatron-core's .idx: a magic word, version, dtype code, number of sequences, number of document borders.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPE_CODES = {"int32": 4, "uint16": 8}
+
+# Rows come in random order. Up to this size of a split the system's read-ahead (128 KiB to 8 MiB for each
+# row not in memory) soon has all of it in memory; beyond, it would read 500 times what is needed, or more.
+_READ_AHEAD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that a corpus's tokenizer gives to its special tokens."""
+
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    unk: int
+
+    def reserved(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of `tokens` are no text: bool, same shape. [UNK] is text, of which the word is not known."""
+        return (tokens == self.sep) | (tokens == self.cls) | (tokens == self.pad) | (tokens == self.mask)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One .bin/.idx pair: `tokens` counts every stored id, the [SEP] at the end of each document too."""
+
+    name: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus: who made its ids, and which shards make up each split's token stream."""
+
+    path: Path
+    fingerprint: str  # the manifest's own sha256: equal corpora have equal ones
+    special: SpecialIds
+    vocab_size: int
+    tokenizer_fingerprint: str
+    vocabulary: str
+    dtype: str
+    splits: dict[str, tuple[Shard, ...]]
+
+    @classmethod
+    def open(cls, path: Path) -> Corpus:
+        """Opens a corpus directory and checks that it is whole: sizes and headers, not contents.
+
+        Raises UserError, naming the file, where it is no corpus, is unfinished, truncated or of another
+        version.
+        """
+        manifest = _read_manifest(path)
+        tokenizer = manifest["tokenizer"]
+        if not (path / "tokenizer").is_dir():
+            raise UserError(f"{path} is damaged: its folder tokenizer/ is missing; prepare the corpus again")
+        return cls(
+            path=path,
+            fingerprint=manifest["sha256"],
+            special=SpecialIds(**{name: tokenizer[name] for name in SpecialIds.__dataclass_fields__}),
+            vocab_size=tokenizer["vocab_size"],
+            tokenizer_fingerprint=tokenizer["fingerprint"],
+            vocabulary=tokenizer["vocabulary"],
+            dtype=manifest["dtype"],
+            splits={
+                split: tuple(_checked_shard(path, manifest["dtype"], entry) for entry in entries)
+                for split, entries in manifest["splits"].items()
+            },
+        )
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The Hugging Face tokenizer directory that the corpus carries."""
+        return self.path / "tokenizer"
+
+    def documents(self, split: str) -> int:
+        """Number of documents of a split."""
+        return sum(shard.documents for shard in self.splits.get(split, ()))
+
+    def tokens(self, split: str) -> int:
+        """Number of stored ids of a split, one [SEP] for each document among them."""
+        return sum(shard.tokens for shard in self.splits.get(split, ()))
+
+    def rows(self, split: str, sequence_length: int) -> Rows:
+        """The rows of `split` ("train" or "valid"), each of `sequence_length` ≥ 3 ids.
+
+        Raises UserError where the split has not enough text for one row.
+        """
+        if (tokens := self.tokens(split)) < sequence_length - 2:
+            remedy = "prepare it with a larger --valid_fraction" if split == "valid" else "give it more text"
+            raise UserError(
+                f"corpus {self.path}: split {split!r} holds {tokens} tokens, but one row of sequence_length "
+                f"{sequence_length} takes {sequence_length - 2}: {remedy}, or lower sequence_length"
+            )
+        ahead = tokens * np.dtype(self.dtype).itemsize <= _READ_AHEAD_BYTES
+        streams = [
+            np.frombuffer(_mapped(self.path / f"{shard.name}.bin", ahead), self.dtype)
+            for shard in self.splits[split]
+            if shard.tokens  # an empty file cannot be mapped
+        ]
+        return Rows(self, split, sequence_length, streams)
+
+
+def _mapped(file: Path, read_ahead: bool) -> mmap.mmap:
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    if not read_ahead:
+        mapped.madvise(mmap.MADV_RANDOM)
+    return mapped
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not path.is_dir():
+        raise UserError(
+            f"there is no corpus at {path}: no such directory (tools/prepare_corpus.py makes one)"
+        )
+    if not file.exists():
+        raise UserError(
+            f"{path} is not a corpus: it has no manifest.json (was tools/prepare_corpus.py finished?)"
+        )
+    manifest = read_manifest(file)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is not a corpus: its manifest.json says format {manifest.get('format')!r}")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{path} is a corpus of version {manifest.get('version')}, this program reads version {VERSION}: "
+            "prepare it again, or use the ctcd_ds that made it"
+        )
+    return manifest
+
+
+def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:
+    """One shard as the manifest lists it, after its files were found to have the sizes that belong to it."""
+    shard = Shard(entry["name"], entry["documents"], entry["tokens"])
+    for kind in ("bin", "idx"):
+        file, stated = path / f"{shard.name}.{kind}", entry[kind]["bytes"]
+        if not file.is_file():
+            raise _damaged(file, "it is missing")
+        if (found := file.stat().st_size) != stated:
+            raise _damaged(file, f"it has {found} bytes, the manifest says {stated}")
+    if entry["bin"]["bytes"] != shard.tokens * np.dtype(dtype).itemsize:
+        raise _damaged(
+            path / f"{shard.name}.bin", f"its size is not that of {shard.tokens} tokens of {dtype}"
+        )
+
+    file = path / f"{shard.name}.idx"
+    with file.open("rb") as index:
+        header = index.read(_INDEX_HEADER.size)
+    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+        raise _damaged(file, "it has no IndexedDataset header")
+    _, version, code, sequences, borders = _INDEX_HEADER.unpack(header)
+    if (version, code, borders) != (1, _DTYPE_CODES[dtype], shard.documents + 1):
+        raise _damaged(file, f"its header does not say version 1, {dtype}, {shard.documents} documents")
+    if entry["idx"]["bytes"] != _INDEX_HEADER.size + 12 * sequences + 8 * borders:
+        raise _damaged(file, f"its size is not that of {sequences} sequences")
+    return shard
+
+
+def _damaged(file: Path, what: str) -> UserError:
+    return UserError(
+        f"corpus is damaged at {file}: {what}; copy it again from its source, or prepare it again"
+    )
+
+
+class Rows:
+    """The rows of one split: row r is [CLS] + S[r(L−2) : (r+1)(L−2)] + [SEP], S the split's token stream.
+
+    Rows run on over borders of documents and shards; what is left at the end of S is no row.
+    """
+
+    def __init__(
+        self, corpus: Corpus, split: str, sequence_length: int, streams: Sequence[np.ndarray]
+    ) -> None:
+        self.corpus, self.split, self.sequence_length = corpus, split, sequence_length
+        self._streams = streams
+        lengths = np.array([len(stream) for stream in streams], np.int64)
+        self._ends = np.cumsum(lengths)
+        self._begins = self._ends - lengths
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) // (self.sequence_length - 2)
+
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length].
+
+        Raises UserError where the stored ids are none of the tokenizer's (a damaged shard).
+        """
+        width = self.sequence_length - 2
+        rows = np.empty((len(numbers), self.sequence_length), np.int32)
+        rows[:, 0], rows[:, -1] = self.corpus.special.cls, self.corpus.special.sep
+        first = np.searchsorted(self._ends, numbers * width, side="right")
+        starts = numbers * width - self._begins[first]
+        for row, shard, start in zip(rows[:, 1:-1], first.tolist(), starts.tolist(), strict=True):
+            piece = self._streams[shard][start : start + width]
+            filled = len(piece)
+            row[:filled] = piece
+            while filled < width:  # the row runs on in the next shard
+                shard += 1
+                piece = self._streams[shard][: width - filled]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        self._check_ids(rows, numbers)
+        return rows
+
+    def _check_ids(self, rows: np.ndarray, numbers: np.ndarray) -> None:
+        """An id beyond the vocabulary would end as a crash deep in an embedding, on a GPU without a place."""
+        if rows.size and (rows.min() < 0 or rows.max() >= self.corpus.vocab_size):
+            bad = np.argmax(((rows < 0) | (rows >= self.corpus.vocab_size)).any(axis=1))
+            raise UserError(
+                f"corpus {self.corpus.path} is damaged: row {numbers[bad]} of split {self.split!r} holds "
+                f"token ids outside 0 … {self.corpus.vocab_size - 1}; prepare it again"
+            )
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """A random order of `count` rows, another one for each seed and epoch, without an array of their number.
+
+    A Feistel network on pairs (left, right) of about √count values each: every round adds to one half a hash
+    of the other, which can be undone, so all rounds together permute the pairs. The few numbers beyond
+    `count` that the pairs have room for are sent through again until they fall inside (cycle walking), which
+    keeps it a permutation.
+    """
+
+    seed: int
+    count: int
+
+    def rows(self, epoch: int | np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The rows at `positions` (int64[n], each in [0, count)) of the order of `epoch` (int or int64[n]).
+
+        int64[n]; over all positions of one epoch each row comes exactly once.
+        """
+        keys = np.broadcast_to(hashed(self.seed, ROW_ORDER, epoch), positions.shape)
+        rows = self._permuted(keys, positions)
+        while len(outside := np.flatnonzero(rows >= self.count)):
+            rows[outside] = self._permuted(keys[outside], rows[outside])
+        return rows
+
+    def _permuted(self, keys: np.ndarray, numbers: np.ndarray, rounds: int = 8) -> np.ndarray:
+        width = math.isqrt(self.count - 1) + 1
+        sizes = np.uint64(width), np.uint64(-(-self.count // width))
+        halves = list(np.divmod(numbers.astype(np.uint64), sizes[1]))
+        for step in range(rounds):
+            one, other = step % 2, 1 - step % 2
+            added = extended(keys, halves[other] * np.uint64(rounds) + np.uint64(step))
+            # The hash is halved before it is added: a sum that overflowed could not be undone.
+            halves[one] = (halves[one] + (added >> np.uint64(1))) % sizes[one]
+        left, right = halves
+        return (left * sizes[1] + right).astype(np.int64)
+
+
+def batch_rows(seed: int, rows: int, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The batch of a step, (epoch int64[B], row int64[B]): places [step·B, (step+1)·B) of the endless order.
+
+    Epoch e has the places [e·rows, (e+1)·rows), so a batch may hold the end of one epoch and the start of
+    the next (or several whole ones, where it is larger than the corpus). Nothing but the arguments decides
+    it.
+    """
+    epoch, position = np.divmod(step * global_batch + np.arange(global_batch, dtype=np.int64), rows)
+    return epoch, RowOrder(seed, rows).rows(epoch, position)

@@ -1,0 +1,43 @@
+"""Runs the project's commands in tests: in this process where only the message counts, as a user does where it matters."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script run in this process (imports cost once)."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    said = capsys.readouterr()
+    code = end.value.code
+    return code if isinstance(code, int) else int(code is not None), said.out, said.err
+
+
+def environment() -> dict[str, str]:
+    """This environment with the interpreter's folder on the path (deepspeed, ninja) and no launcher's variables."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+    return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
+
+
+def deepspeed(ranks: int, *arguments: object, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_accelerators RANKS …` as a user types it, on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    line = ["deepspeed", "--num_accelerators", ranks, "--master_port", port, *arguments]
+    return subprocess.run(
+        [str(word) for word in line], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
