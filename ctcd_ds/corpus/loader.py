@@ -38,7 +38,7 @@ class MicroBatch:
     target_positions: torch.Tensor  # int64[b·k], flat, ascending
     targets: torch.Tensor  # int64[b·k], the original tokens there
     rows: np.ndarray  # int64[b], the numbers of the rows, for messages
-    soft_positions: torch.Tensor | None  # int64[m], flat, where the original token is text; None: the targets
+    soft_positions: torch.Tensor | None  # int64[m], flat: text, and all targets; None: the targets
 
     def to(self, device: torch.device) -> MicroBatch:
         """This batch on `device`; the copies do not wait (from pinned memory, on the caller's stream)."""
@@ -79,15 +79,17 @@ class _Source:
                 target_positions=_int64(_flat(positions[cut], tokens.shape[1])),
                 targets=_int64(targets[cut].ravel()),
                 rows=numbers[cut],
-                soft_positions=self._soft_positions(tokens[cut]),
+                soft_positions=self._soft_positions(tokens[cut], positions[cut]),
             )
             for cut in cuts
         ]
 
-    def _soft_positions(self, tokens: np.ndarray) -> torch.Tensor | None:
+    def _soft_positions(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor | None:
         if self.soft_positions == "targets":
             return None
-        return torch.from_numpy(np.flatnonzero(~self.masking.special.reserved(tokens)))
+        wanted = ~self.masking.special.reserved(tokens)
+        np.put_along_axis(wanted, positions, True, axis=1)  # a row short of text has special tokens among its targets
+        return torch.from_numpy(np.flatnonzero(wanted))
 
 
 def _flat(positions: np.ndarray, length: int) -> np.ndarray:
