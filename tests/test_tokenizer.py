@@ -213,12 +213,18 @@ def test_tokenizers_that_cannot_serve_are_refused_by_name(trained: Callable[[str
     )
     save_tokenizer(unmasked, tmp_path / "unmasked")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "raw").mkdir()
+    vocabulary(tmp_path / "raw", "a")
+    (tmp_path / "hollow").mkdir()  # transformers makes a vocabulary of five tokens for it, without a word
+    (tmp_path / "hollow/tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
     (tmp_path / "broken.model").write_bytes(b"no protobuf")
     (tmp_path / "twice.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na\n")
     (tmp_path / "maskless.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
     for name, message in {
         "unmasked": "no mask_token",
-        "empty": "empty",
+        "empty": "cannot be loaded",
+        "raw": "give the file itself: .*raw/vocab.txt",
+        "hollow": "vocabulary file is missing",
         "missing.txt": "does not exist",
         "missing": "cannot be loaded",
         "broken.model": "not a SentencePiece model",
