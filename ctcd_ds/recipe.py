@@ -110,7 +110,10 @@ class ScheduleSection(_Section):
 
 
 class TrainingSection(_Section):
-    """How long and how often. Exactly one of `steps` and `epochs`; intervals are in steps."""
+    """How long and how often. Exactly one of `steps` and `epochs`; intervals are in steps.
+
+    `compile`: the encoders go through torch.compile with static shapes (the first step then takes minutes).
+    """
 
     global_batch_rows: Count = 128
     steps: Count | None = None
@@ -121,6 +124,7 @@ class TrainingSection(_Section):
     checkpoint_every: Count | None = None
     checkpoint_every_minutes: Positive | None = None
     keep_checkpoints: Count = 3
+    compile: bool = False
 
     @property
     def checkpoint_minutes(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Runs the project's commands in tests: in this process where only the message counts, as a user does where it matters."""
+"""Runs the project's commands in tests: in this process where only the message counts, else as a user does."""
 
 from __future__ import annotations
 

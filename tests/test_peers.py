@@ -1,4 +1,4 @@
-"""Peers of any architecture: the head at chosen positions equals the whole model there, and the vocabulary is padded."""
+"""Peers of any architecture: the head at chosen positions equals the whole model there; the vocabulary is padded."""
 
 from __future__ import annotations
 

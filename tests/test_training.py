@@ -185,3 +185,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(corpus: Path, tmp
     plan["schedule"] = {"warmup_fraction": 0.0}
     with pytest.raises(AssertionError, match=r"RunFailure: step \d+: .* = nan.*the optimizer did not move"):
         run_jobs([Job(plan, tmp_path / "run")], 2, tmp_path)
+
+
+def test_compiled_encoders_learn_the_same(corpus: Path, tmp_path: Path) -> None:
+    """`training.compile`: losses as without it (dropout 0), weights under the same names."""
+    peers = without_dropout({"teacher": {"model": bert(32, 1)}})
+    plan, compiled = recipe(corpus, peers, steps=4), recipe(corpus, peers, steps=4, compile=True)
+    run_jobs([Job(plan, tmp_path / "plain"), Job(compiled, tmp_path / "compiled")], 1, tmp_path)
+    a, b = metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")
+    for step, row in a.items():
+        for key in (k for k in row if k.startswith("loss/")):
+            assert b[step][key] == pytest.approx(row[key], abs=1e-5)
+    assert final_weights(tmp_path / "plain")["teacher"].keys() == final_weights(tmp_path / "compiled")["teacher"].keys()
+    assert all(0 < row["mfu"] < 1 and row["memory_gib"] > 0 for row in a.values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
-from ctcd_ds.peers.heads import project_positions
+from ctcd_ds.peers.heads import TRANSFORMS, project_positions
 
 
 class Batch(NamedTuple):
@@ -68,6 +68,13 @@ class CoTraining(nn.Module):
             batch.hard_count,
             batch.soft_count,
         )
+
+    def compile_encoders(self) -> None:
+        """Compiles each peer's encoder in place (names of weights stay); rows and batches have one shape all along."""
+        peer: Any
+        for peer in self.peers.values():
+            encoder = peer.base_model if peer.config.model_type in TRANSFORMS else peer
+            encoder.compile(dynamic=False)
 
     def parameter_groups(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """AdamW's groups: two a trained peer, with and without weight decay (biases and norms have none).

@@ -46,6 +46,8 @@ def build_engine(plan: Plan) -> Any:
     peers = {name: build_peer(name, section, plan.corpus, recipe.seed) for name, section in recipe.peers.items()}
     module = CoTraining(peers, recipe.graph(), plan.corpus.vocab_size, recipe.objective.temperature, recipe.seed)
     module.train()
+    if recipe.training.compile:
+        module.compile_encoders()
     settings = {name: recipe.optimizer_of(name) for name in recipe.peers}
     # Fused AdamW touches each value once; as plain torch.optim.AdamW it needs no compiled op of DeepSpeed's.
     optimizer = torch.optim.AdamW(module.parameter_groups(settings), fused=True)

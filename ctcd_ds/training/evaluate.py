@@ -39,7 +39,8 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
         max_rows=plan.recipe.training.valid_rows,
     ):
         input_ids, positions = batch.input_ids.to(device), batch.target_positions.to(device)
-        sums += _sums(module, input_ids, positions, batch.targets.to(device), pairs)
+        with torch.compiler.set_stance("force_eager"):  # compiled encoders know one shape, and training mode
+            sums += _sums(module, input_ids, positions, batch.targets.to(device), pairs)
     module.train()
     dist.all_reduce(sums)
     *values, count = sums.tolist()

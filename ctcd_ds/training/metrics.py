@@ -17,30 +17,29 @@ from ctcd_ds.training.plan import Plan
 class MetricsLog:
     """Writes one row a logged step, flushed, to a file and to the monitors; moves the bar every step."""
 
-    def __init__(self, path: Path, monitor: Any, plan: Plan, start_step: int) -> None:
+    def __init__(self, path: Path, monitor: Any, plan: Plan, start_step: int, peak_flops: float | None) -> None:
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
-        self._monitor, self._plan = monitor, plan
+        self._monitor, self._plan, self._peak = monitor, plan, peak_flops
         self._since, self._logged_step, self._logged_wait = time.perf_counter(), start_step, 0.0
         shown = sys.stderr.isatty()
         self._bar = tqdm(
             total=plan.steps, initial=start_step, unit="step", dynamic_ncols=shown, mininterval=0.5 if shown else 30
         )
 
-    def advance(self, step: int, losses: dict[str, float]) -> None:
-        """Moves the bar to `step` with the peers' hard losses beside it."""
-        if step % self._plan.recipe.training.log_every == 0:
-            self._bar.set_postfix({key.split("/")[1]: f"{value:.3f}" for key, value in losses.items()}, refresh=False)
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         self._bar.write(text, file=sys.stderr)
 
-    def row(self, step: int, values: dict[str, float], waited_s: float) -> None:
+    def row(self, step: int, values: dict[str, float], waited_s: float, memory_bytes: int) -> None:
         """Logs a step: its own global values, and the pace since the last logged step.
 
-        `waited_s`: seconds spent waiting for data since the start.
+        `waited_s`: seconds spent waiting for data since the start. `memory_bytes`: rank 0's peak. `mfu` is the
+        share of the hardware's peak that the FLOPs a step must do (not those it does) reach; null without a peak.
         """
         now, rows = time.perf_counter(), self._plan.recipe.training.global_batch_rows
         elapsed, done = max(now - self._since, 1e-9), step - self._logged_step
@@ -50,9 +49,10 @@ class MetricsLog:
             "consumed_rows": step * rows,
             "tokens": step * tokens_per_step,
             "rows_per_s": done * rows / elapsed,
-            "tokens_per_s": done * tokens_per_step / elapsed,
-            "mfu": None,  # the peak rate of this hardware is not known yet
+            "tokens_per_s": (pace := done * tokens_per_step / elapsed),
+            "mfu": pace * self._plan.flops_per_token / self._peak if self._peak else None,
             "data_wait_share": (waited_s - self._logged_wait) / elapsed,
+            "memory_gib": memory_bytes / 2**30,
             **values,
         }
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
@@ -62,6 +62,16 @@ class MetricsLog:
             skipped = ("step", "consumed_rows", "tokens")
             self._monitor.write_events([(k, v, step) for k, v in row.items() if v is not None and k not in skipped])
         self._since, self._logged_step, self._logged_wait = now, step, waited_s
+        self._bar.set_postfix(self._beside_the_bar(row), refresh=False)
+
+    def _beside_the_bar(self, row: dict[str, Any]) -> dict[str, str]:
+        """Each peer's hard loss (a soft one where it has none), the pace and what it is of the hardware's peak."""
+        shown: dict[str, str] = {}
+        for key, value in row.items():
+            if key.startswith("loss/") and value is not None:
+                shown.setdefault(key.split("/")[1], f"{value:.3f}")
+        mfu = "" if row["mfu"] is None else f" ({row['mfu']:.0%} of peak)"
+        return {**shown, "tokens/s": f"{row['tokens_per_s']:,.0f}{mfu}"}
 
     def pause(self, seconds: float) -> None:
         """Takes time that was no training (validation, saving) out of the pace."""

@@ -110,6 +110,7 @@ def environment(world: int, threads: int, device: str) -> dict[str, Any]:
         "threads_per_rank": threads,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu: {_cpu_name()}",
         "cores": os.cpu_count(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "host": platform.node(),
     }
 

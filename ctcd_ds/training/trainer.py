@@ -19,6 +19,7 @@ from ctcd_ds.peers.cotrain import Batch
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.engine import build_engine, start_processes
 from ctcd_ds.training.evaluate import evaluate
+from ctcd_ds.training.hardware import peak_flops, peak_memory_bytes
 from ctcd_ds.training.metrics import MetricsLog
 from ctcd_ds.training.optimizer import PeerGradients
 from ctcd_ds.training.plan import Plan
@@ -51,7 +52,8 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
     )
     graph, settings = plan.recipe.graph(), {name: plan.recipe.optimizer_of(name) for name in plan.recipe.peers}
     gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)
-    log = MetricsLog(run.metrics, engine.monitor, plan, step) if ranks.first else None
+    peak = peak_flops(device, config.precision)
+    log = MetricsLog(run.metrics, engine.monitor, plan, step, peak) if ranks.first else None
     clock = _Clock(training.checkpoint_minutes)
     losses: dict[str, float] = {}
     held_out: dict[str, float] = {}
@@ -87,7 +89,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
             held_out = evaluate(engine, plan, device)
         if log is not None:
             log.pause(time.perf_counter() - started)
-            log.advance(step, {k: v for k, v in losses.items() if k.endswith("/hard")} or losses)
+            log.advance(step)
             if last or validates or step == first_step + 1 or step % training.log_every == 0:
                 lrs = {f"lr/{name}": settings[name].lr * factor for name in gradients.groups}
                 counters = {"loss_scale": float(engine.optimizer.loss_scale), "skipped_steps": skipped}
@@ -96,6 +98,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
                     {**losses, **grad_norms, **lrs, **(counters if config.precision == "fp16" else {}),
                      **(held_out if validates else {})},
                     loader.waited_s,
+                    peak_memory_bytes(device),
                 )  # fmt: skip
         if last or save_due or (training.checkpoint_every and step % training.checkpoint_every == 0):
             started = time.perf_counter()
