@@ -112,7 +112,7 @@ class ScheduleSection(_Section):
 class TrainingSection(_Section):
     """How long and how often. Exactly one of `steps` and `epochs`; intervals are in steps.
 
-    `compile`: the encoders go through torch.compile with static shapes (the first step then takes minutes).
+    `time_limit_minutes`: saves and stops then, exit code 85. `compile`: the encoders go through torch.compile with static shapes (the first step then takes minutes).
     """
 
     global_batch_rows: Count = 128
@@ -124,6 +124,7 @@ class TrainingSection(_Section):
     checkpoint_every: Count | None = None
     checkpoint_every_minutes: Positive | None = None
     keep_checkpoints: Count = 3
+    time_limit_minutes: Positive | None = None
     compile: bool = False
 
     @property

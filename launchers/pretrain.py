@@ -63,10 +63,10 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
     from ctcd_ds.training.trainer import start
 
-    start(plan, ranks, run)
+    stopped = start(plan, ranks, run)
     if ranks.first:
-        print(f"finished: {plan.steps} steps in {run.path}")
-    return cli.EXIT_DONE
+        print(f"saved ({stopped}): go on with --resume" if stopped else f"finished: {plan.steps} steps in {run.path}")
+    return cli.EXIT_SAVED if stopped else cli.EXIT_DONE
 
 
 if __name__ == "__main__":

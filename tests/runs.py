@@ -87,6 +87,15 @@ def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
     """Runs the jobs in order with `world` ranks of one thread each. Fails with the ranks' output."""
     listed = folder / f"jobs-{os.urandom(4).hex()}.json"
     listed.write_text(json.dumps([{**asdict(job), "output_dir": str(job.output_dir)} for job in jobs]))
+    processes = start_ranks([__file__, str(listed)], world, folder / listed.stem)
+    codes = [process.wait(timeout=280) for process in processes]
+    if any(codes):
+        logs = "\n".join(p.read_text()[-3000:] for p in sorted(folder.glob(f"{listed.stem}-rank*.log")))
+        raise AssertionError(f"exit codes {codes}\n{logs}")
+
+
+def start_ranks(script: Sequence[object], world: int, log: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts `python SCRIPT…` once a rank, one thread each, without a launcher; output goes to LOG-rank0.log …"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -94,19 +103,11 @@ def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
     processes = []
     for rank in range(world):
         own = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
-        with (folder / f"{listed.stem}-rank{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, __file__, str(listed)],
-                    env={**os.environ, **{k: str(v) for k, v in own.items()}},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    codes = [process.wait(timeout=280) for process in processes]
-    if any(codes):
-        logs = "\n".join(p.read_text()[-3000:] for p in sorted(folder.glob(f"{listed.stem}-rank*.log")))
-        raise AssertionError(f"exit codes {codes}\n{logs}")
+        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
+        with log.with_name(f"{log.name}-rank{rank}.log").open("w") as file:
+            line = [sys.executable, *map(str, script)]
+            processes.append(subprocess.Popen(line, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
+    return processes
 
 
 def metrics(run: Path) -> dict[int, dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ class MetricsLog:
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         self._monitor, self._plan, self._peak = monitor, plan, peak_flops
-        self._since, self._logged_step, self._logged_wait = time.perf_counter(), start_step, 0.0
+        self._logged_step, self._logged_at, self._logged_wait = start_step, 0.0, 0.0
         shown = sys.stderr.isatty()
         self._bar = tqdm(
             total=plan.steps, initial=start_step, unit="step", dynamic_ncols=shown, mininterval=0.5 if shown else 30
@@ -35,14 +34,14 @@ class MetricsLog:
         """A line above the bar."""
         self._bar.write(text, file=sys.stderr)
 
-    def row(self, step: int, values: dict[str, float], waited_s: float, memory_bytes: int) -> None:
+    def row(self, step: int, values: dict[str, float], seconds: float, waited_s: float, memory_bytes: int) -> None:
         """Logs a step: its own global values, and the pace since the last logged step.
 
-        `waited_s`: seconds spent waiting for data since the start. `memory_bytes`: rank 0's peak. `mfu` is the
-        share of the hardware's peak that the FLOPs a step must do (not those it does) reach; null without a peak.
+        `seconds` of training and `waited_s` of them spent waiting for data, since the start. `memory_bytes`: rank 0's
+        peak. `mfu`: the share of the hardware's peak that the FLOPs a step must do reach; null without a known peak.
         """
-        now, rows = time.perf_counter(), self._plan.recipe.training.global_batch_rows
-        elapsed, done = max(now - self._since, 1e-9), step - self._logged_step
+        rows, done = self._plan.recipe.training.global_batch_rows, step - self._logged_step
+        elapsed = max(seconds - self._logged_at, 1e-9)
         tokens_per_step = self._plan.tokens_per_step
         row = {
             "step": step,
@@ -61,7 +60,7 @@ class MetricsLog:
         if self._monitor.enabled:
             skipped = ("step", "consumed_rows", "tokens")
             self._monitor.write_events([(k, v, step) for k, v in row.items() if v is not None and k not in skipped])
-        self._since, self._logged_step, self._logged_wait = now, step, waited_s
+        self._logged_step, self._logged_at, self._logged_wait = step, seconds, waited_s
         self._bar.set_postfix(self._beside_the_bar(row), refresh=False)
 
     def _beside_the_bar(self, row: dict[str, Any]) -> dict[str, str]:
@@ -72,10 +71,6 @@ class MetricsLog:
                 shown.setdefault(key.split("/")[1], f"{value:.3f}")
         mfu = "" if row["mfu"] is None else f" ({row['mfu']:.0%} of peak)"
         return {**shown, "tokens/s": f"{row['tokens_per_s']:,.0f}{mfu}"}
-
-    def pause(self, seconds: float) -> None:
-        """Takes time that was no training (validation, saving) out of the pace."""
-        self._since += seconds
 
     def close(self) -> None:
         """Ends the bar and the file."""

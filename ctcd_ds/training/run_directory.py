@@ -20,7 +20,15 @@ from ctcd_ds.recipe import Mistakes, Recipe, load_recipe
 from ctcd_ds.training.plan import Plan
 
 # What may differ between a run and its continuation: how often it speaks and saves, not what it computes.
-_FREE = ("log_every", "valid_every", "valid_rows", "checkpoint_every", "checkpoint_every_minutes", "keep_checkpoints")
+_FREE = (
+    "log_every",
+    "valid_every",
+    "valid_rows",
+    "checkpoint_every",
+    "checkpoint_every_minutes",
+    "keep_checkpoints",
+    "time_limit_minutes",
+)
 
 
 class RunDirectory:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ctcd_ds.objective.fused import Losses
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.cotrain import Batch
 from ctcd_ds.training import checkpoint
+from ctcd_ds.training.clock import Clock
 from ctcd_ds.training.engine import build_engine, start_processes
 from ctcd_ds.training.evaluate import evaluate
 from ctcd_ds.training.hardware import peak_flops, peak_memory_bytes
@@ -25,15 +25,17 @@ from ctcd_ds.training.optimizer import PeerGradients
 from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.run_directory import RunDirectory
 from ctcd_ds.training.schedule import lr_factor
+from ctcd_ds.training.signals import REASONS, StopSignals
 
 
-def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
+def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
     """Runs the plan to its end, from the newest checkpoint of the run directory if there is one.
 
-    Called by all ranks, after the plan and the directory were found good. Returns the number of steps.
-    Raises RunFailure where a loss or gradient is not finite.
+    Called by all ranks, after the plan and the directory were found good. Returns None where all steps are done, else
+    why the run stopped early, with everything saved. Raises RunFailure where a loss or gradient is not finite.
     """
     training, config = plan.recipe.training, plan.deepspeed
+    signals = StopSignals(has_launcher=ranks.source != "alone")
     device = start_processes(ranks)
     engine = build_engine(plan)
     step = first_step = _resume_or_create(engine, plan, run, ranks, device)
@@ -54,12 +56,13 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
     gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)
     peak = peak_flops(device, config.precision)
     log = MetricsLog(run.metrics, engine.monitor, plan, step, peak) if ranks.first else None
-    clock = _Clock(training.checkpoint_minutes)
+    clock = Clock(training.checkpoint_minutes, training.time_limit_minutes)
+    stop: str | None = None
     losses: dict[str, float] = {}
     held_out: dict[str, float] = {}
-    skipped = saved_at = 0
+    skipped = 0
 
-    while step < plan.steps:
+    while step < plan.steps and stop is None:
         factor = lr_factor(plan.recipe.schedule, step, plan.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = settings[group["peer"]].lr * factor
@@ -74,7 +77,9 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
             if k + 1 < config.accumulation:
                 engine.step()  # counts a micro-step; the optimizer moves at the last one
 
-        values, norms, save_due = _exchange(seen, gradients, graph, clock.due())
+        values, norms, save_due, stop = _exchange(
+            seen, gradients, graph, clock.save_due(), signals.reason or clock.over()
+        )
         gradients.clip(norms, settings)
         losses, grad_norms = _named(values, graph, list(gradients.groups))
         overflow = _check_finite({**losses, **grad_norms}, config.precision, step, micro_batches, ranks)
@@ -84,50 +89,48 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> int:
 
         last = step == plan.steps
         validates = plan.valid is not None and (last or step % training.valid_every == 0)
-        started = time.perf_counter()
-        if validates:
-            held_out = evaluate(engine, plan, device)
+        with clock.paused():
+            held_out = evaluate(engine, plan, device) if validates else {}
         if log is not None:
-            log.pause(time.perf_counter() - started)
             log.advance(step)
-            if last or validates or step == first_step + 1 or step % training.log_every == 0:
-                lrs = {f"lr/{name}": settings[name].lr * factor for name in gradients.groups}
-                counters = {"loss_scale": float(engine.optimizer.loss_scale), "skipped_steps": skipped}
-                log.row(
-                    step,
-                    {**losses, **grad_norms, **lrs, **(counters if config.precision == "fp16" else {}),
-                     **(held_out if validates else {})},
-                    loader.waited_s,
-                    peak_memory_bytes(device),
-                )  # fmt: skip
-        if last or save_due or (training.checkpoint_every and step % training.checkpoint_every == 0):
-            started = time.perf_counter()
-            checkpoint.save(engine, plan, run.checkpoints, step)
-            saved_at = step
+        if log is not None and (last or validates or step == first_step + 1 or step % training.log_every == 0):
+            lrs = {f"lr/{name}": settings[name].lr * factor for name in gradients.groups}
+            scaling = {"loss_scale": float(engine.optimizer.loss_scale), "skipped_steps": skipped}
+            row = {**losses, **grad_norms, **lrs, **held_out, **(scaling if config.precision == "fp16" else {})}
+            log.row(step, row, clock.seconds(), loader.waited_s, peak_memory_bytes(device))
+        if last or stop or save_due or (training.checkpoint_every and step % training.checkpoint_every == 0):
+            with clock.paused():
+                checkpoint.save(engine, plan, run.checkpoints, step)
             clock.saved()
-            if log is not None:
-                log.pause(time.perf_counter() - started)
 
-    assert saved_at == plan.steps or first_step == plan.steps
     loader.close()
+    signals.restore()
     if log is not None:
         log.close()
-        seconds = clock.since_start()
-        run.write_json(
-            "summary.json",
-            {
-                "steps": step,
-                "rows": step * training.global_batch_rows,
-                "tokens": step * plan.tokens_per_step,
-                **{k: v if math.isfinite(v) else None for k, v in {**losses, **held_out}.items()},
-                "skipped_steps": skipped,
-                "seconds": seconds,
-                "rows_per_s": (step - first_step) * training.global_batch_rows / seconds,
-                "tokens_per_s": (step - first_step) * plan.tokens_per_step / seconds,
-            },
-        )
-        run.write_exit("finished", step, f"all {step} steps are done")
-    return step
+        _write_end(run, plan, step, first_step, {**losses, **held_out}, clock, stop)
+    return stop if step < plan.steps else None
+
+
+def _write_end(
+    run: RunDirectory, plan: Plan, step: int, first_step: int, values: dict[str, float], clock: Clock, stop: str | None
+) -> None:
+    """summary.json where all steps are done, and exit.json."""
+    if step < plan.steps:
+        run.write_exit("saved", step, str(stop))
+        return
+    rows, length = plan.recipe.training.global_batch_rows, plan.recipe.corpus.sequence_length
+    pace = (step - first_step) * rows / clock.seconds() if step > first_step else 0.0
+    summary = {
+        "steps": step,
+        "rows": step * rows,
+        "tokens": step * rows * length,
+        **{key: value if math.isfinite(value) else None for key, value in values.items()},
+        "seconds": clock.since_start(),
+        "rows_per_s": pace,
+        "tokens_per_s": pace * length,
+    }
+    run.write_json("summary.json", summary)
+    run.write_exit("finished", step, f"all {step} steps are done")
 
 
 def _resume_or_create(engine: Any, plan: Plan, run: RunDirectory, ranks: Ranks, device: torch.device) -> int:
@@ -170,23 +173,25 @@ def _batch(micro_batch: MicroBatch, soft_count: Tensor | None) -> Batch:
 
 
 def _exchange(
-    seen: list[Losses], gradients: PeerGradients, graph: DistillationGraph, save_due: bool
-) -> tuple[list[float], Tensor, bool]:
-    """The step's global values in one all-reduce and one host sync.
+    seen: list[Losses], gradients: PeerGradients, graph: DistillationGraph, save_due: bool, stop: str | None
+) -> tuple[list[float], Tensor, bool, str | None]:
+    """The step's global values, and what any rank wishes, in one all-reduce and one host sync.
 
     Returns (hard losses, soft losses by edge, gradient norms by trained peer) as one flat list, the norms as a
-    tensor on the device, and whether rank 0's clock asks for a checkpoint.
+    tensor on the device, whether a checkpoint is due, and why to stop (None: go on).
     """
     hard = torch.stack([terms.hard for terms in seen]).mean(dim=0)
     soft = torch.stack([terms.soft for terms in seen]).mean(dim=0)
     edges = [soft[i, j] for i, j, _ in graph.edges()]
     terms = torch.stack([*(hard[i] for i in graph.hard_peers()), *edges]).double() / dist.get_world_size()
-    due = torch.tensor([float(save_due)], dtype=torch.float64, device=terms.device)
-    packed = torch.cat([terms, gradients.squared_norms(), due])
+    wishes = torch.tensor([save_due, *(stop == reason for reason in REASONS)], dtype=torch.float64).to(terms.device)
+    packed = torch.cat([terms, gradients.squared_norms(), wishes])
     dist.all_reduce(packed)
-    norms = packed[len(terms) : -1].sqrt()
-    *values, due_anywhere = torch.cat([packed[: len(terms)], norms, packed[-1:]]).tolist()
-    return values, norms, due_anywhere > 0
+    first, last = len(terms), len(packed) - len(wishes)
+    norms = packed[first:last].sqrt()
+    host = torch.cat([packed[:first], norms, packed[last:]]).tolist()
+    reason = next((reason for reason, count in zip(REASONS, host[last + 1 :], strict=True) if count), None)
+    return host[:last], norms, host[last] > 0, reason
 
 
 def _named(
@@ -217,29 +222,10 @@ def _check_finite(
     return bool(bad)
 
 
-class _Clock:
-    """When a checkpoint by time is due. Only rank 0's clock counts; all ranks hear of it in the exchange."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._minutes, self._start = minutes, time.monotonic()
-        self._last = self._start
-
-    def due(self) -> bool:
-        if self._minutes is None or dist.get_rank() != 0:
-            return False
-        return time.monotonic() - self._last >= 60 * self._minutes
-
-    def saved(self) -> None:
-        self._last = time.monotonic()
-
-    def since_start(self) -> float:
-        return time.monotonic() - self._start
-
-
-def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> None:
+def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
     """`train`, with its end written to exit.json whatever it is."""
     try:
-        train(plan, ranks, run)
+        return train(plan, ranks, run)
     except UserError:
         raise
     except BaseException as failure:

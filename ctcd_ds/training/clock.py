@@ -1,0 +1,50 @@
+"""The run's time: what was training and what was not, when a checkpoint is due, and when time is over."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from ctcd_ds.training.signals import REASONS
+
+
+class Clock:
+    """Starts when it is made. Rank 0's decides; the other ranks hear of it in the step's exchange."""
+
+    def __init__(self, checkpoint_minutes: float | None, limit_minutes: float | None) -> None:
+        self._checkpoint_minutes, self._limit_minutes = checkpoint_minutes, limit_minutes
+        self._decides = dist.get_rank() == 0
+        self._start = self._saved = time.monotonic()
+        self._paused_s = 0.0
+
+    def since_start(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def seconds(self) -> float:
+        """Seconds of training alone: without validation and saving."""
+        return self.since_start() - self._paused_s
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training."""
+        began = time.monotonic()
+        yield
+        self._paused_s += time.monotonic() - began
+
+    def save_due(self) -> bool:
+        """Whether the last checkpoint is as old as the recipe allows."""
+        minutes = self._checkpoint_minutes
+        return self._decides and minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+
+    def saved(self) -> None:
+        """A checkpoint was written."""
+        self._saved = time.monotonic()
+
+    def over(self) -> str | None:
+        """The reason to stop where `time_limit_minutes` is reached."""
+        limit = self._limit_minutes
+        return REASONS[-1] if self._decides and limit is not None and self.since_start() >= 60 * limit else None
