@@ -198,3 +198,27 @@ def test_compiled_encoders_learn_the_same(corpus: Path, tmp_path: Path) -> None:
             assert b[step][key] == pytest.approx(row[key], abs=1e-5)
     assert final_weights(tmp_path / "plain")["teacher"].keys() == final_weights(tmp_path / "compiled")["teacher"].keys()
     assert all(0 < row["mfu"] < 1 and row["memory_gib"] > 0 for row in a.values())
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(corpus: Path, tmp_path: Path) -> None:
+    """1 → 2 → 1 → 4 ranks, dropout 0, a frozen teacher among the peers: the losses of the uninterrupted run."""
+    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    peers = without_dropout(PEERS)
+    finished = {key: value for key, value in peers["teacher"]["model"].items() if key != "model_type"}
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=300, **finished)).save_pretrained(tmp_path / "finished")
+    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "finished")
+    peers["master"] = {"pretrained": str(tmp_path / "finished"), "frozen": True}
+    peers["student"] |= {"soft": {"teacher": 2.0, "master": 2.0}}
+    plan = recipe(corpus, peers, steps=16, checkpoint_every=4, keep_checkpoints=9)
+    run_jobs([Job(plan, tmp_path / "whole"), Job(plan, tmp_path / "cut")], 1, tmp_path)
+    for step, world in ((4, 2), (8, 1), (12, 4)):
+        for later in range(step + 4, 17, 4):
+            drop_checkpoint(tmp_path / "cut", later)
+        run_jobs([Job(plan, tmp_path / "cut", resume=True)], world, tmp_path)
+    whole, cut = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
+    for step, row in whole.items():
+        for key in (k for k in row if k.startswith(("loss/", "valid/"))):
+            assert cut[step][key] == pytest.approx(row[key], rel=1e-5, abs=1e-5), (step, key)
+    assert not list((tmp_path / "cut" / "checkpoints").glob(".*")), "the converted checkpoint is gone after use"

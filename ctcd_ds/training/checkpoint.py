@@ -12,13 +12,17 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.manifest import canonical_sha256, file_entry, read_manifest, sync_directory, write_atomic, write_manifest
 from ctcd_ds.peers.build import weights_sha256
 from ctcd_ds.training.plan import Plan
@@ -103,29 +107,50 @@ def newest(directory: Path, say: Any = print) -> tuple[Path, dict[str, Any]] | N
 
 
 def refuse_another_run(manifest: dict[str, Any], plan: Plan) -> None:
-    """Raises UserError where a checkpoint does not belong to this corpus or this number of ranks."""
+    """Raises UserError where a checkpoint does not belong to this corpus."""
     if manifest["corpus"] != plan.corpus.fingerprint:
         raise UserError(
             f"corpus.path = {plan.corpus.path}: the run was started on another corpus (fingerprint "
             f"{manifest['corpus'][:12]}, this one {plan.corpus.fingerprint[:12]})"
         )
-    if manifest["world"] != plan.world:
-        raise UserError(
-            f"the checkpoint was saved by {manifest['world']} ranks, this start has {plan.world}: "
-            f"resume with {manifest['world']} ranks"
-        )
 
 
 def load(engine: Any, checkpoint: Path, manifest: dict[str, Any]) -> int:
-    """Puts a verified checkpoint into the engine. Returns its step."""
+    """Puts a verified checkpoint into the engine, which was built for its number of ranks or as `universal`.
+
+    Called by all ranks; returns the step. Raises UserError where a frozen peer is not what it was.
+    """
     for name, stated in manifest["frozen"].items():
         if (found := weights_sha256(engine.module.peers[name])) != stated:
             raise UserError(
                 f"peers.{name}.pretrained: its weights are not those of the run's start ({found} ≠ {stated})"
             )
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=_INSIDE, load_module_strict=not manifest["frozen"])
+    same_ranks = manifest["world"] == dist.get_world_size()
+    with nullcontext(checkpoint) if same_ranks else _universal(checkpoint) as place:
+        path, _ = engine.load_checkpoint(str(place), tag=_INSIDE, load_module_strict=not manifest["frozen"])
     assert path is not None
     return int(manifest["step"])
+
+
+@contextlib.contextmanager
+def _universal(checkpoint: Path) -> Iterator[Path]:
+    """The checkpoint in DeepSpeed's universal form, which any number of ranks loads; gone after use.
+
+    Rank 0 converts, beside the checkpoint, where all ranks can read.
+    """
+    place = checkpoint.with_name(f".{checkpoint.name}.universal")
+    if dist.get_rank() == 0:
+        shutil.rmtree(place, ignore_errors=True)
+        folders = ("--input_folder", checkpoint / _INSIDE, "--output_folder", place / _INSIDE)
+        line = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *map(str, folders)]
+        done = subprocess.run([*line, "--inject_missing_state"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RunFailure(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-2000:]}")
+    dist.barrier()
+    yield place
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(place)
 
 
 def consolidated(checkpoint: Path) -> dict[str, dict[str, Tensor]]:

@@ -38,8 +38,11 @@ def start_processes(ranks: Ranks) -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-def build_engine(plan: Plan) -> Any:
-    """Builds all peers and wraps their container in a DeepSpeed engine with AdamW, two groups a peer."""
+def build_engine(plan: Plan, universal: bool = False) -> Any:
+    """Builds all peers and wraps their container in a DeepSpeed engine with AdamW, two groups a peer.
+
+    `universal`: a checkpoint of another number of ranks will be loaded, in DeepSpeed's universal form.
+    """
     import deepspeed
 
     recipe = plan.recipe
@@ -51,5 +54,6 @@ def build_engine(plan: Plan) -> Any:
     settings = {name: recipe.optimizer_of(name) for name in recipe.peers}
     # Fused AdamW touches each value once; as plain torch.optim.AdamW it needs no compiled op of DeepSpeed's.
     optimizer = torch.optim.AdamW(module.parameter_groups(settings), fused=True)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=plan.deepspeed.values)
+    values = plan.deepspeed.values | ({"checkpoint": {"load_universal": True}} if universal else {})
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=values)
     return engine

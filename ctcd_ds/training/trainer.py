@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
     training, config = plan.recipe.training, plan.deepspeed
     signals = StopSignals(has_launcher=ranks.source != "alone")
     device = start_processes(ranks)
-    engine = build_engine(plan)
-    step = first_step = _resume_or_create(engine, plan, run, ranks, device)
+    found = _begin(plan, run, ranks, device)
+    engine = build_engine(plan, universal=found is not None and found[1]["world"] != ranks.world)
+    step = first_step = checkpoint.load(engine, *found) if found is not None else 0
     loader = TrainLoader(
         plan.rows,
         plan.masking,
@@ -133,23 +135,26 @@ def _write_end(
     run.write_exit("finished", step, f"all {step} steps are done")
 
 
-def _resume_or_create(engine: Any, plan: Plan, run: RunDirectory, ranks: Ranks, device: torch.device) -> int:
-    """Loads the newest good checkpoint, or makes the run directory. Returns the steps that are done."""
-    found: list[Any] = [None]
+def _begin(plan: Plan, run: RunDirectory, ranks: Ranks, device: torch.device) -> tuple[Path, dict[str, Any]] | None:
+    """Makes the run directory. Returns the newest good checkpoint with its manifest, where there is one.
+
+    Rank 0 looks and writes; all ranks hear of it.
+    """
+    heard: list[Any] = [None]
     if ranks.first:
-        found = [checkpoint.newest(run.checkpoints) if run.checkpoints.is_dir() else None]
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        checkpoint.refuse_another_run(found[0][1], plan)
+        heard = [checkpoint.newest(run.checkpoints) if run.checkpoints.is_dir() else None]
+    dist.broadcast_object_list(heard, src=0, device=device)
+    found: tuple[Path, dict[str, Any]] | None = heard[0]
+    if found is not None:
+        checkpoint.refuse_another_run(found[1], plan)
     if ranks.first:
         run.create(plan, torch.get_num_threads(), device.type)
-    dist.barrier()
-    if found[0] is None:
-        return 0
-    step = checkpoint.load(engine, *found[0])
-    if ranks.first:
-        print(f"going on from {found[0][0]} (step {step} of {plan.steps})", flush=True)
-    return step
+        if found is not None:
+            then = (
+                "" if found[1]["world"] == ranks.world else f", saved by {found[1]['world']} ranks, now {ranks.world}"
+            )
+            print(f"going on from {found[0]} (step {found[1]['step']} of {plan.steps}{then})", flush=True)
+    return found
 
 
 def _soft_count(micro_batches: list[MicroBatch], world: int, device: torch.device) -> Tensor | None:
