@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,28 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_problems(
+    directory: Path, stated: Mapping[str, Mapping[str, Any]], beside: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """How the files below a directory differ from what its manifest lists (relative name → `file_entry`).
+
+    Missing, changed and extra files, each with its path and both sizes or hashes. Files and folders named in `beside`
+    stand there outside the manifest.
+    """
+    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    for name in sorted(found - set(stated)):
+        if name.split("/")[0] not in ("manifest.json", *beside):
+            yield f"{directory / name}: no file of the manifest's"
+    for name, entry in stated.items():
+        path = directory / name
+        if name not in found:
+            yield f"{path}: missing"
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            yield f"{path}: {size} bytes, the manifest says {entry['bytes']}"
+        elif (digest := file_entry(path)["sha256"]) != entry["sha256"]:
+            yield f"{path}: sha256 {digest}, the manifest says {entry['sha256']}"
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:

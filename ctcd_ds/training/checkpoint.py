@@ -23,7 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctcd_ds.cli import RunFailure, UserError
-from ctcd_ds.manifest import canonical_sha256, file_entry, read_manifest, sync_directory, write_atomic, write_manifest
+from ctcd_ds.manifest import (
+    canonical_sha256,
+    file_entry,
+    file_problems,
+    read_manifest,
+    sync_directory,
+    write_atomic,
+    write_manifest,
+)
 from ctcd_ds.peers.build import weights_sha256
 from ctcd_ds.training.plan import Plan
 
@@ -81,18 +89,14 @@ def _content(engine: Any, plan: Plan, temporary: Path, step: int) -> dict[str, A
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Reads the manifest and every file it lists. Raises UserError, naming the file, at the first that is not so."""
+    """Reads the manifest and every file it lists. Raises UserError with every file that is not as it says."""
     manifest = read_manifest(checkpoint / "manifest.json")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise UserError(
             f"{checkpoint} is no checkpoint of this version: {manifest.get('format')} {manifest.get('version')}"
         )
-    for name, stated in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        if (found := file_entry(path)) != stated:
-            raise UserError(f"{path} was changed or damaged: {found}, the manifest says {stated}")
+    if problems := list(file_problems(checkpoint, manifest["files"])):
+        raise UserError(f"{checkpoint} is damaged:\n  " + "\n  ".join(problems))
     return manifest
 
 
