@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ def _main() -> None:
         run.refuse_or_resume(recipe, job["resume"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # rank 0 writes when all have looked (the first start waits by itself)
-        train(plan, ranks, run)
+        with ExitStack() as ending:
+            train(plan, ranks, run, ending)
 
 
 if __name__ == "__main__":

@@ -131,3 +131,26 @@ def test_a_second_interrupt_after_a_second_ends_at_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
     StopSignals(has_launcher=False).restore()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Path, victim: int) -> None:
+    """SIGSTOP: the other rank leaves within the time + 5 s, names it, and dumps its stacks."""
+    limit = 4.0
+    line = pretrain(corpus, tmp_path, f"training.step_timeout_s={limit}")
+    ranks = start_ranks(line, 2, tmp_path / "log")
+    wait_for(lambda: logged(tmp_path / "run") > 3, ranks)
+    ranks[victim].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    other = ranks[1 - victim]
+    try:
+        assert other.wait(60) == 1
+        assert time.monotonic() - stopped < limit + 5
+    finally:
+        ranks[victim].kill()
+        ranks[victim].wait()
+    said = (tmp_path / f"log-rank{1 - victim}.log").read_text()
+    named = "rank 1 did not arrive" if victim else "rank 0, which holds the store, does not answer"
+    assert f"took more than {limit:g} s: {named}" in said
+    assert "Current thread" in said and "trainer.py" in said
+    assert exit_state(tmp_path / "run")["state"] == "failed"

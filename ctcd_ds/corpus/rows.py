@@ -138,13 +138,9 @@ def _mapped(file: Path, read_ahead: bool) -> mmap.mmap:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not path.is_dir():
-        raise UserError(
-            f"there is no corpus at {path}: no such directory (tools/prepare_corpus.py makes one)"
-        )
+        raise UserError(f"there is no corpus at {path}: no such directory (tools/prepare_corpus.py makes one)")
     if not file.exists():
-        raise UserError(
-            f"{path} is not a corpus: it has no manifest.json (was tools/prepare_corpus.py finished?)"
-        )
+        raise UserError(f"{path} is not a corpus: it has no manifest.json (was tools/prepare_corpus.py finished?)")
     manifest = read_manifest(file)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not a corpus: its manifest.json says format {manifest.get('format')!r}")
@@ -166,9 +162,7 @@ def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:
         if (found := file.stat().st_size) != stated:
             raise _damaged(file, f"it has {found} bytes, the manifest says {stated}")
     if entry["bin"]["bytes"] != shard.tokens * np.dtype(dtype).itemsize:
-        raise _damaged(
-            path / f"{shard.name}.bin", f"its size is not that of {shard.tokens} tokens of {dtype}"
-        )
+        raise _damaged(path / f"{shard.name}.bin", f"its size is not that of {shard.tokens} tokens of {dtype}")
 
     file = path / f"{shard.name}.idx"
     with file.open("rb") as index:
@@ -184,9 +178,7 @@ def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:
 
 
 def _damaged(file: Path, what: str) -> UserError:
-    return UserError(
-        f"corpus is damaged at {file}: {what}; copy it again from its source, or prepare it again"
-    )
+    return UserError(f"corpus is damaged at {file}: {what}; copy it again from its source, or prepare it again")
 
 
 class Rows:
@@ -195,9 +187,7 @@ class Rows:
     Rows run on over borders of documents and shards; what is left at the end of S is no row.
     """
 
-    def __init__(
-        self, corpus: Corpus, split: str, sequence_length: int, streams: Sequence[np.ndarray]
-    ) -> None:
+    def __init__(self, corpus: Corpus, split: str, sequence_length: int, streams: Sequence[np.ndarray]) -> None:
         self.corpus, self.split, self.sequence_length = corpus, split, sequence_length
         self._streams = streams
         lengths = np.array([len(stream) for stream in streams], np.int64)

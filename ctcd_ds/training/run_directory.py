@@ -28,6 +28,7 @@ _FREE = (
     "checkpoint_every_minutes",
     "keep_checkpoints",
     "time_limit_minutes",
+    "step_timeout_s",
 )
 
 

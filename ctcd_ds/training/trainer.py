@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,22 @@ from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.run_directory import RunDirectory
 from ctcd_ds.training.schedule import lr_factor
 from ctcd_ds.training.signals import REASONS, StopSignals
+from ctcd_ds.training.watchdog import Watchdog
 
 
-def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
+def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str | None:
     """Runs the plan to its end, from the newest checkpoint of the run directory if there is one.
 
     Called by all ranks, after the plan and the directory were found good. Returns None where all steps are done, else
     why the run stopped early, with everything saved. Raises RunFailure where a loss or gradient is not finite.
+    What must be undone whatever the end is left in `ending`.
     """
     training, config = plan.recipe.training, plan.deepspeed
     signals = StopSignals(has_launcher=ranks.source != "alone")
+    ending.callback(signals.restore)
     device = start_processes(ranks)
+    watchdog = Watchdog(training.step_timeout_s, lambda why: run.write_exit("failed", -1, why))
+    ending.callback(watchdog.stop)
     found = _begin(plan, run, ranks, device)
     engine = build_engine(plan, universal=found is not None and found[1]["world"] != ranks.world)
     step = first_step = checkpoint.load(engine, *found) if found is not None else 0
@@ -54,6 +60,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
         soft_positions=plan.recipe.objective.soft_positions,
         device=device if device.type == "cuda" else None,
     )
+    ending.callback(loader.close)
     graph, settings = plan.recipe.graph(), {name: plan.recipe.optimizer_of(name) for name in plan.recipe.peers}
     gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)
     peak = peak_flops(device, config.precision)
@@ -65,6 +72,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
     skipped = 0
 
     while step < plan.steps and stop is None:
+        watchdog.enter("first step" if step == first_step else f"step {step + 1}")
         factor = lr_factor(plan.recipe.schedule, step, plan.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = settings[group["peer"]].lr * factor
@@ -91,8 +99,11 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
 
         last = step == plan.steps
         validates = plan.valid is not None and (last or step % training.valid_every == 0)
-        with clock.paused():
-            held_out = evaluate(engine, plan, device) if validates else {}
+        held_out = {}
+        if validates:
+            watchdog.enter("validation")
+            with clock.paused():
+                held_out = evaluate(engine, plan, device)
         if log is not None:
             log.advance(step)
         if log is not None and (last or validates or step == first_step + 1 or step % training.log_every == 0):
@@ -101,12 +112,11 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
             row = {**losses, **grad_norms, **lrs, **held_out, **(scaling if config.precision == "fp16" else {})}
             log.row(step, row, clock.seconds(), loader.waited_s, peak_memory_bytes(device))
         if last or stop or save_due or (training.checkpoint_every and step % training.checkpoint_every == 0):
+            watchdog.enter("saving")
             with clock.paused():
                 checkpoint.save(engine, plan, run.checkpoints, step)
             clock.saved()
 
-    loader.close()
-    signals.restore()
     if log is not None:
         log.close()
         _write_end(run, plan, step, first_step, {**losses, **held_out}, clock, stop)
@@ -230,7 +240,8 @@ def _check_finite(
 def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
     """`train`, with its end written to exit.json whatever it is."""
     try:
-        return train(plan, ranks, run)
+        with ExitStack() as ending:
+            return train(plan, ranks, run, ending)
     except UserError:
         raise
     except BaseException as failure:
