@@ -1,0 +1,249 @@
+"""GLUE for one or several models side by side: every model, task and seed is one cell of a grid, done once.
+
+results.json is whole after every cell, so a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.evaluation import metrics
+from ctcd_ds.evaluation.data import HUB, TaskData, found, from_folder, from_hub
+from ctcd_ds.evaluation.finetune import (
+    Checkpoint,
+    Finetuned,
+    Settings,
+    encode,
+    encode_task,
+    finetune,
+    open_checkpoint,
+    precision,
+    quiet_libraries,
+    steps,
+)
+from ctcd_ds.evaluation.results import Cell, Grid, best_seed, report, resume, save
+from ctcd_ds.evaluation.submission import write_predictions, write_zip
+from ctcd_ds.evaluation.tasks import GLUE, named
+
+ALL = ("all",)
+
+
+def run(
+    models: Sequence[Path],
+    tasks: Sequence[str],
+    data_dir: Path | str,
+    output_dir: Path,
+    seeds: Sequence[int] = (1,),
+    settings: Settings | None = None,
+    keep_models: bool = False,
+) -> dict[str, Any]:
+    """Fine-tunes and measures every model on every task with every seed; returns the content of results.json.
+
+    `tasks` are names or ("all",): those that `data_dir` holds; `data_dir` is a folder of official files or "hub".
+    Writes results.json and submissions/MODEL.zip into `output_dir`, and the fine-tuned models if `keep_models`.
+    Raises UserError, before anything is written, for models, tasks, data or an output directory that cannot serve.
+    """
+    settings = settings or Settings()
+    if not seeds:
+        raise UserError("--seeds names no seed")
+    data = load(tasks, data_dir)
+    with quiet_libraries():
+        checkpoints = open_checkpoints(models)
+        grid, cells = resume(output_dir / "results.json", _grid(checkpoints, data, settings))
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(f"--output_dir: {output_dir} cannot be made: {problem.strerror}") from None
+        lanes = plan(checkpoints, data, list(dict.fromkeys(seeds)), settings, cells)
+        total = sum(lane.steps * len(lane.seeds) for lane in lanes)
+        often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file wants few lines
+        with tqdm(total=total, unit="step", disable=total == 0, mininterval=often, dynamic_ncols=True) as bar:
+            for lane in lanes:
+                do_lane(lane, settings, keep_models, output_dir, grid, cells, bar)
+        gc.unfreeze()
+        for checkpoint in checkpoints:
+            write_zip(submission_folder(output_dir, checkpoint))
+    content = report(grid, cells)
+    save(output_dir / "results.json", content)
+    return content
+
+
+def open_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
+    """The models, each named by the shortest tail of its path that no other model's path has."""
+    if not paths:
+        raise UserError("--model names no model")
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"--model: {path} is no directory")
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model: {path} is no Hugging Face model: it has no config.json")
+    resolved = [path.resolve() for path in paths]
+    if twice := [path for path in resolved if resolved.count(path) > 1]:
+        raise UserError(f"--model: {twice[0]} is given twice")
+    return [open_checkpoint(path, name) for path, name in zip(resolved, short_names(resolved), strict=True)]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest tail of each of these different absolute paths that tells it from all others."""
+
+    def tail(path: Path, length: int) -> tuple[str, ...]:
+        return path.parts[-length:]
+
+    def name(path: Path) -> str:
+        others = [other for other in paths if other != path]
+        length = 1
+        while any(tail(path, length) == tail(other, length) for other in others):
+            length += 1
+        return "/".join(tail(path, length))
+
+    return [name(path) for path in paths]
+
+
+def load(tasks: Sequence[str], data_dir: Path | str) -> dict[str, TaskData]:
+    """The data of the named tasks by name, diagnostics last; says on stderr which tasks of `all` are not there."""
+    if str(data_dir) == HUB:
+        chosen = list(GLUE) if tuple(tasks) == ALL else named(tasks)
+        return {task.name: from_hub(task) for task in chosen}
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise UserError(f"--data_dir: {folder} is no directory (nor the word 'hub')")
+    if tuple(tasks) == ALL:
+        chosen, missing = found(folder)
+        if not chosen:
+            folders = " ".join(task.folder for task in GLUE)
+            raise UserError(f"--data_dir: {folder} holds no task; looked for the folders {folders}")
+        if missing:
+            print(f"not in {folder}: {', '.join(task.name for task in missing)}", file=sys.stderr)
+    else:
+        chosen = named(tasks)
+    data = {task.name: from_folder(folder, task) for task in chosen}
+    for name, read in data.items():
+        if read.left_out:
+            print(f"{name}: {read.left_out} broken lines of the training file are left out", file=sys.stderr)
+    return data
+
+
+def _grid(checkpoints: Sequence[Checkpoint], data: dict[str, TaskData], settings: Settings) -> Grid:
+    libraries = ("torch", "transformers", "accelerate", "tokenizers", "scikit-learn", "scipy")
+    return Grid(
+        settings={**asdict(settings), "precision": precision()},
+        versions={"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        models={
+            checkpoint.name: {
+                "path": str(checkpoint.path),
+                "sha256": checkpoint.sha256,
+                "max_length": min(settings.max_length, checkpoint.positions),
+            }
+            for checkpoint in checkpoints
+        },
+        tasks={
+            name: {
+                "metrics": list(read.task.metrics),
+                "train_rows": len(read.train) if read.train else 0,
+                "dev_rows": sum(len(rows) for rows in read.dev.values()),
+                "sha256": read.sha256(),
+            }
+            for name, read in data.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The cells of one model on one task that are still to do, and the diagnostics its models are tested on too."""
+
+    checkpoint: Checkpoint
+    data: TaskData
+    diagnostics: list[TaskData]
+    seeds: list[int]
+    steps: int  # of one cell
+
+
+def plan(
+    checkpoints: Sequence[Checkpoint],
+    data: dict[str, TaskData],
+    seeds: Sequence[int],
+    settings: Settings,
+    cells: dict[Cell, dict[str, Any]],
+) -> list[Lane]:
+    """What is still to do, task by task, so that models can be compared as early as possible."""
+    lanes = []
+    for read in data.values():
+        if read.train is None:
+            continue
+        diagnostics = [other for other in data.values() if other.task.trained_on == read.task.name]
+        names = [read.task.name, *(other.task.name for other in diagnostics)]
+        for checkpoint in checkpoints:
+            todo = [seed for seed in seeds if any((checkpoint.name, name, seed) not in cells for name in names)]
+            lanes.append(Lane(checkpoint, read, diagnostics, todo, steps(len(read.train), settings)))
+    return lanes
+
+
+def do_lane(
+    lane: Lane,
+    settings: Settings,
+    keep_models: bool,
+    output_dir: Path,
+    grid: Grid,
+    cells: dict[Cell, dict[str, Any]],
+    bar: Any,
+) -> None:
+    """Does the cells of a lane and adds them to `cells`; results.json and the submission files follow after each."""
+    checkpoint, task = lane.checkpoint, lane.data.task
+    if not lane.seeds:
+        return
+    encoded = encode_task(lane.data, checkpoint, settings)
+    gc.freeze()  # rows and libraries stay: the collections around every fine-tuning need not look at them
+    for seed in lane.seeds:
+        bar.set_description(f"{checkpoint.name} {task.name} seed {seed}")
+        finetuned = finetune(checkpoint, task, encoded, seed, settings, bar)
+        cells[checkpoint.name, task.name, seed] = {
+            "metrics": finetuned.metrics,
+            "score": metrics.score(finetuned.metrics),
+            "train_loss": finetuned.train_loss,
+            "seconds": round(finetuned.seconds, 2),
+        }
+        best = best_seed(cells, checkpoint.name, task.name) == seed
+        target = submission_folder(output_dir, checkpoint) if best and settings.max_eval_samples is None else None
+        if target:
+            test(finetuned, lane.data, checkpoint, settings, target)
+        for other in lane.diagnostics:
+            measured = test(finetuned, other, checkpoint, settings, target)
+            scored = {"score": metrics.score(measured)} if measured else {}
+            cells[checkpoint.name, other.task.name, seed] = {"metrics": measured, **scored}
+        if keep_models:
+            kept = output_dir / "models" / checkpoint.name / task.name / f"seed-{seed}"
+            finetuned.trainer.save_model(kept)
+            checkpoint.tokenizer.save_pretrained(kept)
+        del finetuned
+        gc.collect()  # a Trainer refers to itself, and holds the model
+        save(output_dir / "results.json", report(grid, cells))
+
+
+def test(
+    finetuned: Finetuned, data: TaskData, checkpoint: Checkpoint, settings: Settings, target: Path | None
+) -> dict[str, float]:
+    """Predicts the test rows of a task, writes them into `target`; returns metrics where the rows have labels."""
+    measured: dict[str, float] = {}
+    for file, rows in data.test.items():
+        answers = metrics.predictions(data.task, finetuned.predict(encode(rows, checkpoint, settings.max_length)))
+        if target:
+            write_predictions(target / file, data.task, rows, answers)
+        if rows.labels is not None:
+            measured |= metrics.measure(data.task, answers, rows.labels)
+    return measured
+
+
+def submission_folder(output_dir: Path, checkpoint: Checkpoint) -> Path:
+    """Where the prediction files of a model lie; the zip of the same name beside it holds them all."""
+    return output_dir / "submissions" / checkpoint.name.replace("/", "-")
