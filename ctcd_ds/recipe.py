@@ -113,7 +113,8 @@ class TrainingSection(_Section):
     """How long and how often. Exactly one of `steps` and `epochs`; intervals are in steps.
 
     `time_limit_minutes`: saves and stops then, exit code 85. `step_timeout_s`: a step that takes longer ends the run
-    and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`: the encoders go through torch.compile with static shapes (the first step then takes minutes).
+    and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`: the
+    encoders go through torch.compile with static shapes (the first step then takes minutes).
     """
 
     global_batch_rows: Count = 128

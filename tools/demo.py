@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="everything goes there")
     parser.add_argument("--ranks", type=int, default=2, help="processes of a run")
     parser.add_argument("--steps", type=int, default=None, help="steps of each run, instead of the recipes'")
-    parser.add_argument("--size_megabytes", type=float, default=8.0, help="how much text is collected")
+    parser.add_argument("--size_megabytes", type=float, default=6.0, help="how much text is collected")
     arguments = parser.parse_args()
 
     place = arguments.output_dir
@@ -51,7 +51,16 @@ def main() -> None:
         pretrain(place, name, recipe, arguments.ranks, arguments.steps)
     models = export(place)
     glue = place / "glue"
-    tool("run_glue", model=models, tasks="rte", data_dir=place / "data" / "glue", output_dir=glue, epochs=3)
+    tool(
+        "run_glue",
+        model=models,
+        tasks="rte",
+        data_dir=place / "data" / "glue",
+        output_dir=glue,
+        epochs=2,
+        max_train_samples=1500,
+        learning_rate=5e-4,
+    )
     report(place, models, glue, time.monotonic() - started)
 
 
@@ -108,7 +117,8 @@ def run(words: list[Any]) -> None:
     line = [str(word) for word in words]
     print(f"\n$ {shlex.join(line)}", flush=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(line, cwd=ROOT, env={**os.environ, "PATH": path}, check=False)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path}  # models this small gain nothing from threads
+    done = subprocess.run(line, cwd=ROOT, env=environment, check=False)
     if done.returncode:
         raise cli.RunFailure(f"the demo ends here: exit code {done.returncode}")
 
@@ -138,7 +148,8 @@ def report(place: Path, models: list[Path], glue: Path, seconds: float) -> None:
             alone, together = table["alone"][peer][key], table["together"][peer][key]
             print(f"{peer + ' ' + label:<28}{alone:>10.4f}{together:>10.4f}{together - alone:>+12.4f}")
     print(
-        "\nA lower loss and a higher accuracy are better. One seed, a minute of training: a difference may be chance."
+        "\nA lower loss and a higher accuracy are better. One seed and a minute of training: a difference may be chance,"
+        "\nand so early the soft losses can hold both peers back; the paper's gain is one of full runs."
         "\nThe stand-in task is made from held-out text in RTE's file format; it is not RTE."
         f"\n\nmodels: {place}/hf/teacher, {place}/hf/student · curves: tensorboard --logdir {place}"
         f"\nthe whole demo took {seconds / 60:.1f} minutes"
@@ -148,7 +159,7 @@ def report(place: Path, models: list[Path], glue: Path, seconds: float) -> None:
 def score_of(scores: Any, model: Path) -> float:
     """The stand-in task's accuracy in percent, from run_glue's results.json."""
     entry = next(entry for entry in scores.values() if Path(entry["path"]).resolve() == model.resolve())
-    return float(entry["tasks"]["RTE"]["median"])
+    return float(entry["tasks"]["rte"]["median"])
 
 
 def fill_masks(models: list[Path]) -> None:

@@ -1,0 +1,194 @@
+"""Every benchmark runs at a tiny size and writes the row it promises; ways that differ in their maths are not timed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT, command
+
+TINY = ["--device", "cpu", "--threads", "1", "--repetitions", "1"]
+SHAPE = ["--peers", "2x32,1x32", "--sequence_length", "32", "--rows", "4", "--vocab_size", "500"]
+
+
+@pytest.fixture(autouse=True)
+def _as_a_script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Benchmarks import each other as scripts of one folder do; their threads are theirs alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def row(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
+    """Runs a benchmark and gives its row, printed and written alike."""
+
+    def run(name: str, *arguments: object) -> dict[str, Any]:
+        output = tmp_path / "row.json"
+        code, out, err = command(monkeypatch, capsys, f"benchmarks/{name}.py", *arguments, *TINY, "--output", output)
+        assert code == 0, out + err
+        found = json.loads(output.read_text())
+        assert out.endswith(output.read_text()) or name == "gpu_suite"
+        assert {"cores", "device", "load_average"} <= set(found["hardware"])
+        assert {"torch", "transformers", "python"} <= set(found["versions"])
+        assert found["threads"] == 1 and "commit" in found and found["command"].startswith(f"{name}.py ")
+        return found
+
+    return run
+
+
+def assert_positive(row: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        assert math.isfinite(row[key]) and row[key] > 0, (key, row[key])
+
+
+def test_step_times_all_ways(row: Any) -> None:
+    found = row("step", *SHAPE, "--ways", "naive,naive_selected,ours,alone")
+    assert_positive(found, "naive_s", "ours_s", "alone_s", "naive_over_ours", "naive_selected_over_ours")
+    assert_positive(found, "ours_over_alone", "peak_bytes", "naive_peak_bytes", "gemm_share", "tokens_per_s")
+    assert found["peak_bytes"] < found["naive_peak_bytes"]
+    assert found["loss_difference"] < 1e-4 and found["gradient_difference"] < 1e-4
+    assert set(found["rounds"]) >= {"naive", "ours", "alone"} and len(found["rounds"]["ours"]) == 1
+
+
+def test_step_with_three_peers_and_in_bf16(row: Any) -> None:
+    three = ["--peers", "2x32,1x32,1x64", *SHAPE[2:], "--ways", "ours,alone", "--dtype", "bfloat16"]
+    found = row("step", *three)
+    assert_positive(found, "ours_s", "alone_s", "ours_over_alone", "peak_bytes")
+    assert sum(key.startswith("alone/peer") for key in found) == 3
+    assert "naive_s" not in found
+
+
+def test_different_maths_is_not_timed() -> None:
+    """The check sees a wrong weight (in the loss) and a target that is not detached (in the gradients only)."""
+    import step
+    import workload
+
+    from ctcd_ds.cli import RunFailure
+
+    shape = workload.Shape((workload.Size(2, 32), workload.Size(1, 32)), 32, 4, 512)
+    graph = workload.full_graph(shape.names)
+    module = workload.co_training(workload.build_models(shape), graph, shape.vocab_size)
+    batch, collated = workload.random_batch(shape, torch.device("cpu"))
+    assert max(step.same_maths(module, graph, batch, collated).values()) < 1e-5
+    with torch.no_grad():  # at initialisation peers know nothing and hardly differ: teach the check with ones that do
+        for parameter in module.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    step.same_maths(module, graph, batch, collated)
+
+    mirrored = workload.DistillationGraph(graph.names, graph.hard, ((0.0, 4.0), (1.0, 0.0)), graph.trained)
+    with pytest.raises(RunFailure, match="do not compute the same"):
+        step.same_maths(module, mirrored, batch, collated)
+    shifted = {**collated, "labels": collated["labels"].roll(1, dims=1)}
+    with pytest.raises(RunFailure, match="do not compute the same"):
+        step.same_maths(module, graph, batch, shifted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "detach", lambda tensor: tensor)
+        with pytest.raises(RunFailure, match="gradient_difference"):
+            step.same_maths(module, graph, batch, collated)
+
+
+def test_what_a_step_must_do_is_counted_like_training_counts_it() -> None:
+    import workload
+
+    from ctcd_ds.peers.accounting import cost
+
+    shape = workload.Shape((workload.Size(2, 32), workload.Size(1, 64)), 32, 4, 512)
+    models = workload.build_models(shape).values()
+    share = round(0.15 * 30) / 32
+    assert shape.flops() == sum(3 * cost(m.config, 32, share).forward_flops for m in models) * 4 * 32
+
+
+def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
+    import common
+
+    def step() -> None:
+        first = torch.ones(1000, 250)
+        second = first + 1
+        del first
+        torch.ones(1000, 100)
+        del second
+
+    found = common.peak_bytes(step, torch.device("cpu"))
+    assert found == pytest.approx(2_000_000, rel=0.01)
+    assert common.peak_flops("NVIDIA H200", "bfloat16") == 989e12
+
+
+def test_objective(row: Any) -> None:
+    shape = ["--width", "32", "--vocab_size", "500", "--tokens", "256,512", "--extrapolate_to", "2048"]
+    found = row("objective", *shape)
+    assert_positive(found, "memory_ratio", "gradient_error", "naive_s", "ours_s", "naive_over_ours")
+    assert found["memory_ratio"] < 1 / 4
+    assert found["gradient_error"] < 1e-5
+    assert found["gradient_errors"]["bfloat16"]["soft_naive"] > 1e-3  # what fp32 logits are for
+    small, large = found["memory"]["naive_bytes_per_token"]
+    assert small == pytest.approx(large, rel=0.02), "the naive way's memory is a straight line"
+
+
+def test_loader(row: Any) -> None:
+    found = row("loader", *SHAPE, "--seconds", "0.2", "--steps", "3")
+    assert_positive(found, "rows_per_s", "step_s")
+    assert 0 <= found["wait_share"] < 1
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "model"])
+def test_corpus(row: Any, tmp_path: Path, kind: str) -> None:
+    words = ["the", "a", "peer", "model", "learns", "from", "another", "teacher", "student", "and", "both", "grow"]
+    text, tokenizer = tmp_path / "text.txt", tmp_path / "vocab.txt"
+    lines = [" ".join(words[(k * step) % len(words)] for k in range(9)) for step in range(1, 400)]
+    text.write_text("\n\n".join(lines))
+    tokenizer.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words)]) + "\n")
+    if kind == "model":
+        import sentencepiece
+
+        tokenizer = tmp_path / "m.model"
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=30, minloglevel=2
+        )
+    found = row("corpus", "--input", text, "--tokenizer", tokenizer, "--workers", "1")
+    assert_positive(found, "ratio_to_tokenizer", "tokens_per_s", "tokenizer_tokens_per_s")
+    assert found["documents"] == 399
+
+
+def test_overhead_of_deepspeed_and_our_loop(row: Any) -> None:
+    found = row("overhead", *SHAPE, "--steps", "3")
+    assert_positive(found, "deepspeed_over_bare", "bare_s", "deepspeed_s")
+
+
+def test_startup(row: Any) -> None:
+    found = row("startup", *SHAPE, "--warm_up", "0")
+    assert_positive(found, "ours_s", "empty_s")
+    assert found["ours_minus_empty_s"] == pytest.approx(found["ours_s"] - found["empty_s"])
+
+
+def test_the_gpu_suite_is_ready(row: Any) -> None:
+    """All its parts run on the CPU, and only what needs a GPU says so."""
+    parts = row("gpu_suite", "--size", "tiny")["parts"]
+    assert {name: part for name, part in parts.items() if "failed" in part} == {}
+    assert [name for name, part in parts.items() if "skipped" in part] == ["run_fp16"]
+    assert parts["gradient_error"]["result"]["gradient_error"] < 1e-3
+    run = parts["run_bf16"]["result"]
+    assert run["steps"] == 30 and run["last_loss"] < run["first_loss"]
+    assert set(parts["batch_sizes"]["result"]) == {"2", "4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--peers", "6-768"], "write LAYERSxWIDTH"),
+        (["--ways", "ours,fast"], "the ways are naive, naive_selected, ours, alone"),
+        (["--output", "nowhere/row.json"], "there is no directory"),
+        (["--rows", "0"], "not a whole number from 1"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, arguments: list[str], said: str
+) -> None:
+    code, _, err = command(monkeypatch, capsys, "benchmarks/step.py", "--device", "cpu", *arguments)
+    assert code == 2 and said in err
