@@ -1,0 +1,187 @@
+"""Times one training step (forward, backward, optimizer) in several ways that compute the same thing.
+
+naive           Hugging Face models as they come: logits at every position, F.cross_entropy and F.kl_div, AdamW
+naive_selected  the same, but logits are selected at the targets before the softmax
+ours            CTCD-DS: heads at the targets, the fused objective, fused AdamW
+alone           CTCD-DS with each peer by itself, hard loss only; their sum
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import common
+import torch
+import workload
+from torch import Tensor
+from torch.nn import functional as F
+from workload import Shape
+
+from ctcd_ds import cli
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.recipe import OptimizerSection
+
+WAYS = ("naive", "naive_selected", "ours", "alone")
+TOLERANCE = 1e-4
+
+
+def naive_loss(
+    models: Mapping[str, Any], graph: DistillationGraph, collated: Mapping[str, Tensor], select_first: bool = False
+) -> Tensor:
+    """CTCD's loss as one writes it down with Hugging Face and torch.nn.functional."""
+    inputs = {key: tensor for key, tensor in collated.items() if key != "labels"}
+    logits = [models[name](**inputs).logits.flatten(0, 1) for name in graph.names]
+    return naive_objective(logits, collated["labels"].flatten(), graph, select_first)
+
+
+def naive_objective(
+    logits: Sequence[Tensor], labels: Tensor, graph: DistillationGraph, select_first: bool = False
+) -> Tensor:
+    """From logits [T, V] at every position; labels are −100 where there is no target."""
+    chosen = labels != -100
+    if select_first:
+        logits, labels, chosen = [z[chosen] for z in logits], labels[chosen], chosen[chosen]
+    logits = [z.float() for z in logits]
+    total = torch.zeros((), device=labels.device)
+    for i in graph.hard_peers():
+        total = total + graph.hard[i] * F.cross_entropy(logits[i], labels)
+    for i, j, weight in graph.edges():
+        learner, teacher = F.log_softmax(logits[i], dim=-1), F.softmax(logits[j].detach(), dim=-1)
+        divergence = F.kl_div(learner, teacher, reduction="none").sum(dim=-1)
+        total = total + weight * divergence[chosen].mean()
+    return total
+
+
+def same_maths(
+    module: CoTraining, graph: DistillationGraph, batch: Batch, collated: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """How far the naive way (on `graph`) and ours are apart in fp32 without dropout: total loss, gradients by norm.
+
+    Raises RunFailure beyond 1e-4: two ways that compute different things are not compared.
+    """
+    module.eval()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    losses, gradients = [], []
+    for select_first in (False, True):
+        losses.append(naive_loss(module.peers, graph, collated, select_first))
+        gradients.append(torch.autograd.grad(losses[-1], parameters))
+    losses.append(module(batch, 0, 0).total)
+    gradients.append(torch.autograd.grad(losses[-1], parameters))
+    module.train()
+    *naive, ours = torch.stack([loss.detach().double() for loss in losses]).tolist()
+    *others, exact = gradients
+
+    def norm(tensors: Any) -> float:
+        return float(torch.stack([t.double().norm() for t in tensors]).norm())
+
+    apart = {
+        "loss_difference": max(abs(loss - ours) for loss in naive) / max(1.0, abs(ours)),
+        "gradient_difference": max(norm(a - b for a, b in zip(g, exact, strict=True)) for g in others) / norm(exact),
+    }
+    if max(apart.values()) > TOLERANCE:
+        raise cli.RunFailure(f"the naive way and ours do not compute the same: {apart}; more than {TOLERANCE}")
+    return apart
+
+
+def optimised(loss: Any, optimizer: torch.optim.Optimizer) -> common.Step:
+    """A whole step: `loss()`, backward, the optimizer."""
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def our_step(module: CoTraining, batch: Batch) -> common.Step:
+    """A whole step as training does it, without DeepSpeed."""
+    groups = module.parameter_groups(dict.fromkeys(module.graph.names, OptimizerSection()))
+    return optimised(lambda: module(batch, 0, 0).total, torch.optim.AdamW(groups, fused=True))
+
+
+def make_ways(
+    wanted: list[str], module: CoTraining, batch: Batch, collated: Mapping[str, Tensor]
+) -> dict[str, common.Step]:
+    """The steps to time. All work on the same models; `alone` is one way for each peer, 'alone/NAME'."""
+    graph, models, ways = module.graph, module.peers, {}
+    for name in wanted:
+        if name == "alone":
+            for peer in graph.names:
+                single = DistillationGraph((peer,), (1.0,), ((0.0,),), (True,))
+                ways[f"alone/{peer}"] = our_step(workload.co_training(models, single, module.vocab_size), batch)
+        elif name == "ours":
+            ways[name] = our_step(module, batch)
+        else:
+            select = name == "naive_selected"
+            optimizer = torch.optim.AdamW(module.parameters(), lr=5e-4)
+            ways[name] = optimised(lambda select=select: naive_loss(models, graph, collated, select), optimizer)
+    return ways
+
+
+def measure(shape: Shape, wanted: list[str], repetitions: int, device: torch.device, dtype: str) -> dict[str, Any]:
+    """The row's values for a shape, all ways interleaved with a large matrix product."""
+    models = workload.build_models(shape)
+    module = workload.co_training(models, workload.full_graph(shape.names), shape.vocab_size).to(device)
+    batch, collated = workload.random_batch(shape, device)
+    apart = same_maths(module, module.graph, batch, collated)
+    module.to(common.DTYPES[dtype])
+
+    ways, gemm = make_ways(wanted, module, batch, collated), common.Gemm(device, common.DTYPES[dtype])
+    peaks = {name: common.peak_bytes(step, device) for name, step in ways.items()}
+    seconds = common.interleaved({**ways, "gemm": gemm}, repetitions, device)
+    rate = gemm.rate(seconds.pop("gemm"))
+    if "alone" in wanted:
+        alone = [name for name in ways if name.startswith("alone/")]
+        seconds["alone"] = common.total([seconds[name] for name in alone])
+        peaks["alone"] = max(peaks[name] for name in alone)
+    return {**_summary(shape, seconds, rate, device, dtype), **_peaks(peaks, wanted), **apart}
+
+
+def _summary(
+    shape: Shape, seconds: dict[str, list[float]], rate: float, device: torch.device, dtype: str
+) -> dict[str, Any]:
+    values: dict[str, Any] = {f"{name}_s": median(rounds) for name, rounds in seconds.items()}
+    for above, below in (("naive", "ours"), ("naive_selected", "ours"), ("ours", "alone")):
+        if above in seconds and below in seconds:
+            values[f"{above}_over_{below}"] = common.ratio(seconds[above], seconds[below])
+    values |= {"flops_per_step": shape.flops(), "gemm_flops_per_s": rate}
+    if "ours" in seconds:
+        reached = values["flops_per_step"] / values["ours_s"]
+        values["gemm_share"] = reached / rate
+        values["tokens_per_s"] = shape.rows * shape.length / values["ours_s"]
+        if device.type == "cuda" and (peak := common.peak_flops(torch.cuda.get_device_name(device), dtype)):
+            values["mfu"] = reached / peak
+    return {**values, "rounds": {name: [round(s, 6) for s in rounds] for name, rounds in seconds.items()}}
+
+
+def _peaks(peaks: dict[str, int], wanted: list[str]) -> dict[str, int]:
+    """Beyond weights and optimizer states: gradients, activations, logits. `peak_bytes` itself is that of ours."""
+    first = "ours" if "ours" in wanted else wanted[0]
+    return {"peak_bytes": peaks[first], **{f"{name}_peak_bytes": peaks[name] for name in wanted if name != first}}
+
+
+def ways(text: str) -> list[str]:
+    """'naive,ours' as an option's type."""
+    wanted = text.split(",")
+    if unknown := sorted(set(wanted) - set(WAYS)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: the ways are {', '.join(WAYS)}")
+    return wanted
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    workload.add_shape_options(parser)
+    parser.add_argument("--ways", type=ways, default=list(WAYS), help="which, separated by commas")
+    arguments = parser.parse_args()
+    device, shape = common.begin(arguments), Shape.of(arguments)
+    common.write_row(arguments, measure(shape, arguments.ways, arguments.repetitions, device, arguments.dtype))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,206 @@
+"""What is measured on: peers by their size, batches of random rows, and a corpus that a model can learn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctcd_ds.corpus.masking import Masking
+from ctcd_ds.corpus.rows import Corpus, SpecialIds
+from ctcd_ds.manifest import file_entry, write_manifest
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.peers.accounting import cost
+from ctcd_ds.peers.build import build_peer, padded
+from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.recipe import PeerSection
+
+SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
+FIRST_WORD = 5  # the first id that is no special token
+MASK_FRACTION = 0.15
+
+
+@dataclass(frozen=True)
+class Size:
+    """A BERT by layers × width; heads of 64, feed-forward of four widths, as in BERT itself."""
+
+    layers: int
+    width: int
+
+    def model(self, length: int) -> dict[str, Any]:
+        """The recipe's `model` section for rows of `length`."""
+        return {
+            "model_type": "bert",
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": max(1, self.width // 64),
+            "intermediate_size": 4 * self.width,
+            "max_position_embeddings": max(512, length),
+        }
+
+
+def sizes(text: str) -> list[Size]:
+    """'6x768,4x768' as an option's type."""
+    if not re.fullmatch(r"\d+x\d+(,\d+x\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write LAYERSxWIDTH,LAYERSxWIDTH…, e.g. 6x768,4x768")
+    return [Size(*map(int, part.split("x"))) for part in text.split(",")]
+
+
+def add_shape_options(parser: argparse.ArgumentParser, peers: str = "6x768,4x768") -> None:
+    """The options that say how large the measured step is."""
+    parser.add_argument("--peers", type=sizes, default=peers, help="LAYERSxWIDTH of each peer")
+    parser.add_argument("--sequence_length", type=common.positive, default=128)
+    parser.add_argument("--rows", type=common.positive, default=16, help="rows in a step")
+    parser.add_argument("--vocab_size", type=common.positive, default=30522, help="rounded up to a multiple of 64")
+    parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="of weights and activations")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a step is. `vocab_size` is padded already, so that no way has odd matrices."""
+
+    peers: tuple[Size, ...]
+    length: int
+    rows: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Shape:
+        """The shape that the options ask for."""
+        vocabulary = padded(arguments.vocab_size)
+        return cls(tuple(arguments.peers), arguments.sequence_length, arguments.rows, vocabulary)
+
+    @property
+    def masking(self) -> Masking:
+        """Fixed-count masking at BERT's 15 %."""
+        return Masking(MASK_FRACTION, SPECIAL, self.vocab_size)
+
+    @property
+    def corpus(self) -> Corpus:
+        """What a peer needs to know of a corpus, without one."""
+        return Corpus(Path(), "", SPECIAL, self.vocab_size, "", "", "uint16", {})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The peers' names: their place and size."""
+        return tuple(f"peer{k}-{size.layers}x{size.width}" for k, size in enumerate(self.peers))
+
+    def flops(self) -> float:
+        """What one training step must do: matrix products only, heads at the targets only."""
+        share = self.masking.count(self.length) / self.length
+        costs = (cost(peer.config, self.length, share) for peer in meta_models(self))
+        return sum(3 * c.forward_flops for c in costs) * self.rows * self.length
+
+
+def meta_models(shape: Shape) -> list[Any]:
+    """The peers without memory."""
+    with torch.device("meta"):
+        return list(build_models(shape).values())
+
+
+def build_models(shape: Shape) -> dict[str, Any]:
+    """The peers as Hugging Face models, fp32, by name."""
+    sections = [PeerSection(model=size.model(shape.length)) for size in shape.peers]
+    return {name: build_peer(name, s, shape.corpus, seed=1) for name, s in zip(shape.names, sections, strict=True)}
+
+
+def full_graph(names: Sequence[str]) -> DistillationGraph:
+    """Everyone learns from everyone: soft weights 1 for the first peer, 4 for the others, as in the paper's 1:1:1:4."""
+    n = len(names)
+    weight = [(1.0 if i == 0 else 4.0) / max(1, n - 1) for i in range(n)]
+    soft = tuple(tuple(0.0 if i == j else weight[i] for j in range(n)) for i in range(n))
+    return DistillationGraph(tuple(names), (1.0,) * n, soft, (True,) * n)
+
+
+def co_training(models: Mapping[str, Any], graph: DistillationGraph, vocab_size: int) -> CoTraining:
+    """The peers of `graph` in the container that training uses, in training mode."""
+    return CoTraining({name: models[name] for name in graph.names}, graph, vocab_size, 1.0, seed=1).train()
+
+
+def random_batch(shape: Shape, device: torch.device) -> tuple[Batch, dict[str, Tensor]]:
+    """The same random masked rows twice: as our Batch, and as DataCollatorForLanguageModeling gives them."""
+    random, numbers = np.random.default_rng(0), np.arange(shape.rows)
+    tokens = random.integers(FIRST_WORD, shape.vocab_size, (shape.rows, shape.length), dtype=np.int32)
+    tokens[:, 0], tokens[:, -1] = SPECIAL.cls, SPECIAL.sep
+    ids, places, originals = shape.masking.apply(tokens, 1, np.zeros_like(numbers), numbers)
+    labels = np.full_like(tokens, -100)
+    np.put_along_axis(labels, places.astype(np.int64), originals, axis=1)
+
+    input_ids, positions, targets, hf_labels = (
+        torch.from_numpy(array.astype(np.int64)).to(device)
+        for array in (ids, (places + numbers[:, None] * shape.length).ravel(), originals.ravel(), labels)
+    )
+    count = float(targets.numel())
+    collated = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": hf_labels}
+    return Batch(input_ids, positions, targets, count, count), collated
+
+
+def write_corpus(folder: Path, vocab_size: int, rows: int, length: int) -> Path:
+    """A corpus of at least `rows` rows of a Markov chain (three likely next tokens): something a model can learn.
+
+    Its tokenizer folder is empty: no text is ever needed here.
+    """
+    chains = 256
+    steps = -(-2 * rows * length // chains)  # twice what is asked for, as the documents end in [SEP]
+    random = np.random.default_rng(1)
+    following = random.integers(FIRST_WORD, vocab_size, (vocab_size, 3), dtype=np.uint16)
+    tokens = np.empty((chains, steps), np.uint16)
+    current = random.integers(FIRST_WORD, vocab_size, chains)
+    for step in range(steps):
+        tokens[:, step] = current
+        current = following[current, random.choice(3, chains, p=(0.7, 0.2, 0.1))]
+    tokens[:, -1] = SPECIAL.sep
+
+    (folder / "tokenizer").mkdir(parents=True)
+    held_out = max(1, chains // 16)
+    splits = {"train": [_shard(folder, "train-00000", tokens[held_out:])]}
+    splits["valid"] = [_shard(folder, "valid-00000", tokens[:held_out])]
+    ids = {name: getattr(SPECIAL, name) for name in SpecialIds.__dataclass_fields__}
+    identity = {"fingerprint": "0" * 64, "vocabulary": "0" * 64, "vocab_size": vocab_size, **ids}
+    content = {"format": "ctcd_ds.corpus", "version": 1, "tokenizer": identity, "dtype": "uint16", "settings": {}}
+    write_manifest(folder / "manifest.json", {**content, "splits": splits})
+    return folder
+
+
+def _shard(folder: Path, name: str, documents: np.ndarray) -> dict[str, Any]:
+    """megatron-core's pair of files, written without megatron-core: a GPU machine may lack it."""
+    count, each = documents.shape
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, count, count + 1)
+    lengths, starts = np.full(count, each, np.int32), np.arange(count, dtype=np.int64) * each * 2
+    documents.tofile(folder / f"{name}.bin")
+    index = header + lengths.tobytes() + starts.tobytes() + np.arange(count + 1, dtype=np.int64).tobytes()
+    (folder / f"{name}.idx").write_bytes(index)
+    files = {kind: file_entry(folder / f"{name}.{kind}") for kind in ("bin", "idx")}
+    return {"name": name, "documents": count, "tokens": int(documents.size), **files}
+
+
+def recipe(folder: Path, shape: Shape, corpus: Path, steps: int, **training: Any) -> Path:
+    """Writes a recipe that co-trains the shape's peers on `corpus`, the full graph; gives its path."""
+    graph = full_graph(shape.names)
+    peers = {
+        name: {"model": size.model(shape.length), "soft": dict(zip(graph.names, weights, strict=True))}
+        for name, size, weights in zip(shape.names, shape.peers, graph.soft, strict=True)
+    }
+    for name in shape.names:
+        del peers[name]["soft"][name]
+    path = folder / "recipe.json"
+    path.write_text(
+        json.dumps(
+            {
+                "corpus": {"path": str(corpus), "sequence_length": shape.length, "mask_fraction": MASK_FRACTION},
+                "peers": peers,
+                "training": {"global_batch_rows": shape.rows, "steps": steps, "log_every": 1, **training},
+            }
+        )
+    )
+    return path
