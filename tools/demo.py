@@ -148,7 +148,7 @@ def report(place: Path, models: list[Path], glue: Path, seconds: float) -> None:
             alone, together = table["alone"][peer][key], table["together"][peer][key]
             print(f"{peer + ' ' + label:<28}{alone:>10.4f}{together:>10.4f}{together - alone:>+12.4f}")
     print(
-        "\nA lower loss and a higher accuracy are better. One seed and a minute of training: a difference may be chance,"
+        "\nA lower loss and a higher accuracy are better. One seed, a minute of training: a difference may be chance,"
         "\nand so early the soft losses can hold both peers back; the paper's gain is one of full runs."
         "\nThe stand-in task is made from held-out text in RTE's file format; it is not RTE."
         f"\n\nmodels: {place}/hf/teacher, {place}/hf/student · curves: tensorboard --logdir {place}"
