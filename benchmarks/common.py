@@ -27,6 +27,7 @@ from ctcd_ds.training.hardware import _PEAKS
 from ctcd_ds.training.run_directory import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+LOAD_BEFORE = os.getloadavg()[0]  # of the last minute, before this process adds to it
 Step = Callable[[], Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,14 +72,14 @@ def write_row(arguments: argparse.Namespace, values: Mapping[str, Any], show: bo
 
 
 def where(device: str) -> dict[str, Any]:
-    """Hardware, versions, commit and threads of this process, and how busy the machine is besides."""
+    """Hardware, versions, commit and threads of this process, and how busy the machine was before."""
     found = environment(1, torch.get_num_threads(), device)
     return {
         "hardware": {
             "device": found["device"],
             "cores": found["cores"],
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "load_average": round(os.getloadavg()[0], 2),
+            "load_before": round(LOAD_BEFORE, 2),
         },
         "versions": {"python": found["python"], **{k: v for k, v in found["packages"].items() if v is not None}},
         "commit": found["git_commit"],

@@ -35,7 +35,7 @@ def row(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
         assert code == 0, out + err
         found = json.loads(output.read_text())
         assert out.endswith(output.read_text()) or name == "gpu_suite"
-        assert {"cores", "device", "load_average"} <= set(found["hardware"])
+        assert {"cores", "device", "load_before"} <= set(found["hardware"])
         assert {"torch", "transformers", "python"} <= set(found["versions"])
         assert found["threads"] == 1 and "commit" in found and found["command"].startswith(f"{name}.py ")
         return found

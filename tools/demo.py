@@ -117,7 +117,7 @@ def run(words: list[Any]) -> None:
     line = [str(word) for word in words]
     print(f"\n$ {shlex.join(line)}", flush=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    # On the CPU everywhere: a machine with one GPU could not start two ranks. Models this small gain nothing from threads.
+    # On the CPU everywhere: one GPU could not hold two ranks. Models this small gain nothing from threads.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(line, cwd=ROOT, env=environment, check=False)
     if done.returncode:
