@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 # ninja and the compiler must be found when DeepSpeed builds an op, activated environment or not.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo test test-data check clean
+.PHONY: setup demo test test-data test-benchmarks check clean
 
 setup: $(VENV)/ready
 
@@ -22,7 +22,11 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not data"
+	$(BIN)/python -m pytest -m "not data and not benchmarks"
+
+# The benchmarks at tiny size: that they run and say what they promise, not how fast.
+test-benchmarks: setup
+	$(BIN)/python -m pytest -m benchmarks
 
 # What needs the real text and GLUE files of ../shared/data; skips, and says so, where they are not there.
 test-data: setup

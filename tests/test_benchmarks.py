@@ -11,6 +11,8 @@ import pytest
 import torch
 from commands import ROOT, command
 
+pytestmark = pytest.mark.benchmarks
+
 TINY = ["--device", "cpu", "--threads", "1", "--repetitions", "1"]
 SHAPE = ["--peers", "2x32,1x32", "--sequence_length", "32", "--rows", "4", "--vocab_size", "500"]
 
