@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 # ninja and the compiler must be found when DeepSpeed builds an op, activated environment or not.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo test test-data test-benchmarks check clean
+.PHONY: setup demo test test-data test-benchmarks test-faults check clean
 
 setup: $(VENV)/ready
 
@@ -22,7 +22,11 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not data and not benchmarks"
+	$(BIN)/python -m pytest -m "not data and not benchmarks and not faults"
+
+# Signals, dead launchers, hangs: real processes, real time.
+test-faults: setup
+	$(BIN)/python -m pytest -m faults
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from runs import ROOT, bert, chain_corpus, final_weights, metrics, start_ranks
 
+pytestmark = pytest.mark.faults
 STEPS = 4000  # more than any test waits for
 
 
