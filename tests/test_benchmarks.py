@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from commands import ROOT, command
 
 pytestmark = pytest.mark.benchmarks

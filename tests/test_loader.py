@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpora import SPECIAL, random_documents, small_rows, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpora import SPECIAL, random_documents, small_rows, write_corpus
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.loader import MicroBatch, TrainLoader, valid_batches
 from ctcd_ds.corpus.masking import VALID_SEED, Masking

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from corpora import SPECIAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpora import SPECIAL
 from ctcd_ds.corpus.masking import Masking
 
 VOCAB = 1000

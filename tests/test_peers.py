@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import write_corpus
-from runs import bert, chain_documents
 
+from corpora import write_corpus
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.objective.fused import project
 from ctcd_ds.peers.accounting import cost
@@ -17,6 +16,7 @@ from ctcd_ds.peers.build import build_peer, config_mistakes, padded, peer_config
 from ctcd_ds.peers.cotrain import Batch, CoTraining
 from ctcd_ds.peers.heads import TRANSFORMS, project_positions
 from ctcd_ds.recipe import OptimizerSection, PeerSection, Recipe
+from runs import bert, chain_documents
 
 VOCABULARY, LENGTH = 300, 24
 SMALL: dict[str, dict[str, Any]] = {

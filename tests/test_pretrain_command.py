@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from commands import ROOT, command, deepspeed
 from runs import bert, chain_corpus, metrics
 

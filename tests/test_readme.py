@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from commands import ROOT, environment
 
 README = (ROOT / "README.md").read_text()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from commands import ROOT, deepspeed, environment
 from runs import bert, metrics
 

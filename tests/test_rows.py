@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import SPECIAL, index_header, random_documents, write_corpus, write_corpus_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corpora import SPECIAL, index_header, random_documents, write_corpus, write_corpus_manifest
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus, RowOrder, Rows, batch_rows
 from ctcd_ds.manifest import write_manifest

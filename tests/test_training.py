@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from runs import BF16, FP16, FP32, Job, bert, chain_corpus, drop_checkpoint, final_weights, metrics, run_jobs
 
 PEERS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from commands import command
 from runs import Job, bert, chain_corpus, run_jobs
 
