@@ -103,9 +103,9 @@ class ObjectiveSection(_Section):
 
 
 class ScheduleSection(_Section):
-    """Warm-up from 0 over `warmup_fraction` of the steps, then down to 0 along a line or a cosine."""
+    """Warm-up from 0 over `warmup_fraction` of the steps, then down to 0 along a line or a cosine, or constant."""
 
-    type: Literal["linear", "cosine"] = "linear"
+    type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: Fraction = 0.06
 
 
@@ -115,6 +115,9 @@ class TrainingSection(_Section):
     `time_limit_minutes`: saves and stops then, exit code 85. `step_timeout_s`: a step that takes longer ends the run
     and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`: the
     encoders go through torch.compile with static shapes (the first step then takes minutes).
+    The newest `keep_checkpoints` are kept; with `keep_every` also those of every so many steps; with `keep_best` also
+    the one of each peer's lowest held-out loss (then each improvement is saved). `on_nonfinite`: a step with a loss or
+    a gradient that is not finite moves nothing; the run stops there, or skips it.
     """
 
     global_batch_rows: Count = 128
@@ -126,9 +129,12 @@ class TrainingSection(_Section):
     checkpoint_every: Count | None = None
     checkpoint_every_minutes: Positive | None = None
     keep_checkpoints: Count = 3
+    keep_every: Count | None = None
+    keep_best: bool = False
     time_limit_minutes: Positive | None = None
     step_timeout_s: Positive = 600.0
     compile: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @property
     def checkpoint_minutes(self) -> float | None:

@@ -29,9 +29,9 @@ def main() -> int:
     ranks = find_ranks()
     try:
         return pretrain(arguments, ranks)
-    except cli.UserError:
+    except (cli.UserError, cli.RunFailure):
         if not ranks.first:
-            time.sleep(10)  # rank 0 has most likely found the same and speaks; the launcher then ends this one
+            time.sleep(10)  # all ranks find the same, and rank 0 says it; the launcher then ends this one
         raise
 
 
@@ -53,13 +53,13 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.first:
             print(describe(plan))
         return cli.EXIT_DONE
-    run.refuse_or_resume(recipe, arguments.resume)
-    if run.state() == "finished":
+    different = run.refuse_or_resume(plan, arguments.resume)
+    if run.is_finished(plan):
         if ranks.first:
             print(f"{run.path} is finished already: nothing to do")
         return cli.EXIT_DONE
     if ranks.first:
-        print(describe(plan), flush=True)
+        print(describe(plan), *(f"changed since: {line}" for line in different), sep="\n", flush=True)
 
     from ctcd_ds.training.trainer import start
 

@@ -119,7 +119,7 @@ def metrics(run: Path) -> dict[int, dict[str, Any]]:
 
 def final_weights(run: Path) -> dict[str, dict[str, Any]]:
     """The fp32 weights of every trained peer at the end of a run."""
-    from ctcd_ds.training.checkpoint import consolidated
+    from ctcd_ds.training.loading import consolidated
 
     return consolidated(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip())
 
@@ -149,7 +149,7 @@ def _main() -> None:
             get_accelerator().is_fp16_supported = lambda: True
             device = "any"
         plan = make_plan(recipe, job["deepspeed"], ranks.world, device, path)
-        run.refuse_or_resume(recipe, job["resume"])
+        run.refuse_or_resume(plan, job["resume"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # rank 0 writes when all have looked (the first start waits by itself)
         with ExitStack() as ending:

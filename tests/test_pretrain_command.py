@@ -239,7 +239,7 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
     code, out, _ = command(monkeypatch, capsys, *line, "--resume")
     assert code == 0 and "finished already" in out
     code, _, err = command(monkeypatch, capsys, *line, "--resume", "--set", "optimizer.lr=1e-3", "training.log_every=1")
-    assert code == 2 and "optimizer.lr: the run has 0.0005, the given recipe 0.001" in err and "log_every" not in err
+    assert code == 2 and "optimizer.lr: the run has 0.0005, now 0.001" in err and "log_every" not in err
     assert (finished / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -254,7 +254,7 @@ def test_export_writes_models_that_load_and_agree(finished: Path, monkeypatch: p
     import torch
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    from ctcd_ds.training.checkpoint import consolidated
+    from ctcd_ds.training.loading import consolidated
 
     line = ("tools/export_hf.py", "--checkpoint", finished / "run", "--output_dir", finished / "hf")
     code, out, err = command(monkeypatch, capsys, *line)

@@ -184,7 +184,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(corpus: Path, tmp
     plan = recipe(corpus, PEERS)
     plan["optimizer"] = {"lr": 1e30, "max_grad_norm": 0.0}
     plan["schedule"] = {"warmup_fraction": 0.0}
-    with pytest.raises(AssertionError, match=r"RunFailure: step \d+: .* = nan.*the optimizer did not move"):
+    with pytest.raises(
+        AssertionError,
+        match=r"RunFailure: step \d+: .* = nan.*in a micro-batch of the rows \d+, .*optimizer did not move",
+    ):
         run_jobs([Job(plan, tmp_path / "run")], 2, tmp_path)
 
 

@@ -35,7 +35,7 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds for what is one thing: no tokenizer there
         raw = sorted(path for end in ("vocab.txt", "*.model") for path in Path(directory).glob(end))
         reason = f"give the file itself: {raw[0]}" if raw else str(problem).strip().split("\n")[0]

@@ -65,9 +65,9 @@ def open_checkpoint(path: Path, name: str) -> Checkpoint:
         raise UserError(f"--model: {path} has no weights (model.safetensors)")
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path, local_files_only=True, output_loading_info=True
+            path, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as problem:  # transformers, safetensors and json have many, with no common base
         reason = " ".join(str(problem).split())
         raise UserError(f"--model: {path} cannot be opened for fine-tuning: {reason}") from None
@@ -219,7 +219,7 @@ def finetune(
             dataloader_pin_memory=precision() == "bf16",
         )
         model = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint.path, dtype="float32", local_files_only=True, **kind
+            checkpoint.path, dtype="float32", local_files_only=True, trust_remote_code=False, **kind
         )
         trainer = Trainer(
             model=model,

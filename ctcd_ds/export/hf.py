@@ -18,6 +18,7 @@ from ctcd_ds.export.model_card import model_card
 from ctcd_ds.peers.build import load_fitted
 from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
 from ctcd_ds.training import checkpoint as checkpoints
+from ctcd_ds.training.loading import consolidated
 from ctcd_ds.training.run_directory import RunDirectory
 
 TOLERANCE = 1e-4  # of the logits' own size: only the shape of the last GEMM differs
@@ -40,7 +41,7 @@ def export(source: Path, peer: str, output_dir: Path) -> dict[str, Path]:
     if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir} is not empty: name another")
 
-    weights = checkpoints.consolidated(checkpoint)
+    weights = consolidated(checkpoint)
     input_ids = _probe(recipe, manifest["vocab_size"])
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -99,7 +100,7 @@ def _model(run: RunDirectory, name: str, state: Mapping[str, Tensor], vocab_size
     """The peer with these weights; with `vocab_size` its vocabulary is cut to that, else padded as in training."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    config = AutoConfig.from_pretrained(run.peers / name)
+    config = AutoConfig.from_pretrained(run.peers / name, trust_remote_code=False)
     config.dtype = torch.float32
     if vocab_size is not None:
         config.vocab_size = vocab_size

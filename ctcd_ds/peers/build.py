@@ -40,7 +40,7 @@ def peer_config(section: PeerSection, corpus: Corpus) -> Any:
 
     try:
         if section.pretrained is not None:
-            config = AutoConfig.from_pretrained(section.pretrained)
+            config = AutoConfig.from_pretrained(section.pretrained, trust_remote_code=False)
         else:
             values = dict(section.model or {})
             config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -121,7 +121,9 @@ def build_peer(name: str, section: PeerSection, corpus: Corpus, seed: int) -> An
     torch.manual_seed(seed_of(seed, "initialisation", name))
     model = AutoModelForMaskedLM.from_config(config)
     if section.pretrained is not None:
-        checkpoint = AutoModelForMaskedLM.from_pretrained(section.pretrained, dtype=torch.float32)
+        checkpoint = AutoModelForMaskedLM.from_pretrained(
+            section.pretrained, dtype=torch.float32, trust_remote_code=False
+        )
         load_fitted(model, checkpoint.state_dict())
     if section.frozen:
         model.requires_grad_(False)

@@ -26,13 +26,11 @@ class MetricsLog:
             total=plan.steps, initial=start_step, unit="step", dynamic_ncols=shown, mininterval=0.5 if shown else 30
         )
 
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
+    def advance(self, step: int, said: str | None = None) -> None:
+        """Moves the bar to `step`; what is to be said of it stands above the bar."""
         self._bar.update(step - self._bar.n)
-
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        if said:
+            self._bar.write(said, file=sys.stderr)
 
     def row(self, step: int, values: dict[str, float], seconds: float, waited_s: float, memory_bytes: int) -> None:
         """Logs a step: its own global values, and the pace since the last logged step.

@@ -7,6 +7,7 @@ a sum over its groups and over the ranks, and clipping scales these tensors in p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,17 @@ class PeerGradients:
                 factor = (limit / (norm + 1e-6)).clamp(max=1.0).float()
                 for gradients in filter(None, map(self._of, groups)):
                     torch._foreach_mul_(gradients, factor)
+
+    def allow_step(self, allowed: bool) -> None:
+        """Whether DeepSpeed's next step moves the optimizer, decided by us and equal on all ranks.
+
+        DeepSpeed looks for overflow where it is told to, which costs a pass and a host sync: it is told where there is
+        one, and finds it.
+        """
+        self.zero.check_grad_overflow = not allowed
+        if not allowed:
+            for gradients in filter(None, map(self._of, range(len(self.zero.param_groups)))):
+                torch._foreach_mul_(gradients, math.inf)  # 0 · inf is NaN: nothing stays finite
 
     def _of(self, group: int) -> list[Tensor]:
         return [gradient for gradient in self.zero.averaged_gradients[group] if gradient is not None]

@@ -148,9 +148,16 @@ def describe(plan: Plan) -> str:
         f"{tokens:,} tokens, {tokens * plan.flops_per_token:.3g} FLOPs",
         f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed)",
         f"DeepSpeed      ZeRO {config.stage}, {config.precision}",
+        f"checkpoints    about {checkpoint_bytes(plan) / GIB:.2f} GiB each",
         f"memory a rank  {states / GIB:.2f} GiB model states, about {activations / GIB:.2f} GiB activations (estimate)",
     ]
     return "\n".join(lines)
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Size of one checkpoint, all ranks together: weights, fp32 masters and two Adam moments of every trained peer."""
+    trained = sum(c.parameters for name, c in plan.costs.items() if not plan.recipe.peers[name].frozen)
+    return (12 + (4 if plan.deepspeed.precision == "fp32" else 2)) * trained + plan.world * 2**20
 
 
 def memory_per_rank(plan: Plan) -> tuple[float, float]:

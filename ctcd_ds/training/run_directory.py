@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -16,20 +17,10 @@ import torch
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.manifest import write_atomic
-from ctcd_ds.recipe import Mistakes, Recipe, load_recipe
+from ctcd_ds.recipe import Mistakes, load_recipe
+from ctcd_ds.training import checkpoint
+from ctcd_ds.training.identity import changes, identity
 from ctcd_ds.training.plan import Plan
-
-# What may differ between a run and its continuation: how often it speaks and saves, not what it computes.
-_FREE = (
-    "log_every",
-    "valid_every",
-    "valid_rows",
-    "checkpoint_every",
-    "checkpoint_every_minutes",
-    "keep_checkpoints",
-    "time_limit_minutes",
-    "step_timeout_s",
-)
 
 
 class RunDirectory:
@@ -47,31 +38,47 @@ class RunDirectory:
         """Whether a run was started here."""
         return self.recipe.exists() or self.checkpoints.exists() or self.metrics.exists()
 
-    def state(self) -> str | None:
-        """'finished', 'saved' or 'failed' as exit.json says; None while a run goes on or was killed."""
-        try:
-            return str(json.loads((self.path / "exit.json").read_text())["state"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def refuse_or_resume(self, plan: Plan, resume: bool) -> list[str]:
+        """What is different from the run that is here, and harmless, one line each.
 
-    def refuse_or_resume(self, recipe: Recipe, resume: bool) -> None:
-        """Raises UserError where the directory and the wish do not fit: another run, or another recipe."""
+        Raises UserError where the directory and the wish do not fit: another run, a file, or Mistakes with all that
+        would make this another run than the one it is to go on with.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
         if not self.holds_a_run():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
-            return
+            return []
         if not resume:
             raise UserError(
                 f"output_dir {self.path} holds a run already: go on with it (--resume), or name another directory"
             )
-        if self.recipe.exists() and (differences := _differences(load_recipe(self.recipe), recipe)):
-            raise Mistakes(f"--resume of {self.path} (the run's recipe against the given one)", differences)
+        then, step = self._saved_identity(plan)
+        refused, allowed = changes(then, plan, step)
+        if refused:
+            raise Mistakes(f"--resume of {self.path} (what the run is against what is asked for)", refused)
+        return allowed
+
+    def _saved_identity(self, plan: Plan) -> tuple[dict[str, Any], int]:
+        """The identity of the run here and its step: the newest checkpoint's, or recipe.yaml's before the first one."""
+        newest = checkpoint.newest(self.checkpoints, judge=checkpoint.read, say=lambda text: None)
+        if newest is not None:
+            return newest[1], newest[1]["step"]
+        return {**identity(plan), "recipe": load_recipe(self.recipe).resolved()}, 0
+
+    def is_finished(self, plan: Plan) -> bool:
+        """Whether the run here has done all steps of the plan."""
+        try:
+            ending = json.loads((self.path / "exit.json").read_text())
+            return ending["state"] == "finished" and ending["step"] >= plan.steps
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def create(self, plan: Plan, threads: int, device: str) -> None:
-        """Writes who this run is. The recipe comes last: a directory without one holds no run."""
+        """Writes who this run is. The recipe comes first: with it, the directory holds a run that --resume begins."""
         self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.recipe, plan.recipe.to_yaml())
         (self.path / "exit.json").unlink(missing_ok=True)
         self.write_json("ds_config.json", plan.deepspeed.values)
         self.write_json("environment.json", environment(plan.world, threads, device))
@@ -79,7 +86,6 @@ class RunDirectory:
         shutil.copytree(plan.corpus.tokenizer_path, self.tokenizer, dirs_exist_ok=True)
         for name, config in plan.configs.items():
             config.save_pretrained(self.peers / name)
-        write_atomic(self.recipe, plan.recipe.to_yaml())
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes RUN/name, atomically."""
@@ -87,24 +93,14 @@ class RunDirectory:
 
     def write_exit(self, state: str, step: int, reason: str) -> None:
         """What scripts trust: exit codes do not survive every launcher."""
-        if self.path.is_dir():
+        # A full disk must not hide what filled it.
+        with contextlib.suppress(OSError):
             self.write_json("exit.json", {"state": state, "step": step, "reason": reason})
 
-
-def _differences(then: Recipe, now: Recipe) -> list[str]:
-    old, new = _flat(then.resolved()), _flat(now.resolved())
-    return [
-        f"{key}: the run has {old.get(key)!r}, the given recipe {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in {f"training.{name}" for name in _FREE}
-    ]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+    def write_failure(self, reason: str) -> None:
+        """exit.json of a run that failed. The first reason stands: what other ranks then see are its consequences."""
+        if not (self.path / "exit.json").exists():
+            self.write_exit("failed", -1, reason)
 
 
 def environment(world: int, threads: int, device: str) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,20 @@ from ctcd_ds.corpus.loader import MicroBatch, TrainLoader
 from ctcd_ds.objective.fused import Losses
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.cotrain import Batch
-from ctcd_ds.training import checkpoint
+from ctcd_ds.training import checkpoint, loading
 from ctcd_ds.training.clock import Clock
 from ctcd_ds.training.engine import build_engine, start_processes
 from ctcd_ds.training.evaluate import evaluate
+from ctcd_ds.training.finite import FiniteGuard
 from ctcd_ds.training.hardware import peak_flops, peak_memory_bytes
 from ctcd_ds.training.metrics import MetricsLog
 from ctcd_ds.training.optimizer import PeerGradients
 from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.run_directory import RunDirectory
+from ctcd_ds.training.saving import save
 from ctcd_ds.training.schedule import lr_factor
 from ctcd_ds.training.signals import REASONS, StopSignals
+from ctcd_ds.training.together import by_rank_0
 from ctcd_ds.training.watchdog import Watchdog
 
 
@@ -42,11 +47,11 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     signals = StopSignals(has_launcher=ranks.source != "alone")
     ending.callback(signals.restore)
     device = start_processes(ranks)
-    watchdog = Watchdog(training.step_timeout_s, lambda why: run.write_exit("failed", -1, why))
+    watchdog = Watchdog(training.step_timeout_s, run.write_failure)
     ending.callback(watchdog.stop)
-    found = _begin(plan, run, ranks, device)
+    found, best = by_rank_0(lambda: _begin(plan, run, device), device)
     engine = build_engine(plan, universal=found is not None and found[1]["world"] != ranks.world)
-    step = first_step = checkpoint.load(engine, *found) if found is not None else 0
+    step = first_step = loading.load(engine, *found) if found is not None else 0
     loader = TrainLoader(
         plan.rows,
         plan.masking,
@@ -65,11 +70,11 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)
     peak = peak_flops(device, config.precision)
     log = MetricsLog(run.metrics, engine.monitor, plan, step, peak) if ranks.first else None
+    guard = FiniteGuard(engine.optimizer, config.precision, training.on_nonfinite)
     clock = Clock(training.checkpoint_minutes, training.time_limit_minutes)
     stop: str | None = None
     losses: dict[str, float] = {}
     held_out: dict[str, float] = {}
-    skipped = 0
 
     while step < plan.steps and stop is None:
         watchdog.enter("first step" if step == first_step else f"step {step + 1}")
@@ -90,31 +95,33 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         values, norms, save_due, stop = _exchange(
             seen, gradients, graph, clock.save_due(), signals.reason or clock.over()
         )
-        gradients.clip(norms, settings)
         losses, grad_norms = _named(values, graph, list(gradients.groups))
-        overflow = _check_finite({**losses, **grad_norms}, config.precision, step, micro_batches, ranks)
+        bad = guard.judge({**losses, **grad_norms}, step + 1, seen, micro_batches)
+        gradients.clip(norms, settings)
+        gradients.allow_step(bad is None)
         engine.step()
-        skipped += overflow
         step += 1
 
         last = step == plan.steps
         validates = plan.valid is not None and (last or step % training.valid_every == 0)
-        held_out = {}
+        held_out, improved = {}, False
         if validates:
             watchdog.enter("validation")
             with clock.paused():
                 held_out = evaluate(engine, plan, device)
+            improved = training.keep_best and _improve(best, _valid_losses(held_out, gradients.groups))
         if log is not None:
-            log.advance(step)
-        if log is not None and (last or validates or step == first_step + 1 or step % training.log_every == 0):
+            log.advance(step, bad)
+        if log is not None and (last or validates or bad or step == first_step + 1 or step % training.log_every == 0):
             lrs = {f"lr/{name}": settings[name].lr * factor for name in gradients.groups}
-            scaling = {"loss_scale": float(engine.optimizer.loss_scale), "skipped_steps": skipped}
-            row = {**losses, **grad_norms, **lrs, **held_out, **(scaling if config.precision == "fp16" else {})}
+            scaling = {"loss_scale": float(engine.optimizer.loss_scale)} if config.precision == "fp16" else {}
+            row = {**losses, **grad_norms, **lrs, **held_out, **scaling, "skipped_steps": engine.skipped_steps}
             log.row(step, row, clock.seconds(), loader.waited_s, peak_memory_bytes(device))
-        if last or stop or save_due or (training.checkpoint_every and step % training.checkpoint_every == 0):
+        due = save_due or (training.checkpoint_every and step % training.checkpoint_every == 0)
+        if last or stop or due or improved:
             watchdog.enter("saving")
             with clock.paused():
-                checkpoint.save(engine, plan, run.checkpoints, step)
+                save(engine, plan, run.checkpoints, step, _valid_losses(held_out, gradients.groups))
             clock.saved()
 
     if log is not None:
@@ -145,26 +152,34 @@ def _write_end(
     run.write_exit("finished", step, f"all {step} steps are done")
 
 
-def _begin(plan: Plan, run: RunDirectory, ranks: Ranks, device: torch.device) -> tuple[Path, dict[str, Any]] | None:
-    """Makes the run directory. Returns the newest good checkpoint with its manifest, where there is one.
+def _begin(
+    plan: Plan, run: RunDirectory, device: torch.device
+) -> tuple[tuple[Path, dict[str, Any]] | None, dict[str, float]]:
+    """Rank 0's part of the start: makes the run directory, clears what a killed process left, looks for a checkpoint.
 
-    Rank 0 looks and writes; all ranks hear of it.
+    Returns the newest good checkpoint with its manifest, where there is one, and each peer's best held-out loss so far.
     """
-    heard: list[Any] = [None]
-    if ranks.first:
-        heard = [checkpoint.newest(run.checkpoints) if run.checkpoints.is_dir() else None]
-    dist.broadcast_object_list(heard, src=0, device=device)
-    found: tuple[Path, dict[str, Any]] | None = heard[0]
+    found = checkpoint.newest(run.checkpoints)
+    checkpoint.clean(run.checkpoints)
+    run.create(plan, torch.get_num_threads(), device.type)
     if found is not None:
-        checkpoint.refuse_another_run(found[1], plan)
-    if ranks.first:
-        run.create(plan, torch.get_num_threads(), device.type)
-        if found is not None:
-            then = (
-                "" if found[1]["world"] == ranks.world else f", saved by {found[1]['world']} ranks, now {ranks.world}"
-            )
-            print(f"going on from {found[0]} (step {found[1]['step']} of {plan.steps}{then})", flush=True)
-    return found
+        world = found[1]["world"]
+        then = "" if world == plan.world else f", saved by {world} ranks, now {plan.world}"
+        print(f"going on from {found[0]} (step {found[1]['step']} of {plan.steps}{then})", flush=True)
+    return found, checkpoint.best_losses(run.checkpoints)
+
+
+def _valid_losses(held_out: dict[str, float], peers: Iterable[str]) -> dict[str, float]:
+    """The held-out loss of each peer, where it is a number."""
+    losses = {name: held_out.get(f"valid/{name}/loss", math.nan) for name in peers}
+    return {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+
+
+def _improve(best: dict[str, float], losses: dict[str, float]) -> bool:
+    """Whether a peer was never as good; `best` then knows."""
+    better = {name: loss for name, loss in losses.items() if loss < best.get(name, math.inf)}
+    best.update(better)
+    return bool(better)
 
 
 def _soft_count(micro_batches: list[MicroBatch], world: int, device: torch.device) -> Tensor | None:
@@ -220,23 +235,6 @@ def _named(
     return losses, norms
 
 
-def _check_finite(
-    values: dict[str, float], precision: str, step: int, micro_batches: list[MicroBatch], ranks: Ranks
-) -> bool:
-    """Whether this step overflowed (fp16, where DeepSpeed then skips it and lowers the loss scale).
-
-    Raises RunFailure at any other precision: the optimizer must not move, and nothing later can mend it.
-    """
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if bad and precision != "fp16":
-        rows = [int(row) for batch in micro_batches for row in batch.rows[:4]]
-        raise RunFailure(
-            f"step {step + 1}: {', '.join(f'{name} = {value}' for name, value in bad.items())}; the optimizer did not "
-            f"move. Rank {ranks.rank} had rows {rows} …. Lower the learning rate, or lengthen the warm-up"
-        )
-    return bool(bad)
-
-
 def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
     """`train`, with its end written to exit.json whatever it is."""
     try:
@@ -244,9 +242,13 @@ def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:
             return train(plan, ranks, run, ending)
     except UserError:
         raise
+    except RunFailure as failure:
+        run.write_failure(str(failure))
+        raise
     except BaseException as failure:
-        if ranks.first:
-            run.write_exit("failed", -1, f"{type(failure).__name__}: {failure}")
+        run.write_failure(f"[rank {ranks.rank}] {type(failure).__name__}: {failure}")
+        if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise RunFailure(f"{failure}. What is in {run.checkpoints} is whole; go on with --resume") from None
         raise
     finally:
         if dist.is_initialized():
