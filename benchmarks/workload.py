@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
+from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import file_entry, write_manifest
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.accounting import cost
@@ -148,7 +149,7 @@ def random_batch(shape: Shape, device: torch.device) -> tuple[Batch, dict[str, T
 def write_corpus(folder: Path, vocab_size: int, rows: int, length: int) -> Path:
     """A corpus of at least `rows` rows of a Markov chain (three likely next tokens): something a model can learn.
 
-    Its tokenizer folder is empty: no text is ever needed here.
+    Its tokenizer has the words w5, w6, …: no text is ever needed here.
     """
     chains = 256
     steps = -(-2 * rows * length // chains)  # twice what is asked for, as the documents end in [SEP]
@@ -161,15 +162,23 @@ def write_corpus(folder: Path, vocab_size: int, rows: int, length: int) -> Path:
         current = following[current, random.choice(3, chains, p=(0.7, 0.2, 0.1))]
     tokens[:, -1] = SPECIAL.sep
 
-    (folder / "tokenizer").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    tokenizer = _tokenizer(vocab_size)
+    tokenizer.save_pretrained(folder / "tokenizer")
     held_out = max(1, chains // 16)
     splits = {"train": [_shard(folder, "train-00000", tokens[held_out:])]}
     splits["valid"] = [_shard(folder, "valid-00000", tokens[:held_out])]
-    ids = {name: getattr(SPECIAL, name) for name in SpecialIds.__dataclass_fields__}
-    identity = {"fingerprint": "0" * 64, "vocabulary": "0" * 64, "vocab_size": vocab_size, **ids}
+    identity = tokenizer_identity(load_tokenizer(folder / "tokenizer"))
     content = {"format": "ctcd_ds.corpus", "version": 1, "tokenizer": identity, "dtype": "uint16", "settings": {}}
     write_manifest(folder / "manifest.json", {**content, "splits": splits})
     return folder
+
+
+def _tokenizer(vocab_size: int) -> Any:
+    from transformers import BertTokenizer
+
+    special = {getattr(SPECIAL, name): f"[{name.upper()}]" for name in SpecialIds.__dataclass_fields__}
+    return BertTokenizer(vocab={special.get(number, f"w{number}"): number for number in range(vocab_size)})
 
 
 def _shard(folder: Path, name: str, documents: np.ndarray) -> dict[str, Any]:

@@ -16,6 +16,14 @@ EXIT_DONE, EXIT_FAILED, EXIT_MISTAKE, EXIT_SAVED = 0, 1, 2, 85
 class UserError(ValueError):
     """A user's mistake. Its text is all the user sees: the field, the value, and the fix; exit code 2."""
 
+    exit_code = EXIT_MISTAKE
+
+
+class Damage(UserError):
+    """A file that is not as its manifest says. No typing mistake, but the user's to mend; exit code 1."""
+
+    exit_code = EXIT_FAILED
+
 
 class RunFailure(RuntimeError):
     """What ended a run and is nobody's typing mistake (a non-finite loss, a damaged file): one message, exit code 1."""
@@ -36,7 +44,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main()
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr, flush=True)
-        code = EXIT_MISTAKE
+        code = mistake.exit_code
     except RunFailure as failure:
         print(f"failed: {failure}", file=sys.stderr, flush=True)
         code = EXIT_FAILED

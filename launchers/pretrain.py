@@ -42,6 +42,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     import torch
 
     torch.set_num_threads(ranks.threads())  # before the first operation: the number changes bits and speed
+    from ctcd_ds.corpus.damage import refuse_damage
     from ctcd_ds.training.deepspeed_config import read_json
     from ctcd_ds.training.engine import device_type
     from ctcd_ds.training.plan import describe, make_plan
@@ -58,6 +59,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.first:
             print(f"{run.path} is finished already: nothing to do")
         return cli.EXIT_DONE
+    if ranks.local_rank == 0:  # each machine may have a copy of its own
+        refuse_damage(plan.corpus.path)
     if ranks.first:
         print(describe(plan), *(f"changed since: {line}" for line in different), sep="\n", flush=True)
 

@@ -32,12 +32,15 @@ def environment() -> dict[str, str]:
     return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
 
 
-def deepspeed(ranks: int, *arguments: object, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     """`deepspeed --num_accelerators RANKS …` as a user types it, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    line = ["deepspeed", "--num_accelerators", ranks, "--master_port", port, *arguments]
-    return subprocess.run(
-        [str(word) for word in line], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
+    return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", port, *arguments)]
+
+
+def deepspeed(ranks: int, *arguments: object, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Runs `deepspeed_line` to its end."""
+    line = deepspeed_line(ranks, *arguments)
+    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)

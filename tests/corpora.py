@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
-from ctcd_ds.manifest import file_entry, write_manifest
+from ctcd_ds.manifest import sampled_entry, write_manifest
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
 Documents = Sequence[Sequence[int]]
@@ -71,8 +71,8 @@ def write_shard(directory: Path, name: str, documents: Documents, vocab_size: in
         "name": name,
         "documents": len(stored),
         "tokens": int(lengths.sum()),
-        "bin": file_entry(directory / f"{name}.bin"),
-        "idx": file_entry(directory / f"{name}.idx"),
+        "bin": sampled_entry(directory / f"{name}.bin"),
+        "idx": sampled_entry(directory / f"{name}.idx"),
     }
 
 

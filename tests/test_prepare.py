@@ -30,7 +30,7 @@ from ctcd_ds.corpus.adopt import adopt
 from ctcd_ds.corpus.prepare import Settings, dtype_for, prepare, share
 from ctcd_ds.corpus.sources import Reading
 from ctcd_ds.corpus.tokenizer_training import train_tokenizer
-from ctcd_ds.manifest import file_entry, read_manifest
+from ctcd_ds.manifest import read_manifest, sampled_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = [text for _, text in sorted(topics.items())]
@@ -97,7 +97,7 @@ def test_the_manifest_tells_the_truth(make: Callable[..., Path]) -> None:
         assert [shard["name"] for shard in shards] == [f"{split}-{number:05d}" for number in range(len(shards))]
         for shard in shards:
             for suffix in ("bin", "idx"):
-                assert shard[suffix] == file_entry(corpus / f"{shard['name']}.{suffix}")
+                assert shard[suffix] == sampled_entry(corpus / f"{shard['name']}.{suffix}")
                 listed.add(f"{shard['name']}.{suffix}")
     assert {path.name for path in corpus.iterdir()} == listed
     assert str(corpus.parent) not in (corpus / "manifest.json").read_text()

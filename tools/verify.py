@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctcd_ds import cli
-from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
+from ctcd_ds.corpus.damage import corpus_damage
 from ctcd_ds.manifest import file_problems, read_manifest
 
 
@@ -47,16 +47,7 @@ def problems(place: Path) -> Iterator[str]:
     if "files" in manifest:
         yield from file_problems(place, manifest["files"])
         return
-    shards = [shard for shards in manifest["splits"].values() for shard in shards]
-    files = {f"{shard['name']}.{kind}": shard[kind] for shard in shards for kind in ("bin", "idx")}
-    yield from file_problems(place, files, beside=("tokenizer", "preparation.json"))
-    try:
-        found = tokenizer_identity(load_tokenizer(place / "tokenizer"))
-    except cli.UserError as problem:
-        yield str(problem)
-        return
-    if found != manifest["tokenizer"]:
-        yield f"{place / 'tokenizer'}: its identity is {found}, the manifest says {manifest['tokenizer']}"
+    yield from corpus_damage(place, manifest)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.manifest import read_manifest
 
@@ -177,8 +177,8 @@ def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:
     return shard
 
 
-def _damaged(file: Path, what: str) -> UserError:
-    return UserError(f"corpus is damaged at {file}: {what}; copy it again from its source, or prepare it again")
+def _damaged(file: Path, what: str) -> Damage:
+    return Damage(f"corpus is damaged at {file}: {what}; copy it again from its source, or prepare it again")
 
 
 class Rows:
@@ -200,7 +200,7 @@ class Rows:
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length].
 
-        Raises UserError where the stored ids are none of the tokenizer's (a damaged shard).
+        Raises Damage where the stored ids are none of the tokenizer's (a damaged shard).
         """
         width = self.sequence_length - 2
         rows = np.empty((len(numbers), self.sequence_length), np.int32)
@@ -223,7 +223,7 @@ class Rows:
         """An id beyond the vocabulary would end as a crash deep in an embedding, on a GPU without a place."""
         if rows.size and (rows.min() < 0 or rows.max() >= self.corpus.vocab_size):
             bad = np.argmax(((rows < 0) | (rows >= self.corpus.vocab_size)).any(axis=1))
-            raise UserError(
+            raise Damage(
                 f"corpus {self.corpus.path} is damaged: row {numbers[bad]} of split {self.split!r} holds "
                 f"token ids outside 0 … {self.corpus.vocab_size - 1}; prepare it again"
             )

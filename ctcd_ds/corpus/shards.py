@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.manifest import file_entry
+from ctcd_ds.manifest import sampled_entry
 
 Entry = dict[str, Any]  # a shard as the manifest lists it
 HEADER = b"MMIDIDX\x00\x00"
@@ -101,7 +101,7 @@ def shard_entry(folder: Path, name: str, documents: int, tokens: int) -> Entry:
         path = folder / f"{name}.{suffix}"
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        entry[suffix] = file_entry(path)
+        entry[suffix] = sampled_entry(path)
     return entry
 
 

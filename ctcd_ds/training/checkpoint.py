@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import RunFailure, UserError
+from ctcd_ds.cli import Damage, RunFailure, UserError
 from ctcd_ds.manifest import file_problems, read_manifest
 from ctcd_ds.recipe import TrainingSection
 
@@ -40,10 +40,10 @@ def read(checkpoint: Path) -> Manifest:
 
 
 def verify(checkpoint: Path) -> Manifest:
-    """Reads the manifest and every file it lists. Raises UserError with every file that is not as it says."""
+    """Reads the manifest and every file it lists. Raises Damage with every file that is not as it says."""
     manifest = read(checkpoint)
     if problems := list(file_problems(checkpoint, manifest["files"])):
-        raise UserError(f"{checkpoint} is damaged:\n  " + "\n  ".join(problems))
+        raise Damage(f"{checkpoint} is damaged:\n  " + "\n  ".join(problems))
     return manifest
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.peers.accounting import Cost, cost
@@ -52,6 +52,8 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     config, mistakes = resolve(deepspeed_json, recipe, world, device, output_dir)
     try:
         corpus = Corpus.open(Path(recipe.corpus.path))
+    except Damage:
+        raise
     except UserError as mistake:
         raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
     for name, section in recipe.peers.items():
