@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+
 from ctcd_ds.cli import Damage, UserError
 
 
@@ -95,6 +98,23 @@ def file_problems(
                 yield f"{path}: sha256 of sampled blocks {digest}, the manifest says {entry['sampled_sha256']}"
         elif (digest := file_entry(path)["sha256"]) != entry["sha256"]:
             yield f"{path}: sha256 {digest}, the manifest says {entry['sha256']}"
+
+
+class FileEntry(TypedDict):
+    """What `file_entry` gives."""
+
+    bytes: int
+    sha256: str
+
+
+def check_shape(path: Path, content: Any, shape: Any) -> None:
+    """Raises Damage, naming key and value, where a manifest's content is not of `shape` (a TypedDict)."""
+    try:
+        TypeAdapter(shape).validate_python(content, strict=True)
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        where, value = ".".join(map(str, error["loc"])), repr(error["input"])
+        raise Damage(f"{path}: {where} = {value[:200]}: {error['msg'][0].lower()}{error['msg'][1:]}") from None
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:

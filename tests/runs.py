@@ -95,18 +95,24 @@ def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
         raise AssertionError(f"exit codes {codes}\n{logs}")
 
 
-def start_ranks(script: Sequence[object], world: int, log: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts `python SCRIPT…` once a rank, one thread each, without a launcher; output goes to LOG-rank0.log …"""
+def start_ranks(
+    script: Sequence[object], world: int, log: Path, before: Sequence[Sequence[str]] = (), **variables: object
+) -> list[subprocess.Popen[bytes]]:
+    """Starts `python SCRIPT…` once a rank, one thread each, without a launcher; output goes to LOG-rank0.log …
+
+    `before`: a command for each rank that starts it somewhere else (another network namespace). `variables`: added to
+    its environment.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(world):
-        own = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+        own = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, **variables}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
         with log.with_name(f"{log.name}-rank{rank}.log").open("w") as file:
-            line = [sys.executable, *map(str, script)]
+            line = [*(before[rank] if before else ()), sys.executable, *map(str, script)]
             processes.append(subprocess.Popen(line, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
     return processes
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import deepspeed_line, environment
 from runs import ROOT, bert, chain_corpus, final_weights, metrics, start_ranks
 
 pytestmark = pytest.mark.faults
@@ -156,3 +159,97 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Pat
     assert f"took more than {limit:g} s: {named}" in said
     assert "Current thread" in said and "trainer.py" in said
     assert exit_state(tmp_path / "run")["state"] == "failed"
+
+
+@pytest.mark.parametrize("phase", ["validation", "saving"])
+def test_a_signal_in_validation_or_saving_is_heard(corpus: Path, tmp_path: Path, phase: str) -> None:
+    """Under `deepspeed`, the signal to a rank while it does something else than a step: finished, saved, exit.json."""
+    run = tmp_path / "run"
+    slow = {
+        "validation": ["training.valid_every=1", "peers.teacher.model.num_hidden_layers=8"],
+        "saving": ["training.checkpoint_every=1", "peers.teacher.model.hidden_size=256"],
+    }[phase]
+    line = deepspeed_line(2, *pretrain(corpus, tmp_path, *slow))
+    with (tmp_path / "log").open("w") as file:
+        launcher = subprocess.Popen(line, env=environment(), cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_for(lambda: logged(run) > 1, [launcher])
+        if phase == "saving":
+            wait_for(lambda: list(run.glob("checkpoints/.step-*.tmp")), [launcher])
+        [rank, *_] = ranks_of(launcher.pid)
+        os.kill(rank, signal.SIGUSR1)
+        launcher.wait(100)
+    finally:
+        for pid in ranks_of(launcher.pid):
+            os.kill(pid, signal.SIGKILL)
+    state = exit_state(run)
+    assert state["state"] == "saved" and state["reason"] == "SIGUSR1"
+    assert (run / "checkpoints" / f"step-{state['step']:08d}" / "manifest.json").exists()
+    assert not list(run.glob("checkpoints/.step-*.tmp"))
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[list[list[str]], Callable[[], None]]]:
+    """Two network namespaces with a cable between them: how to start something in each, and how to cut the cable."""
+    names = [f"ctcd-{os.getpid()}-{side}" for side in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for number, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
+            for device in ("cable", "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        hosts = [["ip", "netns", "exec", name] for name in names]
+        yield hosts, lambda: ip("-n", names[0], "link", "set", "cable", "down")
+    except (OSError, subprocess.CalledProcessError) as problem:
+        pytest.skip(f"no network namespaces here: {problem}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_a_cut_link_ends_the_run_on_both_sides(corpus: Path, tmp_path: Path) -> None:
+    limit = 4.0
+    line = pretrain(corpus, tmp_path, f"training.step_timeout_s={limit}")
+    with two_hosts() as (hosts, cut):
+        where = {"MASTER_ADDR": "10.77.0.1", "LOCAL_SIZE": 1, "LOCAL_RANK": 0, "GLOO_SOCKET_IFNAME": "cable"}
+        ranks = start_ranks(line, 2, tmp_path / "log", before=hosts, **where)
+        try:
+            wait_for(lambda: logged(tmp_path / "run") > 3, ranks)
+            cut()
+            begun = time.monotonic()
+            assert [rank.wait(60) for rank in ranks] == [1, 1]
+            assert time.monotonic() - begun < limit + 5
+        finally:
+            for rank in ranks:
+                rank.kill()
+    said = [(tmp_path / f"log-rank{rank}.log").read_text() for rank in (0, 1)]
+    assert "rank 1 did not arrive" in said[0]
+    assert "rank 0, which holds the store, does not answer" in said[1]
+    assert all("Current thread" in text for text in said)
+
+
+def ranks_of(session: int) -> list[int]:
+    """The rank processes of a launcher's session: those with RANK in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
+                words = (entry / "environ").read_bytes().split(b"\0")
+                if any(word.startswith(b"RANK=") for word in words):
+                    found.append(int(entry.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """A handful; `python tests/soak/kill_resume.py --kills 100` is the long form."""
+    from soak.kill_resume import soak
+
+    assert soak(kills=4, ranks=2, steps=24, precision="bf16", seed=3, folder=tmp_path) == 4

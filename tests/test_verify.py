@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from commands import command
+from commands import ROOT, command
+from corpora import write_shard
+from ctcd_ds.manifest import read_manifest, sampled_sha256, write_manifest
 from runs import Job, bert, chain_corpus, run_jobs
 
 
@@ -88,3 +93,59 @@ def test_another_tokenizer_in_a_corpus_is_found(
 def test_what_has_no_manifest_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     code, _, err = command(monkeypatch, capsys, "tools/verify.py", tmp_path)
     assert code == 2 and "neither a run" in err
+
+
+def large_corpus(directory: Path, documents: int) -> Path:
+    """Shards larger than all sampled blocks together."""
+    made = chain_corpus(directory)
+    tokens = np.random.default_rng(0).integers(5, 300, (documents, 200))
+    manifest = read_manifest(made / "manifest.json")
+    del manifest["sha256"]
+    manifest["splits"]["train"] = [write_shard(made, "train-00000", tokens.tolist(), 300, sep=3)]
+    write_manifest(made / "manifest.json", manifest)
+    return made
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "sampled"])
+def test_a_damaged_corpus_is_found_before_the_first_step(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, whole: bool
+) -> None:
+    """With both hashes and its path, exit code 1, and no run directory is made. Large corpora are read in samples."""
+    corpus = large_corpus(tmp_path / "corpus", 6000)
+    victim = corpus / "train-00000.bin"
+    assert victim.stat().st_size > 2 * 2**20
+    if not whole:
+        monkeypatch.setattr("ctcd_ds.corpus.damage.READ_WHOLE_BYTES", 0)
+    content = bytearray(victim.read_bytes())
+    if whole:
+        content[len(content) // 2 + 12345] ^= 1
+    else:  # a torn copy: nothing after its middle
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    victim.write_bytes(content)
+    recipe = {
+        "corpus": {"path": str(corpus), "sequence_length": 32},
+        "peers": {"only": {"model": bert(16, 1)}},
+        "training": {"global_batch_rows": 8, "steps": 2},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    files = ("--recipe", tmp_path / "recipe.json", "--deepspeed_config", ROOT / "ds_configs" / "cpu.json")
+    line = ("launchers/pretrain.py", *files, "--output_dir", tmp_path / "run")
+    code, _, err = command(monkeypatch, capsys, *line)
+    assert code == 1 and f"{victim}: sha256" in err and "the manifest says" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_checking_samples_reads_little(tmp_path: Path) -> None:
+    """A file of 100 GB, nearly all of it a hole, is sampled in a moment; its ends are in it."""
+    path = tmp_path / "huge.bin"
+    with path.open("wb") as file:
+        file.truncate(10**11)
+    begun, before = time.monotonic(), sampled_sha256(path)
+    assert time.monotonic() - begun < 1
+    for place in (0, 10**11 - 1):
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        after = sampled_sha256(path)
+        assert after != before
+        before = after

@@ -12,13 +12,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
-from ctcd_ds.manifest import read_manifest
+from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
 
 FORMAT, VERSION = "ctcd_ds.corpus", 1
 
@@ -135,6 +136,31 @@ def _mapped(file: Path, read_ahead: bool) -> mmap.mmap:
     return mapped
 
 
+class _ShardShape(TypedDict):
+    name: str
+    documents: int
+    tokens: int
+    bin: FileEntry
+    idx: FileEntry
+
+
+class _TokenizerShape(TypedDict):
+    fingerprint: str
+    vocabulary: str
+    vocab_size: int
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    unk: int
+
+
+class _Shape(TypedDict):
+    tokenizer: _TokenizerShape
+    dtype: Literal["uint16", "int32"]
+    splits: dict[Literal["train", "valid"], list[_ShardShape]]
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not path.is_dir():
@@ -149,6 +175,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is a corpus of version {manifest.get('version')}, this program reads version {VERSION}: "
             "prepare it again, or use the ctcd_ds that made it"
         )
+    check_shape(file, manifest, _Shape)
     return manifest
 
 

@@ -14,14 +14,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ctcd_ds.cli import Damage, RunFailure, UserError
-from ctcd_ds.manifest import file_problems, read_manifest
-from ctcd_ds.recipe import TrainingSection
+from ctcd_ds.manifest import FileEntry, check_shape, file_problems, read_manifest
+from ctcd_ds.recipe import TrainingSection, recipe_mistakes
 
 FORMAT, VERSION = "ctcd_ds.checkpoint", 1
 INSIDE = "deepspeed"  # DeepSpeed's own tag: the folder of its files
 
 Manifest = dict[str, Any]
+
+
+class _Shape(TypedDict):
+    step: int
+    world: int
+    recipe: dict[str, Any]
+    corpus: str
+    tokenizer: str
+    vocab_size: int
+    precision: str
+    steps: int
+    frozen: dict[str, str]
+    valid: dict[str, float]
+    files: dict[str, FileEntry]
 
 
 def tag_of(step: int) -> str:
@@ -36,6 +52,9 @@ def read(checkpoint: Path) -> Manifest:
         raise UserError(
             f"{checkpoint} is no checkpoint of this version: {manifest.get('format')} {manifest.get('version')}"
         )
+    check_shape(checkpoint / "manifest.json", manifest, _Shape)
+    if mistakes := recipe_mistakes(manifest["recipe"]):
+        raise Damage(f"{checkpoint / 'manifest.json'}: recipe.{mistakes[0]}")
     return manifest
 
 
@@ -59,7 +78,7 @@ def newest(
     for checkpoint in reversed(found):
         try:
             return checkpoint, judge(checkpoint)
-        except UserError as problem:  # noqa: PERF203 - the next one is tried because this one failed
+        except UserError as problem:
             say(f"skipping checkpoint {checkpoint.name}: {problem}")
     if found:
         raise RunFailure(
@@ -116,5 +135,5 @@ def _readable(directory: Path) -> Iterator[tuple[Path, Manifest]]:
     for path in _tags(directory):
         try:
             yield path, read(path)
-        except UserError:  # noqa: PERF203 - the others are read although this one cannot be
+        except UserError:
             continue
