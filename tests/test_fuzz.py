@@ -52,10 +52,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.txt.zst").write_bytes(zstandard.compress(plain))
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     parquet.write_table(pyarrow.table({"text": documents}), folder / "a.parquet")
-    train_tokenizer("wordpiece", lambda caption: iter(documents), 120, True, folder / "tokenizer")
+    train_tokenizer("wordpiece", lambda caption: iter(documents), 60, True, folder / "tokenizer")
     vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
-    train_tokenizer("unigram", lambda caption: iter(documents), 120, True, folder / "unigram")
+    train_tokenizer("unigram", lambda caption: iter(documents), 36, True, folder / "unigram")
     for model in (folder / "unigram").glob("*.model"):
         shutil.copy(model, folder / "sp.model")
     prepare(
@@ -130,7 +130,7 @@ READS: list[tuple[str, list[str]]] = [
     ("tokenizer/tokenizer_config.json", prepare("a.txt")),
     ("vocab.txt", prepare("a.txt", "vocab.txt")),
     ("sp.model", prepare("a.txt", "sp.model")),
-    ("a.txt", ["tools/train_tokenizer.py", "--input", "a.txt", "--vocab_size", "120", "--output_dir", "new"]),
+    ("a.txt", ["tools/train_tokenizer.py", "--input", "a.txt", "--vocab_size", "60", "--output_dir", "new"]),
     ("corpus/train-00000.idx", ADOPT),
     ("corpus/train-00000.bin", ADOPT),
     ("recipe.yaml", pretrain()),
@@ -228,7 +228,8 @@ def test_a_broken_file_is_a_message(
 ) -> None:
     name, line = case
     code = check(made, monkeypatch, capsys, line, name, damage((made / name).read_bytes()))
-    harmless = name in ("run/exit.json", "run/recipe.yaml", f"{STEP}/manifest.json") or line == GLUE
+    # An older checkpoint is exported; a dry run does not look into the corpus.
+    harmless = name.startswith(("run/exit.json", "run/recipe.yaml", STEP, "corpus/tokenizer")) or line == GLUE
     if damage in (noise, empty) and not harmless:
         assert code, f"{name} as {damage.__name__} went through"
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ctcd_ds import cli
 from ctcd_ds.corpus.damage import corpus_damage
+from ctcd_ds.corpus.rows import read_corpus_manifest
 from ctcd_ds.manifest import file_problems, read_manifest
+from ctcd_ds.training import checkpoint
 
 
 def main() -> int:
@@ -40,14 +42,12 @@ def find(path: Path) -> Iterator[Path]:
 def problems(place: Path) -> Iterator[str]:
     """What is wrong with one directory."""
     try:
-        manifest = read_manifest(place / "manifest.json")
+        if read_manifest(place / "manifest.json").get("format") == checkpoint.FORMAT:
+            yield from file_problems(place, checkpoint.read(place)["files"])
+        else:
+            yield from corpus_damage(place, read_corpus_manifest(place))
     except cli.UserError as problem:
         yield str(problem)
-        return
-    if "files" in manifest:
-        yield from file_problems(place, manifest["files"])
-        return
-    yield from corpus_damage(place, manifest)
 
 
 if __name__ == "__main__":

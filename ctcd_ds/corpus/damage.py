@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import Damage, UserError
+from ctcd_ds.corpus.rows import read_corpus_manifest
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
-from ctcd_ds.manifest import file_problems, read_manifest
+from ctcd_ds.manifest import file_problems
 
 # Up to here all is read before a run, in less than a second (sha256 runs at 1.5 GB/s); beyond, samples of each file.
 READ_WHOLE_BYTES = 2**30
@@ -28,7 +29,7 @@ def corpus_damage(path: Path, manifest: Mapping[str, Any], sampled: bool = False
 
 def refuse_damage(path: Path) -> None:
     """Raises Damage with all that is not as the manifest says; of large corpora only samples are read."""
-    manifest = read_manifest(path / "manifest.json")
+    manifest = read_corpus_manifest(path)
     sampled = sum(entry["bytes"] for entry in _files(manifest).values()) > READ_WHOLE_BYTES
     if problems := list(corpus_damage(path, manifest, sampled)):
         raise Damage(f"corpus {path} is damaged; copy it again, or prepare it again:\n  " + "\n  ".join(problems))

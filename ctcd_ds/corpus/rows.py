@@ -77,7 +77,7 @@ class Corpus:
         Raises UserError, naming the file, where it is no corpus, is unfinished, truncated or of another
         version.
         """
-        manifest = _read_manifest(path)
+        manifest = read_corpus_manifest(path)
         tokenizer = manifest["tokenizer"]
         if not (path / "tokenizer").is_dir():
             raise UserError(f"{path} is damaged: its folder tokenizer/ is missing; prepare the corpus again")
@@ -161,7 +161,8 @@ class _Shape(TypedDict):
     splits: dict[Literal["train", "valid"], list[_ShardShape]]
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_corpus_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a corpus directory. Raises UserError where there is none of this version, else Damage."""
     file = path / "manifest.json"
     if not path.is_dir():
         raise UserError(f"there is no corpus at {path}: no such directory (tools/prepare_corpus.py makes one)")

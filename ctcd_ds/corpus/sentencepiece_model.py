@@ -38,7 +38,12 @@ def import_sentencepiece(path: Path, sample: list[str]) -> PreTrainedTokenizerBa
     native SentencePiece makes of it.
     """
     model = _parse(path)
-    backend = _backend(model, path)
+    try:
+        backend = _backend(model, path)
+    except UserError:
+        raise
+    except Exception as problem:  # what `tokenizers` finds in a damaged table has no type of its own
+        raise UserError(f"{path} is damaged: {problem}") from None
     _compare(path, model, backend, sample)
     return _with_special_tokens(backend, model)
 

@@ -60,6 +60,8 @@ def open_pair(prefix: str) -> Pair:
     bounds = np.frombuffer(content, np.int64, documents, 34 + 12 * sequences)
     dtype = np.dtype(DTYPES[code])
     size = data.stat().st_size
+    if size % dtype.itemsize:
+        raise UserError(f"{data} is damaged: its {size} bytes are no whole number of tokens of {dtype}")
     tokens = np.memmap(data, dtype, "r") if size else np.empty(0, dtype)
     ends = pointers + lengths.astype(np.int64) * dtype.itemsize
     if (lengths < 0).any() or (pointers < 0).any() or (pointers % dtype.itemsize).any() or (ends > size).any():

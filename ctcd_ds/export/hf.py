@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctcd_ds.cli import RunFailure, UserError
+from ctcd_ds.cli import Damage, RunFailure, UserError
 from ctcd_ds.corpus.loader import valid_batches
 from ctcd_ds.corpus.masking import VALID_SEED, Masking
 from ctcd_ds.corpus.rows import Corpus
@@ -81,8 +81,10 @@ def _export_one(
 
     logging.disable_progress_bar()
     vocab_size = manifest["vocab_size"]
-    _model(run, name, state, vocab_size).save_pretrained(place)
     tokenizer = load_tokenizer(run.tokenizer)
+    if len(tokenizer) != vocab_size:
+        raise Damage(f"{run.tokenizer} has {len(tokenizer)} tokens, the checkpoint's manifest says {vocab_size}")
+    _model(run, name, state, vocab_size).save_pretrained(place)
     save_tokenizer(tokenizer, place)
 
     reloaded, inside = AutoModelForMaskedLM.from_pretrained(place), _model(run, name, state)
@@ -100,13 +102,20 @@ def _model(run: RunDirectory, name: str, state: Mapping[str, Tensor], vocab_size
     """The peer with these weights; with `vocab_size` its vocabulary is cut to that, else padded as in training."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
-    config = AutoConfig.from_pretrained(run.peers / name, trust_remote_code=False)
-    config.dtype = torch.float32
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
-    model = AutoModelForMaskedLM.from_config(config)
-    load_fitted(model, state)
+    try:
+        config = AutoConfig.from_pretrained(run.peers / name, trust_remote_code=False)
+        config.dtype = torch.float32
+        if vocab_size is not None:
+            config.vocab_size = vocab_size
+        model = AutoModelForMaskedLM.from_config(config)
+        load_fitted(model, state)
+    except Exception as problem:  # transformers has no common base for what it raises
+        raise Damage(f"{run.peers / name / 'config.json'} does not fit the weights: {_one_line(problem)}") from None
     return model
+
+
+def _one_line(problem: Exception) -> str:
+    return " ".join(str(problem).split()) or type(problem).__name__
 
 
 def _probe(recipe: Recipe, vocab_size: int) -> Tensor:
