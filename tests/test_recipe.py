@@ -68,7 +68,7 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
         ("objective.task", "clm", "causal models are not built yet"),
         ("objective.soft_positions", "some", "must be 'targets' or 'all'"),
-        ("schedule.type", "constant", "must be 'linear', 'cosine' or 'constant'"),
+        ("schedule.type", "stepwise", "must be 'linear', 'cosine' or 'constant'"),
         ("training.epochs", 1, "exactly one of steps and epochs"),
         ("training.steps", None, "exactly one of steps and epochs"),
         ("training.global_batch_rows", 0, "must be greater than or equal to 1"),
