@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     "loader": ["loader.py"],
     "overhead": ["overhead.py"],
     "startup": ["startup.py"],
+    "saving": ["saving.py"],
     "corpus, WordPiece": ["corpus.py"],
     "corpus, SentencePiece": ["corpus.py"],
 }

@@ -164,6 +164,12 @@ def test_overhead_of_deepspeed_and_our_loop(row: Any) -> None:
     assert_positive(found, "deepspeed_over_bare", "bare_s", "deepspeed_s")
 
 
+def test_saving(row: Any) -> None:
+    found = row("saving", *SHAPE)
+    assert found["save_s"] > 0 and found["checkpoint_bytes"] > 0
+    assert found["share_at_15_minutes"] < found["share_at_90_seconds"] < 1
+
+
 def test_startup(row: Any) -> None:
     found = row("startup", *SHAPE, "--warm_up", "0")
     assert_positive(found, "ours_s", "empty_s")

@@ -113,7 +113,7 @@ def prepare(
             return
         start, before = time.monotonic(), _tokens(place)
         if not place.complete:
-            _tokenise(place, sources, reading, settings, tokenizer, workers)
+            _tokenise(place, sources, reading, settings, tokenizer, tokenizer_source, workers)
         speed = (_tokens(place) - before) / (time.monotonic() - start)
         finish(place, tokenizer, {**asdict(settings), "lowercase": lowercases(tokenizer)}, f"{speed:,.0f} tokens/s")
 
@@ -150,10 +150,11 @@ def _tokenise(
     reading: Reading,
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
+    tokenizer_source: str,
     workers: int,
 ) -> None:
     """Reads what `place` has not got yet, and records a step (one shard a split) whenever its text is long enough."""
-    encoding = _encoding(tokenizer)
+    encoding = _encoding(tokenizer, tokenizer_source)
     shard_characters = int(settings.shard_megabytes * 2**20)
     held_out = partial(share, settings.seed, "hold out")
 
@@ -199,10 +200,11 @@ def _blocks(texts: Iterator[str], first: int, settings: Settings, size: int) -> 
     yield Block(numbers, chosen, characters, number)
 
 
-def _encoding(tokenizer: PreTrainedTokenizerBase) -> Encoding:
+def _encoding(tokenizer: PreTrainedTokenizerBase, source: str) -> Encoding:
     ids = special_ids(tokenizer)
     return Encoding(
         tokenizer=tokenizer.backend_tokenizer.to_str(),
+        sentencepiece=Path(source).read_bytes() if source.endswith(".model") else None,
         dtype=dtype_for(len(tokenizer)),
         sep=ids["sep"],
         unk=ids["unk"],

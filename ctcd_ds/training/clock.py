@@ -18,7 +18,7 @@ class Clock:
         self._checkpoint_minutes, self._limit_minutes = checkpoint_minutes, limit_minutes
         self._decides = dist.get_rank() == 0
         self._start = self._saved = time.monotonic()
-        self._paused_s = 0.0
+        self.paused_s = {"validation": 0.0, "saving": 0.0}
 
     def since_start(self) -> float:
         """Seconds since the start."""
@@ -26,14 +26,14 @@ class Clock:
 
     def seconds(self) -> float:
         """Seconds of training alone: without validation and saving."""
-        return self.since_start() - self._paused_s
+        return self.since_start() - sum(self.paused_s.values())
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is no training."""
+    def paused(self, what: str) -> Iterator[None]:
+        """What happens inside is no training, but 'validation' or 'saving'; its seconds are in `paused_s`."""
         began = time.monotonic()
         yield
-        self._paused_s += time.monotonic() - began
+        self.paused_s[what] += time.monotonic() - began
 
     def save_due(self) -> bool:
         """Whether the last checkpoint is as old as the recipe allows."""

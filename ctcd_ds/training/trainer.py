@@ -107,7 +107,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         held_out, improved = {}, False
         if validates:
             watchdog.enter("validation")
-            with clock.paused():
+            with clock.paused("validation"):
                 held_out = evaluate(engine, plan, device)
             improved = training.keep_best and _improve(best, _valid_losses(held_out, gradients.groups))
         if log is not None:
@@ -120,7 +120,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         due = save_due or (training.checkpoint_every and step % training.checkpoint_every == 0)
         if last or stop or due or improved:
             watchdog.enter("saving")
-            with clock.paused():
+            with clock.paused("saving"):
                 save(engine, plan, run.checkpoints, step, _valid_losses(held_out, gradients.groups))
             clock.saved()
 
@@ -145,6 +145,7 @@ def _write_end(
         "tokens": step * rows * length,
         **{key: value if math.isfinite(value) else None for key, value in values.items()},
         "seconds": clock.since_start(),
+        **{f"{what}_s": seconds for what, seconds in clock.paused_s.items()},
         "rows_per_s": pace,
         "tokens_per_s": pace * length,
     }
