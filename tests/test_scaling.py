@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctcd_ds.cluster.scaling import Cluster, Work, predict, state_bytes
+from ctcd_ds.cluster.scaling_table import COLUMNS, ENOUGH, improve, table
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.plan import make_plan, memory_per_rank
 from runs import bert, chain_corpus
@@ -50,7 +51,7 @@ def test_more_gpus_are_faster_together_and_slower_each(stage: int) -> None:
     paces = [step.tokens_per_s for step in steps]
     shares = [step.efficiency for step in steps]
     assert paces == sorted(paces) and shares == sorted(shares, reverse=True)
-    assert predict(WORK, Cluster(1, 1, 1e12, 1.0)).efficiency == 1.0
+    assert predict(replace(WORK, stage=1), Cluster(1, 1, 1e12, 1.0)).efficiency == 1.0
 
 
 def test_one_gpu_does_not_communicate() -> None:
@@ -104,3 +105,35 @@ def test_a_plan_says_what_its_step_asks_for(tmp_path: Path) -> None:
     step = predict(work, replace(CLUSTER, nodes=1))
     assert step.compute_s == pytest.approx(plan.tokens_per_step / 8 * plan.flops_per_token / CLUSTER.flops)
     assert (step.state_bytes, step.activation_bytes) == pytest.approx(memory_per_rank(plan))
+
+
+def test_what_is_changed_helps_and_is_said() -> None:
+    """From a bad start: accumulation under ZeRO 2, one bucket, fp32 gradients on the wire."""
+    bad = replace(WORK, accumulation=8, wire_bytes=4, bucket=500_000_000, largest=23_000_000)
+    better, said = improve(bad, CLUSTER)
+    assert (better.stage, better.overlap, better.wire_bytes, better.bucket) == (1, True, 2, 23_000_000)
+    assert all(word in " ".join(said) for word in ('"reduce_bucket_size": 23000000', '"stage": 1', '"bf16"'))
+    assert predict(better, CLUSTER).efficiency > 1.2 * predict(bad, CLUSTER).efficiency
+    assert improve(better, CLUSTER) == (better, []), "nothing is proposed twice"
+
+
+def test_the_batch_grows_only_where_communication_alone_is_not_enough() -> None:
+    small = replace(WORK, accumulation=1, micro_batch=4)
+    better, said = improve(small, CLUSTER)
+    growth = better.micro_batch // small.micro_batch
+    assert growth > 1 and f"training.global_batch_rows = {4 * growth * 64} (× {growth})" in " ".join(said)
+    less = replace(better, micro_batch=better.micro_batch // 2)
+    assert predict(less, CLUSTER).efficiency < ENOUGH <= predict(better, CLUSTER).efficiency
+    _, hopeless = improve(replace(small, micro_batch=1), replace(CLUSTER, nodes=4096, link=1e9))
+    assert "take fewer for a run" in hopeless[-1]
+
+
+def test_a_table_has_a_line_for_each_size() -> None:
+    head, rule, *lines = table([(WORK, replace(CLUSTER, nodes=nodes)) for nodes in (1, 512)]).splitlines()
+    assert len({len(line) for line in (head, rule, *lines)}) == 1
+    cells = [cell.strip() for cell in lines[1].strip("|").split("|")]
+    step = predict(WORK, replace(CLUSTER, nodes=512))
+    found = dict(zip(COLUMNS, cells, strict=True))
+    assert found["GPUs"] == "4,096" and found["rows"] == "131,072" and found["a GPU"] == "16 × 2"
+    assert found["efficiency"] == f"{step.efficiency:.0%}"
+    assert float(found["step ms"]) == pytest.approx(1000 * step.step_s, rel=0.01)
