@@ -201,3 +201,15 @@ def test_mistakes_are_said_before_anything_is_built(
 ) -> None:
     code, _, err = command(monkeypatch, capsys, "benchmarks/step.py", "--device", "cpu", *arguments)
     assert code == 2 and said in err
+
+
+def test_scaling_is_predicted_and_measured(row: Any) -> None:
+    found = row("scaling", *SHAPE, "--processes", "2", "--elements", "100000")
+    ways = [(step["processes"], step["stage"], step["accumulation"]) for step in found["steps"]]
+    assert ways == [(n, stage, accumulation) for n in (1, 2) for stage in (1, 2) for accumulation in (1, 4)]
+    for step in found["steps"]:
+        assert_positive(step, "measured_s", "predicted_s", "compute_s", "memory_s")
+        assert (step["communication_s"] > 0) == (step["processes"] > 1)
+    assert found["steps"][0]["predicted_over_measured"] == pytest.approx(1), "it calibrates"
+    assert_positive(found["rates"]["2"], "flops", "memory", "link", "latency")
+    assert 0 <= found["median_error"] <= found["largest_error"]
