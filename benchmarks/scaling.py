@@ -1,9 +1,9 @@
 """The model of step time (ctcd_ds/cluster/scaling.py) against whole runs with 1, 2 and 4 processes on this machine.
 
-Each set of processes measures first, all of them at once: a process's GEMM rate, the rate of copying memory, gloo's
-all-reduce. Then it trains under DeepSpeed, ZeRO 1 and 2, with and without accumulation, the same micro-batch
-everywhere, one thread a process, timed by metrics.jsonl. One measured step (one process, ZeRO 1, no accumulation) gives
-the share of the GEMM rate that the peers reach; every other step is predicted. With more processes than cores the
+Each set of processes measures first, all of them at once: a process's GEMM rate, the rate of copying into fresh memory,
+gloo's all-reduce. Then it trains under DeepSpeed, ZeRO 1 and 2, with and without accumulation, the same micro-batch
+everywhere, one thread a process, timed by metrics.jsonl. What a micro-step adds to the step of one process under ZeRO
+1 gives the share of the GEMM rate that the peers reach; all else is predicted. With more processes than cores the
 measured rates are those of shared cores.
 """
 
@@ -35,7 +35,8 @@ from ctcd_ds import cli
 from ctcd_ds.cluster.scaling import Cluster, Work, predict
 from ctcd_ds.recipe import load_recipe
 
-WAYS = [(stage, accumulation) for stage in (1, 2) for accumulation in (1, 4)]
+MANY = 4  # accumulation steps, where there are several
+WAYS = [(stage, accumulation) for stage in (1, 2) for accumulation in (1, MANY)]
 WARM_UP = 1  # steps at the head of a run that are not counted
 
 
@@ -74,10 +75,11 @@ def rates(elements: int) -> dict[str, float]:
     """What a process reaches while all do the same: FLOP/s, bytes/s of copies, and the two figures of α + bytes/β."""
     hops = 2 * (dist.get_world_size() - 1)  # messages of a ring's all-reduce
     gemm = common.Gemm(torch.device("cpu"), torch.float32, 1024)
-    source, target, large, small = torch.ones(elements), torch.empty(elements), torch.ones(elements), torch.ones(1)
+    source, large, small = torch.ones(elements), torch.ones(elements), torch.ones(1)
     found = {
         "flops": 2 * gemm.size**3 / together(gemm, 40),
-        "memory": 2 * 4 * elements / together(lambda: target.copy_(source), 10),
+        # Autograd and DeepSpeed make new tensors each step, and on the CPU large new ones are new pages.
+        "memory": 2 * 4 * elements / together(lambda: source.clone(), 10),
     }
     if hops:
         latency = together(lambda: dist.all_reduce(small), 100) / hops
@@ -111,10 +113,10 @@ def launch(folder: Path, processes: int) -> dict[str, Any]:
 
 
 def compare(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The row's values from what each number of processes found; the first run of one process calibrates."""
-    first = found[1]["runs"][0]
-    at_gemm_rate = predict(Work(**first["work"]), cluster_of(1, found[1]["rates"], 1.0))
-    share = at_gemm_rate.compute_s / (median(first["seconds"]) - at_gemm_rate.memory_s)
+    """The row's values from what each number of processes found; the first two runs of one process calibrate."""
+    one, many = found[1]["runs"][:2]  # ZeRO 1: an added micro-step is computation and nothing else
+    micro_step_s = (median(many["seconds"]) - median(one["seconds"])) / (MANY - 1)
+    share = predict(Work(**one["work"]), cluster_of(1, found[1]["rates"], 1.0)).compute_s / micro_step_s
     steps = []
     for processes, result in found.items():
         cluster = cluster_of(processes, result["rates"], share)
@@ -135,11 +137,12 @@ def compare(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
                     "seconds": [round(s, 4) for s in run["seconds"]],
                 }
             )
-    errors = [abs(step["predicted_over_measured"] - 1) for step in steps[1:]]
+    errors = [abs(step["predicted_over_measured"] - 1) for step in steps]
     return {
         "median_error": median(errors),
         "largest_error": max(errors),
         "share_of_gemm": share,
+        "micro_step_s": micro_step_s,
         "micro_batch": work.micro_batch,
         "parameters": work.trained,
         "rates": {str(processes): result["rates"] for processes, result in found.items()},
