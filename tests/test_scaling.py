@@ -118,10 +118,10 @@ def test_what_is_changed_helps_and_is_said() -> None:
 
 
 def test_the_batch_grows_only_where_communication_alone_is_not_enough() -> None:
-    small = replace(WORK, accumulation=1, micro_batch=4)
+    small = replace(WORK, accumulation=1, micro_batch=8)
     better, said = improve(small, CLUSTER)
     growth = better.micro_batch // small.micro_batch
-    assert growth > 1 and f"training.global_batch_rows = {4 * growth * 64} (× {growth})" in " ".join(said)
+    assert growth > 1 and f"training.global_batch_rows = {8 * growth * 64} (× {growth})" in " ".join(said)
     less = replace(better, micro_batch=better.micro_batch // 2)
     assert predict(less, CLUSTER).efficiency < ENOUGH <= predict(better, CLUSTER).efficiency
     _, hopeless = improve(replace(small, micro_batch=1), replace(CLUSTER, nodes=4096, link=1e9))

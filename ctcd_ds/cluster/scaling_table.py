@@ -11,7 +11,7 @@ from ctcd_ds.cluster.scaling import Cluster, Work, predict
 BUCKETS = 8  # enough that little is left for the last, few enough that latency does not count
 WORTHWHILE = 1.03  # times the efficiency: a change that brings less is not named
 ENOUGH = 0.85  # the efficiency that a larger batch is looked for
-LARGEST_GROWTH = 64  # times the batch; beyond that it is another experiment
+LARGEST_GROWTH = 16  # times the batch; beyond that it is another experiment
 COLUMNS = (
     *("GPUs", "ZeRO", "rows", "a GPU", "compute ms", "memory ms", "reduce ms", "hidden ms", "gather ms", "step ms"),
     *("tokens/s", "efficiency", "GiB a GPU"),
