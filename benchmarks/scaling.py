@@ -1,7 +1,7 @@
 """The model of step time (ctcd_ds/cluster/scaling.py) against whole runs with 1, 2 and 4 processes on this machine.
 
-Each set of processes measures first, all of them at once: a process's GEMM rate, the rate of copying into fresh memory,
-gloo's all-reduce. Then it trains under DeepSpeed, ZeRO 1 and 2, with and without accumulation, the same micro-batch
+Each set of processes measures first, all of them at once: a process's GEMM rate, the rate of copying memory, gloo's
+all-reduce. Then it trains under DeepSpeed, ZeRO 1 and 2, with and without accumulation, the same micro-batch
 everywhere, one thread a process, timed by metrics.jsonl. What a micro-step adds to the step of one process under ZeRO
 1 gives the share of the GEMM rate that the peers reach; all else is predicted. With more processes than cores the
 measured rates are those of shared cores.
@@ -75,11 +75,10 @@ def rates(elements: int) -> dict[str, float]:
     """What a process reaches while all do the same: FLOP/s, bytes/s of copies, and the two figures of α + bytes/β."""
     hops = 2 * (dist.get_world_size() - 1)  # messages of a ring's all-reduce
     gemm = common.Gemm(torch.device("cpu"), torch.float32, 1024)
-    source, large, small = torch.ones(elements), torch.ones(elements), torch.ones(1)
+    source, target, large, small = torch.ones(elements), torch.empty(elements), torch.ones(elements), torch.ones(1)
     found = {
         "flops": 2 * gemm.size**3 / together(gemm, 40),
-        # Autograd and DeepSpeed make new tensors each step, and on the CPU large new ones are new pages.
-        "memory": 2 * 4 * elements / together(lambda: source.clone(), 10),
+        "memory": 2 * 4 * elements / together(lambda: target.copy_(source), 10),
     }
     if hops:
         latency = together(lambda: dist.all_reduce(small), 100) / hops
