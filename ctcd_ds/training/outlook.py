@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.cluster.scaling import Cluster
+from ctcd_ds.cluster.scaling import Cluster, Work
 from ctcd_ds.cluster.scaling_table import improve, table
 from ctcd_ds.recipe import Recipe, did_you_mean
 from ctcd_ds.training.deepspeed_config import resolve
@@ -51,7 +51,7 @@ def outlook(arguments: argparse.Namespace, cluster: Cluster, recipe: Recipe, dee
 
 def around(
     plan: Plan, cluster: Cluster, deepspeed_json: dict[str, Any], output_dir: Path
-) -> tuple[list[Any], list[str]]:
+) -> tuple[list[tuple[Work, Cluster]], list[str]]:
     """(work and cluster at a quarter to four times the nodes, which sizes the batch does not divide by and why)."""
     sizes, left_out = [], []
     for nodes in sorted({max(1, int(cluster.nodes * factor)) for factor in (0.25, 0.5, 1, 2, 4)}):
