@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ctcd_ds.cluster.network import set_interface
 from ctcd_ds.cluster.ranks import Ranks, meet_alone
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
@@ -25,6 +26,13 @@ def device_type() -> str:
     return str(get_accelerator().device_name()).split(":")[0]
 
 
+def communication_backend() -> str:
+    """'nccl' or 'gloo': what its process group runs on."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().communication_backend_name())
+
+
 def start_processes(ranks: Ranks) -> torch.device:
     """Joins the process group and picks this rank's device. A process without a launcher meets only itself."""
     import deepspeed
@@ -32,12 +40,11 @@ def start_processes(ranks: Ranks) -> torch.device:
 
     if ranks.source == "alone":
         meet_alone()
+    set_interface(ranks)
     accelerator = get_accelerator()
     if device_type() != "cpu":
         accelerator.set_device(ranks.local_rank)
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(), timeout=INITIALISATION_TIMEOUT, verbose=False
-    )
+    deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
     _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
 

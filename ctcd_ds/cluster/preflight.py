@@ -1,0 +1,209 @@
+"""Are all hosts of a job fit to run it? Asked in seconds, before hours are spent; a host that is not is named.
+
+Every rank says what it is and what it sees; rank 0 judges (checks.py) and prints one table. Whatever ranks wait for has
+a limit, so that a host that is not there becomes a line of the table and not a hang.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ctcd_ds import cli
+from ctcd_ds.cluster import probes
+from ctcd_ds.cluster.bandwidth import AllReduce, meaning, measure
+from ctcd_ds.cluster.checks import CHECKS, Facts, Finding, Hosts, Job, common_mistake, counted, judge
+from ctcd_ds.cluster.meeting import Meeting
+from ctcd_ds.cluster.network import Listener, own_address, reach, set_interface
+from ctcd_ds.cluster.ranks import Ranks
+
+FACTS_S = 60.0  # a rank that was heard may take so long to import, and to read its files
+_GROUP_S = 20.0
+_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the launcher's command says of the job, for this rank.
+
+    understand: reads recipe, corpus and DeepSpeed config; called after the ranks have met, for it takes the longest.
+    peak: FLOP/s of all ranks at a precision, or None where nobody knows; called by all ranks within a process group.
+    """
+
+    output_dir: Path
+    understand: Callable[[], Job]
+    peak: Callable[[torch.device, str], float | None]
+    patience_s: float
+
+
+def preflight(ranks: Ranks, question: Question) -> int:
+    """Called by all ranks; all return the same exit code: 0 good, 1 a host is not, 2 the user's mistake.
+
+    Raises RunFailure on a rank that does not reach rank 0.
+    """
+    meeting = Meeting(ranks, question.patience_s)
+    address = own_address(os.environ["MASTER_ADDR"], ranks.world > ranks.local_world)
+    listener = Listener(ranks.rank, address)
+    here = {"host": socket.gethostname(), "address": address, "port": listener.port}
+    came = meeting.gather("hello", here, question.patience_s)
+
+    token: str = meeting.tell("token", lambda: secrets.token_hex(16))
+    output = probes.OutputProbe(question.output_dir, ranks.rank, token)
+    there = meeting.tell("there", lambda: _begin(output, came))
+    job = question.understand()
+    facts = _facts(ranks, job, {int(rank): (where[0], where[1]) for rank, where in there.items()}, output)
+    heard = meeting.gather("facts", {**asdict(replace(facts, job=replace(job, work=None)))}, FACTS_S)
+    verdict = meeting.tell("verdict", lambda: _judge(ranks, came, heard, output, question.patience_s))
+
+    code = int(verdict["code"])
+    if code == cli.EXIT_DONE and ranks.world > 1:
+        code = _all_reduce(ranks, job, meeting, question.peak)
+    output.end()
+    listener.close()
+    meeting.gather("bye", None, 5.0)  # the store goes with rank 0, which stays until all have read
+    return code
+
+
+def _begin(output: probes.OutputProbe, came: dict[int, Any]) -> dict[int, tuple[str, int]]:
+    output.begin()
+    return {rank: (hello["address"], hello["port"]) for rank, hello in came.items()}
+
+
+def _facts(ranks: Ranks, job: Job, there: dict[int, tuple[str, int]], output: probes.OutputProbe) -> Facts:
+    reached = reach(there)
+    gpu, gpu_problem = probes.gpu(ranks) if job.accelerator == "cuda" else (None, None)
+    return Facts(
+        rank=ranks.rank,
+        host=socket.gethostname(),
+        versions=probes.versions(),
+        job=job,
+        unreached=reached.failures,
+        ahead_s=reached.ahead_s,
+        trip_s=reached.trip_s,
+        output=output.look(write=ranks.local_rank == 0),
+        free_bytes=output.free_bytes(),
+        gpu=gpu,
+        gpu_problem=gpu_problem,
+    )
+
+
+def _judge(
+    ranks: Ranks, came: dict[int, Any], heard: dict[int, Any], output: probes.OutputProbe, patience_s: float
+) -> dict[str, int]:
+    """Rank 0's part: prints the table, or the user's mistake."""
+    facts = [_read(said) for _, said in sorted(heard.items())]
+    facts = [
+        replace(f, output="writes to another directory of the same name: its file is not where rank 0 looks")
+        if f.output is None and f.rank and f.rank % ranks.local_world == 0 and not output.sees(f.rank)
+        else f
+        for f in facts
+    ]
+    names = launcher_hosts()
+    silent = {
+        rank: came[rank]["host"] if rank in came else _host_of(rank, ranks, names)
+        for rank in range(ranks.world)
+        if rank not in heard
+    }
+    hosts = Hosts(facts, silent, patience_s)
+    if not silent and (mistake := common_mistake(hosts)):
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        return {"code": cli.EXIT_MISTAKE}
+    findings = judge(hosts)
+    print(table(hosts, findings), flush=True)
+    return {"code": cli.EXIT_FAILED if findings else cli.EXIT_DONE}
+
+
+def _read(said: dict[str, Any]) -> Facts:
+    job = said["job"]
+    mistake = tuple(job["mistake"]) if job["mistake"] else None
+    unreached = {int(rank): why for rank, why in said["unreached"].items()}
+    return Facts(**{**said, "job": Job(**{**job, "mistake": mistake}), "unreached": unreached})
+
+
+def _all_reduce(ranks: Ranks, job: Job, meeting: Meeting, peak: Callable[[torch.device, str], float | None]) -> int:
+    """Sums tensors over all ranks as training will, and says what the speed means. Exit code, the same on all ranks."""
+    set_interface(ranks)
+    device = torch.device(job.accelerator, ranks.local_rank) if job.accelerator == "cuda" else torch.device("cpu")
+    problem, measured, flops = None, None, None
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        limit = timedelta(seconds=_GROUP_S)
+        dist.init_process_group(job.backend, None, limit, ranks.world, ranks.rank, meeting.store)
+        measured, flops = measure(device), peak(device, job.precision)
+    except (RuntimeError, ValueError) as failure:
+        problem = f"{socket.gethostname()}: rank {ranks.rank}: {str(failure).splitlines()[0]}"
+    problems = meeting.gather("all-reduce", problem, _GROUP_S)
+    return int(meeting.tell("all-reduced", lambda: _say(ranks, job, problems, measured, flops)))
+
+
+def _say(ranks: Ranks, job: Job, problems: dict[int, Any], measured: AllReduce | None, flops: float | None) -> int:
+    failed = [said for _, said in sorted(problems.items()) if said] + [
+        f"rank {rank}: no answer" for rank in range(ranks.world) if rank not in problems
+    ]
+    if failed or measured is None:
+        print("\nall-reduce failed, though all ranks reach each other:", *failed, sep="\n  ", flush=True)
+        return cli.EXIT_FAILED
+    print(
+        f"\nall-reduce of {measured.size / 2**20:.0f} MiB over {ranks.world} ranks ({job.backend}): "
+        f"{measured.bus_bytes_per_s / 1e9:.2f} GB/s a rank, {measured.latency_s * 1e6:.0f} µs for a number"
+    )
+    if job.work is not None and flops is not None:
+        print(meaning(measured, job.work, flops / ranks.world)[0])
+    return cli.EXIT_DONE
+
+
+def launcher_hosts() -> list[str]:
+    """The hosts in the order of ranks, as SLURM or the `deepspeed` launcher names them; empty where nobody says.
+
+    DeepSpeed tells its ranks numbers only; the names stand in its own command line, the parent's of this process.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        [info] = [word.partition("=")[2] for word in words if word.startswith("--world_info=")]
+        return list(json.loads(base64.urlsafe_b64decode(info)))
+    except (OSError, ValueError):
+        return []
+
+
+def _host_of(rank: int, ranks: Ranks, names: list[str]) -> str:
+    number = rank // ranks.local_world
+    return names[number] if number < len(names) else f"host {number + 1}"
+
+
+def table(hosts: Hosts, findings: list[Finding]) -> str:
+    """A row a host, a column a check; below, each finding with its cure. Many good hosts share a row."""
+    bad = {finding.host for finding in findings}
+    good = [host for host in hosts.ranks if host not in bad]
+    rows = [("host", "ranks", *CHECKS)]
+    rows += [
+        (host, counted(hosts.ranks[host]), *_cells(hosts, host, findings))
+        for host in hosts.ranks
+        if host in bad or host in good[:_SHOWN]
+    ]
+    if len(good) > _SHOWN:
+        rows.append((f"{len(good) - _SHOWN} more", "", *_cells(hosts, good[-1], findings)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for finding in findings:
+        lines += ["", f"{finding.host}: {finding.check}: {finding.problem}", f"  cure: {finding.cure}"]
+    return "\n".join(lines)
+
+
+def _cells(hosts: Hosts, host: str, findings: list[Finding]) -> list[str]:
+    failed = {finding.check for finding in findings if finding.host == host}
+    said = [facts for facts in hosts.facts if facts.host == host]
+    skipped = {"GPU"} if all(facts.job.accelerator == "cpu" for facts in said) else set()
+    return ["FAIL" if c in failed else "?" if not said else "skipped" if c in skipped else "ok" for c in CHECKS]
