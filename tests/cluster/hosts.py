@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -192,15 +193,14 @@ class Host:
 class Network:
     """The switch, and the hosts plugged into it, by name. All know one another by /etc/hosts, and nobody else.
 
-    `folder` (what the hosts shall see of /tmp) gets a folder `network` for what is bound over the hosts' /etc.
+    `folder`: what the hosts shall see of /tmp, a folder or pytest's base of all folders; in it lies their /etc.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self.kept = (folder, ROOT, Path(sys.prefix), Path(sys.base_prefix))
-        self.etc = folder / "network"
+        self.etc = Path(tempfile.mkdtemp(prefix="etc-", dir=folder))
         self.hosts: dict[str, Host] = {}
         addresses = {name: f"10.77.0.{10 + number}" for number, name in enumerate(names)}
-        self.etc.mkdir()
         listed = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
         (self.etc / "hosts").write_text("\n".join(listed) + "\n")
         # No DNS in here: a look-up of an address would hang for 10 s.
