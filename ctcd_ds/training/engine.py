@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ctcd_ds.cluster.ranks import Ranks, meet_alone
+from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.training.plan import Plan
@@ -26,15 +26,16 @@ def device_type() -> str:
 
 
 def start_processes(ranks: Ranks) -> torch.device:
-    """Joins the process group and picks this rank's device. A process without a launcher meets only itself."""
+    """Joins the process group and picks this rank's device."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if ranks.source == "alone":
-        meet_alone()
+    ranks.announce()
     accelerator = get_accelerator()
     if device_type() != "cpu":
-        accelerator.set_device(ranks.local_rank)
+        if ranks.source == "srun" and accelerator.device_count() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task: a task sees its own GPU only; DeepSpeed reads this too
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name(), timeout=INITIALISATION_TIMEOUT, verbose=False
     )
