@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ctcd_ds.cluster.network import set_interface
-from ctcd_ds.cluster.ranks import Ranks, meet_alone
+from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.training.plan import Plan
@@ -34,16 +34,17 @@ def communication_backend() -> str:
 
 
 def start_processes(ranks: Ranks) -> torch.device:
-    """Joins the process group and picks this rank's device. A process without a launcher meets only itself."""
+    """Joins the process group and picks this rank's device."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if ranks.source == "alone":
-        meet_alone()
+    ranks.announce()
     set_interface(ranks)
     accelerator = get_accelerator()
     if device_type() != "cpu":
-        accelerator.set_device(ranks.local_rank)
+        if ranks.source == "srun" and accelerator.device_count() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task: a task sees its own GPU only; DeepSpeed reads this too
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
     _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
