@@ -14,7 +14,7 @@ what is modelled is what DeepSpeed does. With `overlap_comm` a bucket is reduced
 the last bucket has nothing left to hide behind.
 
 Collectives cost α + bytes/β for each message (Hockney 1994; Thakur, Rabenseifner, Gropp 2005): a ring within a node,
-then all GPUs of the same place in their nodes together, each with 1/G of the data over its own link and log2(N) rounds
+then all GPUs of the same place in their nodes together, each with 1/G of the data over its own link, and log2(N) rounds
 (NCCL's trees). Latencies are NCCL's own (src/graph/tuning.cc, protocol Simple).
 """
 
@@ -96,7 +96,7 @@ class Cluster:
 class Step:
     """A predicted step. Seconds of a step, bytes of a GPU; `reduce_s` is all of it, `hidden_s` what backward hides.
 
-    efficiency: tokens/s of a GPU, of what one GPU alone reaches with the same micro-batch and accumulation.
+    efficiency: tokens/s of a GPU, of what one GPU alone reaches that does all micro-steps and then one update.
     """
 
     rows: int
@@ -131,8 +131,10 @@ class Step:
 def predict(work: Work, cluster: Cluster) -> Step:
     """The step of `work` on every GPU of `cluster`."""
     step = _step(work, cluster)
-    alone = _step(work, replace(cluster, nodes=1, gpus=1))
-    return replace(step, efficiency=alone.step_s / step.step_s)
+    alone = replace(work, accumulation=work.accumulation * cluster.world, stage=1)
+    return replace(
+        step, efficiency=_step(alone, replace(cluster, nodes=1, gpus=1)).step_s / cluster.world / step.step_s
+    )
 
 
 def _step(work: Work, cluster: Cluster) -> Step:
