@@ -15,7 +15,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a host th
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.preflight import Question, preflight
-from ctcd_ds.cluster.ranks import find_ranks, meet_alone
+from ctcd_ds.cluster.ranks import find_ranks
 
 
 def main() -> int:
@@ -32,8 +32,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     ranks = find_ranks()
-    if ranks.source == "alone":
-        meet_alone()
+    ranks.announce()
 
     import torch
 
@@ -44,7 +43,7 @@ def main() -> int:
         try:
             from ctcd_ds.training.prospect import job
 
-            return job(arguments.recipe, arguments.set, arguments.deepspeed_config, ranks.world, arguments.output_dir)
+            return job(arguments.recipe, arguments.set, arguments.deepspeed_config, ranks, arguments.output_dir)
         except ImportError as missing:
             return Job(mistake=("versions", str(missing)))
 

@@ -19,9 +19,9 @@ class Job:
     """What a rank understood of what it is to run.
 
     settings: the resolved recipe and the DeepSpeed JSON, flat. corpus: its fingerprint. checkpoint_bytes: of one
-    checkpoint; checkpoints: how many there are at the same time, at most. accelerator: 'cpu' or 'cuda'; backend: of
-    its process group. work: of a step, for what bandwidth means; it stays on this rank. mistake: where the files
-    cannot be understood here, the check that it belongs to and its message.
+    checkpoint; checkpoints: how many there are at the same time, at most. accelerator: 'cpu' or 'cuda'; gpu: number of
+    this rank's; backend: of its process group. work: of a step, for what bandwidth means; it stays on this rank.
+    mistake: where the files cannot be understood here, the check that it belongs to and its message.
     """
 
     settings: Mapping[str, Any] | None = None
@@ -29,6 +29,7 @@ class Job:
     checkpoint_bytes: int = 0
     checkpoints: int = 1
     accelerator: str = "cpu"
+    gpu: int = 0
     backend: str = "gloo"
     precision: str = "fp32"
     work: Work | None = None

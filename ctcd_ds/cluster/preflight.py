@@ -14,24 +14,22 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from ClusterShell.NodeSet import NodeSet  # type: ignore[import-untyped]
 
 from ctcd_ds import cli
 from ctcd_ds.cluster import probes
-from ctcd_ds.cluster.bandwidth import AllReduce, meaning, measure
-from ctcd_ds.cluster.checks import CHECKS, Facts, Finding, Hosts, Job, common_mistake, counted, judge
+from ctcd_ds.cluster.bandwidth import all_reduce
+from ctcd_ds.cluster.checks import Facts, Hosts, Job, common_mistake, judge
 from ctcd_ds.cluster.meeting import Meeting
-from ctcd_ds.cluster.network import Listener, own_address, reach, set_interface
+from ctcd_ds.cluster.network import Listener, own_address, reach
 from ctcd_ds.cluster.ranks import Ranks
+from ctcd_ds.cluster.verdict import table
 
 FACTS_S = 60.0  # a rank that was heard may take so long to import, and to read its files
-_GROUP_S = 20.0
-_SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def preflight(ranks: Ranks, question: Question) -> int:
 
     code = int(verdict["code"])
     if code == cli.EXIT_DONE and ranks.world > 1:
-        code = _all_reduce(ranks, job, meeting, question.peak)
+        code = all_reduce(ranks, job, meeting, question.peak)
     output.end()
     listener.close()
     meeting.gather("bye", None, 5.0)  # the store goes with rank 0, which stays until all have read
@@ -83,7 +81,7 @@ def _begin(output: probes.OutputProbe, came: dict[int, Any]) -> dict[int, tuple[
 
 def _facts(ranks: Ranks, job: Job, there: dict[int, tuple[str, int]], output: probes.OutputProbe) -> Facts:
     reached = reach(there)
-    gpu, gpu_problem = probes.gpu(ranks) if job.accelerator == "cuda" else (None, None)
+    gpu, gpu_problem = probes.gpu(job.gpu) if job.accelerator == "cuda" else (None, None)
     return Facts(
         rank=ranks.rank,
         host=socket.gethostname(),
@@ -132,44 +130,13 @@ def _read(said: dict[str, Any]) -> Facts:
     return Facts(**{**said, "job": Job(**{**job, "mistake": mistake}), "unreached": unreached})
 
 
-def _all_reduce(ranks: Ranks, job: Job, meeting: Meeting, peak: Callable[[torch.device, str], float | None]) -> int:
-    """Sums tensors over all ranks as training will, and says what the speed means. Exit code, the same on all ranks."""
-    set_interface(ranks)
-    device = torch.device(job.accelerator, ranks.local_rank) if job.accelerator == "cuda" else torch.device("cpu")
-    problem, measured, flops = None, None, None
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        limit = timedelta(seconds=_GROUP_S)
-        dist.init_process_group(job.backend, None, limit, ranks.world, ranks.rank, meeting.store)
-        measured, flops = measure(device), peak(device, job.precision)
-    except (RuntimeError, ValueError) as failure:
-        problem = f"{socket.gethostname()}: rank {ranks.rank}: {str(failure).splitlines()[0]}"
-    problems = meeting.gather("all-reduce", problem, _GROUP_S)
-    return int(meeting.tell("all-reduced", lambda: _say(ranks, job, problems, measured, flops)))
-
-
-def _say(ranks: Ranks, job: Job, problems: dict[int, Any], measured: AllReduce | None, flops: float | None) -> int:
-    failed = [said for _, said in sorted(problems.items()) if said] + [
-        f"rank {rank}: no answer" for rank in range(ranks.world) if rank not in problems
-    ]
-    if failed or measured is None:
-        print("\nall-reduce failed, though all ranks reach each other:", *failed, sep="\n  ", flush=True)
-        return cli.EXIT_FAILED
-    print(
-        f"\nall-reduce of {measured.size / 2**20:.0f} MiB over {ranks.world} ranks ({job.backend}): "
-        f"{measured.bus_bytes_per_s / 1e9:.2f} GB/s a rank, {measured.latency_s * 1e6:.0f} µs for a number"
-    )
-    if job.work is not None and flops is not None:
-        print(meaning(measured, job.work, flops / ranks.world)[0])
-    return cli.EXIT_DONE
-
-
 def launcher_hosts() -> list[str]:
     """The hosts in the order of ranks, as SLURM or the `deepspeed` launcher names them; empty where nobody says.
 
     DeepSpeed tells its ranks numbers only; the names stand in its own command line, the parent's of this process.
     """
+    if nodes := os.environ.get("SLURM_STEP_NODELIST"):
+        return list(map(str, NodeSet(nodes)))
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
         [info] = [word.partition("=")[2] for word in words if word.startswith("--world_info=")]
@@ -181,29 +148,3 @@ def launcher_hosts() -> list[str]:
 def _host_of(rank: int, ranks: Ranks, names: list[str]) -> str:
     number = rank // ranks.local_world
     return names[number] if number < len(names) else f"host {number + 1}"
-
-
-def table(hosts: Hosts, findings: list[Finding]) -> str:
-    """A row a host, a column a check; below, each finding with its cure. Many good hosts share a row."""
-    bad = {finding.host for finding in findings}
-    good = [host for host in hosts.ranks if host not in bad]
-    rows = [("host", "ranks", *CHECKS)]
-    rows += [
-        (host, counted(hosts.ranks[host]), *_cells(hosts, host, findings))
-        for host in hosts.ranks
-        if host in bad or host in good[:_SHOWN]
-    ]
-    if len(good) > _SHOWN:
-        rows.append((f"{len(good) - _SHOWN} more", "", *_cells(hosts, good[-1], findings)))
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for finding in findings:
-        lines += ["", f"{finding.host}: {finding.check}: {finding.problem}", f"  cure: {finding.cure}"]
-    return "\n".join(lines)
-
-
-def _cells(hosts: Hosts, host: str, findings: list[Finding]) -> list[str]:
-    failed = {finding.check for finding in findings if finding.host == host}
-    said = [facts for facts in hosts.facts if facts.host == host]
-    skipped = {"GPU"} if all(facts.job.accelerator == "cpu" for facts in said) else set()
-    return ["FAIL" if c in failed else "?" if not said else "skipped" if c in skipped else "ok" for c in CHECKS]

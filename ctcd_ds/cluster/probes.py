@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 
 import ctcd_ds
-from ctcd_ds.cluster.ranks import Ranks
 
 PACKAGES = ("torch", "deepspeed", "transformers", "megatron-core")
 GIB = 2**30
@@ -35,15 +34,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def gpu(ranks: Ranks) -> tuple[str | None, str | None]:
-    """This rank's GPU: its name, and what is wrong with it."""
+def gpu(number: int) -> tuple[str | None, str | None]:
+    """A GPU that this process is to use: its name, and what is wrong with it."""
     import torch
 
-    if (count := torch.cuda.device_count()) <= ranks.local_rank:
-        return None, f"needs GPU number {ranks.local_rank}, and its host shows {count} GPUs"
-    name = torch.cuda.get_device_name(ranks.local_rank)
+    if (count := torch.cuda.device_count()) <= number:
+        return None, f"needs GPU number {number}, and its host shows {count} GPUs"
+    name = torch.cuda.get_device_name(number)
     try:
-        free, total = torch.cuda.mem_get_info(ranks.local_rank)
+        free, total = torch.cuda.mem_get_info(number)
     except RuntimeError as problem:
         return name, str(problem).splitlines()[0]
     used = total - free

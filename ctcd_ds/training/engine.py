@@ -26,6 +26,13 @@ def device_type() -> str:
     return str(get_accelerator().device_name()).split(":")[0]
 
 
+def device_number(ranks: Ranks) -> int:
+    """Which of the devices that this process sees is its own: with srun's --gpus-per-task it sees no other."""
+    from deepspeed.accelerator import get_accelerator
+
+    return 0 if ranks.source == "srun" and get_accelerator().device_count() == 1 else ranks.local_rank
+
+
 def communication_backend() -> str:
     """'nccl' or 'gloo': what its process group runs on."""
     from deepspeed.accelerator import get_accelerator
@@ -42,9 +49,8 @@ def start_processes(ranks: Ranks) -> torch.device:
     set_interface(ranks)
     accelerator = get_accelerator()
     if device_type() != "cpu":
-        if ranks.source == "srun" and accelerator.device_count() == 1:
-            os.environ["LOCAL_RANK"] = "0"  # --gpus-per-task: a task sees its own GPU only; DeepSpeed reads this too
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        os.environ["LOCAL_RANK"] = str(device_number(ranks))  # DeepSpeed reads this too
+        accelerator.set_device(device_number(ranks))
     deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
     _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())

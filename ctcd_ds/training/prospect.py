@@ -7,15 +7,16 @@ from pathlib import Path
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.checks import Job
+from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.recipe import flat, load_recipe
 from ctcd_ds.training.deepspeed_config import read_json
-from ctcd_ds.training.engine import communication_backend, device_type
+from ctcd_ds.training.engine import communication_backend, device_number, device_type
 from ctcd_ds.training.plan import Plan, checkpoint_bytes, make_plan
 from ctcd_ds.training.run_directory import RunDirectory
 
 
-def job(recipe_file: Path, changes: Sequence[str], config_file: Path, world: int, output_dir: Path) -> Job:
+def job(recipe_file: Path, changes: Sequence[str], config_file: Path, ranks: Ranks, output_dir: Path) -> Job:
     """Reads recipe, DeepSpeed config and corpus. A mistake in them is an answer too: it may be this host's only."""
     check = "recipe"
     try:
@@ -23,7 +24,7 @@ def job(recipe_file: Path, changes: Sequence[str], config_file: Path, world: int
         check = "corpus"
         Corpus.open(Path(recipe.corpus.path))
         check = "recipe"
-        plan = make_plan(recipe, given, world, device_type(), output_dir)
+        plan = make_plan(recipe, given, ranks.world, device_type(), output_dir)
     except UserError as mistake:
         return Job(mistake=(check, str(mistake)))
     return Job(
@@ -32,9 +33,10 @@ def job(recipe_file: Path, changes: Sequence[str], config_file: Path, world: int
         checkpoint_bytes=checkpoint_bytes(plan),
         checkpoints=checkpoints_to_come(plan, output_dir),
         accelerator=device_type(),
+        gpu=device_number(ranks),
         backend=communication_backend(),
         precision=plan.deepspeed.precision,
-        work=None,
+        work=plan.work,
     )
 
 
