@@ -81,9 +81,11 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
     from ctcd_ds.training.trainer import start
 
-    stopped = start(plan, ranks, run)
-    if ranks.first:
-        print(f"saved ({stopped}): go on with --resume" if stopped else f"finished: {plan.steps} steps in {run.path}")
+    with cli.outlive_the_listener():
+        stopped = start(plan, ranks, run)
+        if ranks.first:
+            done = f"finished: {plan.steps} steps in {run.path}"
+            print(f"saved ({stopped}): go on with --resume" if stopped else done, flush=True)
     return cli.EXIT_SAVED if stopped else cli.EXIT_DONE
 
 

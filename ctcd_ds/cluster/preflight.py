@@ -108,12 +108,10 @@ def _judge(
         else f
         for f in facts
     ]
-    names = launcher_hosts()
-    silent = {
-        rank: came[rank]["host"] if rank in came else _host_of(rank, ranks, names)
-        for rank in range(ranks.world)
-        if rank not in heard
-    }
+    names = launcher_hosts() or [f"host {number + 1}" for number in range(ranks.world)]
+    # Ranks are dealt out host by host; whoever came tells its host's name.
+    place = dict(enumerate(names)) | {rank // ranks.local_world: hello["host"] for rank, hello in came.items()}
+    silent = {rank: place[rank // ranks.local_world] for rank in range(ranks.world) if rank not in heard}
     hosts = Hosts(facts, silent, patience_s)
     if not silent and (mistake := common_mistake(hosts)):
         print(f"error: {mistake}", file=sys.stderr, flush=True)
@@ -143,8 +141,3 @@ def launcher_hosts() -> list[str]:
         return list(json.loads(base64.urlsafe_b64decode(info)))
     except (OSError, ValueError):
         return []
-
-
-def _host_of(rank: int, ranks: Ranks, names: list[str]) -> str:
-    number = rank // ranks.local_world
-    return names[number] if number < len(names) else f"host {number + 1}"
