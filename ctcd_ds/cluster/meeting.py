@@ -28,7 +28,7 @@ class Meeting:
 
     def __init__(self, ranks: Ranks, patience_s: float) -> None:
         """Raises RunFailure, saying where and why, where the store is not reached within `patience_s` seconds."""
-        self._ranks = ranks
+        self._ranks, self._present = ranks, set(range(ranks.world))
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         holds = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if not holds:
@@ -48,17 +48,19 @@ class Meeting:
     def gather(self, name: str, value: Any, limit_s: float) -> dict[int, Any]:
         """What every rank says under `name`, by rank, on rank 0; ranks silent for `limit_s` seconds are left out.
 
-        Nothing, at once, on the other ranks. Values are plain JSON data.
+        They are left out for good: nobody waits for them again. Nothing, at once, on the other ranks. Values are plain
+        JSON data.
         """
         self._mine.set(f"{name}/{self._ranks.rank}", json.dumps(value))
         if not self._ranks.first:
             return {}
-        end, waiting, heard = time.monotonic() + limit_s, set(range(self._ranks.world)), {}
-        while waiting and (time.monotonic() < end):
+        end, waiting, heard = time.monotonic() + limit_s, set(self._present), {}
+        while waiting and time.monotonic() < end:
             for rank in sorted(rank for rank in waiting if self._mine.check([f"{name}/{rank}"])):
                 heard[rank] = json.loads(self._mine.get(f"{name}/{rank}"))
                 waiting.remove(rank)
             time.sleep(0.02)
+        self._present -= waiting
         return heard
 
     def tell(self, name: str, value: Callable[[], Any]) -> Any:

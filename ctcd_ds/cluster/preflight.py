@@ -62,15 +62,18 @@ def preflight(ranks: Ranks, question: Question) -> int:
     there = meeting.tell("there", lambda: _begin(output, came))
     job = question.understand()
     facts = _facts(ranks, job, {int(rank): (where[0], where[1]) for rank, where in there.items()}, output)
-    heard = meeting.gather("facts", {**asdict(replace(facts, job=replace(job, work=None)))}, FACTS_S)
+    heard = meeting.gather("facts", asdict(replace(facts, job=replace(job, work=None))), FACTS_S)
     verdict = meeting.tell("verdict", lambda: _judge(ranks, came, heard, output, question.patience_s))
 
     code = int(verdict["code"])
     if code == cli.EXIT_DONE and ranks.world > 1:
         code = all_reduce(ranks, job, meeting, question.peak)
-    output.end()
     listener.close()
-    meeting.gather("bye", None, 5.0)  # the store goes with rank 0, which stays until all have read
+    if not ranks.first:
+        output.end()
+    meeting.gather("bye", None, 5.0)  # rank 0 is the last: the store goes with it, and the directory that it made
+    if ranks.first:
+        output.end()
     return code
 
 
@@ -108,9 +111,9 @@ def _judge(
         else f
         for f in facts
     ]
-    names = launcher_hosts() or [f"host {number + 1}" for number in range(ranks.world)]
-    # Ranks are dealt out host by host; whoever came tells its host's name.
-    place = dict(enumerate(names)) | {rank // ranks.local_world: hello["host"] for rank, hello in came.items()}
+    # Ranks are dealt out host by host; whoever came tells its host's name, and the launcher may know the others'.
+    place = {number: f"host {number + 1}" for number in range(ranks.world)} | dict(enumerate(launcher_hosts()))
+    place |= {rank // ranks.local_world: hello["host"] for rank, hello in came.items()}
     silent = {rank: place[rank // ranks.local_world] for rank in range(ranks.world) if rank not in heard}
     hosts = Hosts(facts, silent, patience_s)
     if not silent and (mistake := common_mistake(hosts)):

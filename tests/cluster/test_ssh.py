@@ -94,7 +94,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "d.json").write_text('{"zero_optimization": {"stage": 2}}')
     (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
-    (folder / "environment").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHF_HUB_OFFLINE=1\n")
+    carried = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    carried |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
+    (folder / "environment").write_text("".join(f"{name}={value}\n" for name, value in carried.items()))
     with Network(tmp_path_factory.getbasetemp(), ["node1", "node2"]) as network:
         start_sshd(network, folder / "ssh")
         yield Place(folder, network)
@@ -132,7 +134,11 @@ def alone(place: Place) -> Path:
     """The run on one host with two ranks."""
     line = [ROOT / "launchers" / "pretrain.py", *place.arguments("alone")]
     ranks = start_ranks(line, 2, place.folder / "alone-log", DS_ACCELERATOR="cpu")
-    assert [rank.wait(120) for rank in ranks] == [0, 0], (place.folder / "alone-log-rank0.log").read_text()
+    try:
+        assert [rank.wait(200) for rank in ranks] == [0, 0], (place.folder / "alone-log-rank0.log").read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
     return place.folder / "alone"
 
 
