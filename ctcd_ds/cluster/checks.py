@@ -117,12 +117,12 @@ def check_reach(hosts: Hosts) -> Iterator[Finding]:
         asked_of, order = Counter(asked for _, asked, _ in failures), list(hosts.ranks)
         worst = max(partners, key=lambda host: (len(partners[host]), asked_of[host], order.index(host)))
         asking, asked, why = next(failure for failure in failures if worst in failure[:2])
-        others = f" and {len(partners[worst]) - 1} more hosts" if len(partners[worst]) > 1 else ""
-        other = asked if asking == worst else asking
+        others = sorted(partners[worst] - {worst}) or ["itself"]
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         yield Finding(
             worst,
             "reach",
-            f"no connection with {other}{others}: {asking} asked {asked} at {why}",
+            f"no connection with {others[0]}{more}: {asking} asked {asked} at {why}",
             "open all TCP ports between the hosts (gloo and NCCL take any free one); with several networks, name the "
             "right one's interface in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME",
         )

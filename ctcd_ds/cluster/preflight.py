@@ -61,7 +61,8 @@ def preflight(ranks: Ranks, question: Question) -> int:
     output = probes.OutputProbe(question.output_dir, ranks.rank, token)
     there = meeting.tell("there", lambda: _begin(output, came))
     job = question.understand()
-    facts = _facts(ranks, job, {int(rank): (where[0], where[1]) for rank, where in there.items()}, output)
+    others = {int(rank): (where[0], where[1]) for rank, where in there.items() if int(rank) != ranks.rank}
+    facts = _facts(ranks, job, others, output)
     heard = meeting.gather("facts", asdict(replace(facts, job=replace(job, work=None))), FACTS_S)
     verdict = meeting.tell("verdict", lambda: _judge(ranks, came, heard, output, question.patience_s))
 
