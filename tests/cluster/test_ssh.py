@@ -22,14 +22,14 @@ from cluster.ssh import SSHD, start_sshd
 from runs import ROOT, bert, chain_corpus, final_weights, metrics, start_ranks
 
 pytestmark = pytest.mark.cluster
-# Put before the C library, it makes a host's clock 30 s fast for one process: a time namespace cannot move the date, and
+# Put before the C library, it makes a host's clock 30 s fast for one process. A time namespace cannot move dates;
 # libfaketime 0.9.10 breaks Python's sleep unless it moves the monotonic clock as well.
 FAST_CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <time.h>
 int clock_gettime(clockid_t clock, struct timespec *now) {
-    int (*real)(clockid_t, struct timespec *) = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
     int code = real(clock, now);
     if (clock == CLOCK_REALTIME) now->tv_sec += 30;
     return code;
