@@ -48,8 +48,8 @@ def start_processes(ranks: Ranks) -> torch.device:
 
     ranks.announce()
     set_interface(ranks)
-    # DeepSpeed builds its ops with ninja; over ssh the environment is not activated, and PATH is the system's.
-    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:{Path(sys.executable).parent}"
+    # DeepSpeed builds its ops with ninja; over ssh the environment is not activated, and another ninja builds all anew.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     accelerator = get_accelerator()
     if device_type() != "cpu":
         os.environ["LOCAL_RANK"] = str(device_number(ranks))  # DeepSpeed reads this too
