@@ -1,4 +1,4 @@
-"""Co-trains the peers of a recipe under DeepSpeed. Start it with `deepspeed`, `torchrun`, or as it is (one process).
+"""Co-trains the peers of a recipe under DeepSpeed. Start it with `deepspeed`, `torchrun`, `srun`, or alone.
 
 deepspeed launchers/pretrain.py --recipe R.yaml --deepspeed_config D.json --output_dir RUN
 """
@@ -71,13 +71,21 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         refuse_damage(plan.corpus.path)
     if ranks.first:
-        print(describe(plan), *(f"changed since: {line}" for line in different), sep="\n", flush=True)
+        print(
+            describe(plan),
+            f"ranks          {ranks.describe()}",
+            *(f"changed since: {line}" for line in different),
+            sep="\n",
+            flush=True,
+        )
 
     from ctcd_ds.training.trainer import start
 
-    stopped = start(plan, ranks, run)
-    if ranks.first:
-        print(f"saved ({stopped}): go on with --resume" if stopped else f"finished: {plan.steps} steps in {run.path}")
+    with cli.outlive_the_listener():
+        stopped = start(plan, ranks, run)
+        if ranks.first:
+            done = f"finished: {plan.steps} steps in {run.path}"
+            print(f"saved ({stopped}): go on with --resume" if stopped else done, flush=True)
     return cli.EXIT_SAVED if stopped else cli.EXIT_DONE
 
 

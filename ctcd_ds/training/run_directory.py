@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
@@ -75,13 +76,13 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def create(self, plan: Plan, threads: int, device: str) -> None:
+    def create(self, plan: Plan, ranks: Ranks, device: str) -> None:
         """Writes who this run is. The recipe comes first: with it, the directory holds a run that --resume begins."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.recipe, plan.recipe.to_yaml())
         (self.path / "exit.json").unlink(missing_ok=True)
         self.write_json("ds_config.json", plan.deepspeed.values)
-        self.write_json("environment.json", environment(plan.world, threads, device))
+        self.write_json("environment.json", environment(ranks, device))
         # Export needs the tokenizer and the configs, and the corpus may be gone by then.
         shutil.copytree(plan.corpus.tokenizer_path, self.tokenizer, dirs_exist_ok=True)
         for name, config in plan.configs.items():
@@ -103,16 +104,17 @@ class RunDirectory:
             self.write_exit("failed", -1, reason)
 
 
-def environment(world: int, threads: int, device: str) -> dict[str, Any]:
-    """Versions, commit and hardware of this process."""
+def environment(ranks: Ranks, device: str) -> dict[str, Any]:
+    """Versions, commit and hardware of this process, and who told it its rank."""
     packages = ("ctcd-ds", "torch", "deepspeed", "transformers", "datasets", "megatron-core", "numpy", "tokenizers")
     return {
         "command": [sys.executable, *sys.argv],
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "git_commit": _git_commit(),
-        "world": world,
-        "threads_per_rank": threads,
+        "world": ranks.world,
+        "ranks": ranks.describe(),
+        "threads_per_rank": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu: {_cpu_name()}",
         "cores": os.cpu_count(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
