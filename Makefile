@@ -6,7 +6,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 
 # What a cluster on this one machine needs, by its names in Debian.
-CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin
+CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iptables libfaketime
 
 .PHONY: setup demo test test-data test-benchmarks test-faults test-cluster check clean
 

@@ -225,3 +225,22 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     from soak.kill_resume import soak
 
     assert soak(kills=4, ranks=2, steps=24, precision="bf16", seed=3, folder=tmp_path) == 4
+
+
+def test_sigterm_to_deepspeed_itself_saves_though_it_tells_nobody(corpus: Path, tmp_path: Path) -> None:
+    """`deepspeed` is a runner and its launch.py; the signal ends the first, and the second goes on."""
+    run = tmp_path / "run"
+    line = deepspeed_line(1, *pretrain(corpus, tmp_path))
+    with (tmp_path / "log").open("w") as file:
+        runner = subprocess.Popen(line, env=environment(), cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_for(lambda: logged(run) > 1, [runner])
+        runner.terminate()
+        runner.wait(10)
+        wait_for(lambda: not ranks_of(runner.pid), [], 30)
+    finally:
+        for pid in ranks_of(runner.pid):
+            os.kill(pid, signal.SIGKILL)
+    state = exit_state(run)
+    assert state["state"] == "saved" and state["reason"] == "the launcher died"
+    assert (run / "checkpoints" / f"step-{state['step']:08d}" / "manifest.json").exists()
