@@ -155,6 +155,10 @@ def _checked_glue(given: argparse.Namespace) -> Glue:
 
         data = str(Path(data).resolve())
         load(tuple(tasks.split(",")), data)
+    elif tasks != "all":
+        from ctcd_ds.evaluation.tasks import named
+
+        named(tasks.split(","))
     return Glue(data, tasks, given.glue_seeds)
 
 

@@ -34,7 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "d.json").write_text('{"zero_optimization": {"stage": 2}}')
-    (folder / "cluster.yaml").write_text("partition: low\npreflight: false\nenvironment: {DS_ACCELERATOR: cpu}\n")
+    (folder / "cluster.yaml").write_text("partition: low\nenvironment: {DS_ACCELERATOR: cpu}\n")
+    (folder / "trusted.yaml").write_text((folder / "cluster.yaml").read_text() + "preflight: false\n")
     write_glue(folder / "glue")
     return folder
 
@@ -50,7 +51,7 @@ def slurm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slu
 def job(place: Path, name: str, *options: object) -> list[object]:
     """The words after `python launchers/submit.py` for a run called `name`."""
     words = ["--recipe", place / "recipe.json", "--deepspeed_config", place / "d.json", "--output_dir", place / name]
-    return [*words, "--cluster", place / "cluster.yaml", *options]
+    return [*words, "--cluster", place / "trusted.yaml", *options]
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +89,14 @@ def test_a_chain_on_two_nodes_ends_with_the_table_and_the_weights_of_one_node(
     slurm: Slurm, place: Path, reference: dict[str, Any]
 ) -> None:
     """Preflight, pretrain, export, GLUE; two nodes with one rank each are the two ranks of one node, bit for bit."""
-    glue = ("--chain", "--glue_data", place / "glue", "--glue_tasks", "cola,rte")
+    glue = ("--cluster", place / "cluster.yaml", "--chain", "--glue_data", place / "glue", "--glue_tasks", "cola,rte")
     ids = slurm.submit(*job(place, "chain", "--nodes", 2, *glue))
     slurm.wait(ids["pretrain"], "COMPLETED", "FAILED")
     run = place / "chain"
     assert_equal(reference, run)
     assert "2, 1 on this machine, as srun says" in json.loads((run / "environment.json").read_text())["ranks"]
+    looked = (run / "slurm" / f"pretrain-{ids['pretrain']}.log").read_text()
+    assert all(f"{name}  " in looked for name in ("node1", "node2")) and "all-reduce of" in looked, looked
     slurm.wait(ids["glue"], "COMPLETED")
     table = (run / "slurm" / f"glue-{ids['glue']}.log").read_text()
     assert "teacher" in table and "student" in table and "average" in table
