@@ -67,6 +67,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if run.is_finished(plan):
         if ranks.first:
             print(f"{run.path} is finished already: nothing to do")
+            run.write_exit("finished", plan.steps, f"all {plan.steps} steps are done")  # this start says so too
         return cli.EXIT_DONE
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         refuse_damage(plan.corpus.path)

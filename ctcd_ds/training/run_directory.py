@@ -48,7 +48,9 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
         if not self.holds_a_run():
-            if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            # slurm/ is what launchers/submit.py and the job's script leave here before the run begins.
+            others = (p.name for p in self.path.iterdir()) if self.path.is_dir() else ()
+            if any(not name.startswith(".") and name != "slurm" for name in others):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
             return []
         if not resume:
