@@ -81,7 +81,7 @@ def starts(run: Path) -> list[int]:
 def under_way(slurm: Slurm, place: Path, name: str, *options: object, steps: int = 10) -> tuple[Path, str]:
     """A run on two nodes that has done a few steps, and its job."""
     ids = slurm.submit(*job(place, name, "--nodes", 2, *options))
-    wait_for(lambda: logged(place / name) > steps, 120, "first steps")
+    wait_for(lambda: logged(place / name) > steps, 200, "first steps")
     return place / name, ids["pretrain"]
 
 
