@@ -174,8 +174,8 @@ def test_a_size_is_laid_over_the_rest(tmp_path: Path, corpus: Path) -> None:
         ({"cells": {"a": {"needs": "b"}, "b": {"needs": ["a"]}}}, "need each other in a circle"),
         ({"compare": [{"peer": "teacher", "against": "alon"}]}, "compare.0.against = 'alon': no cell has this name"),
         (
-            {"cells": {**EXPERIMENT["cells"], "b": {"set": {"peers.teacher.pretrained": {"cell": "alone", "peer": "s"}}}}},
-            "alone-seed-1 has no peer 's'",
+            {"cells": {"a": {}, "b": {"set": {"peers.teacher.pretrained": {"cell": "a", "peer": "s"}}}}, "compare": []},
+            "a-seed-1 has no peer 's'",
         ),
         ({"cells": {**EXPERIMENT["cells"], "b": {"needs": "ctcd"}}}, "no single condition belongs to b"),
         ({"cells": {"alone": {"set": {"training.stepz": 3}}}}, "did you mean 'steps'?"),

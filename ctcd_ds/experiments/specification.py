@@ -25,20 +25,16 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ctcd_ds.experiments.results import Value
-from ctcd_ds.recipe import Mistakes, apply_override, did_you_mean, explained, read_file
+from ctcd_ds.recipe import Mistakes, Section, apply_override, did_you_mean, explain, read_file
 
 FULL = "full"
 _SIZES = ("tiny",)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Axis(_Section):
+class Axis(Section):
     """One direction of a grid.
 
     `values` that go to the recipe's `key`, or to all of a list of keys; or `points`: label → the recipe keys it sets.
@@ -60,7 +56,7 @@ class Axis(_Section):
         return [*((value, dict.fromkeys(self.keys, value)) for value in self.values), *self.points.items()]
 
 
-class Group(_Section):
+class Group(Section):
     """One condition, or one for every point of `grid`.
 
     `needs`: groups whose cells (same seed) must be finished first; those named under `pretrained` need not be said.
@@ -81,7 +77,7 @@ class Group(_Section):
         return list(dict.fromkeys([*stated, *(source["cell"] for source in references(self.set))]))
 
 
-class Compare(_Section):
+class Compare(Section):
     """Peer `peer` of every group (or of `cells`) against `against_peer` (default: the same name) of group `against`."""
 
     peer: str
@@ -90,7 +86,7 @@ class Compare(_Section):
     cells: list[str] | None = None
 
 
-class Glue(_Section):
+class Glue(Section):
     """How exports are fine-tuned; keys are tools/run_glue.py's options."""
 
     tasks: str = "all"
@@ -103,7 +99,7 @@ class Glue(_Section):
     max_eval_samples: int | None = None
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """A whole experiment at one size. Build it with `load_experiment`.
 
     `ranks`: processes of a run; 1 starts without a launcher, null lets `deepspeed` take all that it finds.
@@ -151,7 +147,7 @@ def load_experiment(path: Path, size: str = FULL) -> Experiment:
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as problem:
-        raise Mistakes(f"experiment {path}", explained(problem, Experiment)) from None
+        raise Mistakes(f"experiment {path}", [explain(error, Experiment) for error in problem.errors()]) from None
     if mistakes := list(_mistakes(experiment)):
         raise Mistakes(f"experiment {path}", mistakes)
     places = {key: str((path.parent / raw[key]).resolve()) for key in ("recipe", "deepspeed_config")}
