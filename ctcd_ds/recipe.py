@@ -322,7 +322,7 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
     field, value = ".".join(location), error["input"]
     if error["type"] == "extra_forbidden":
-        return f"{field} = {value!r}: unknown key; {did_you_mean(location[-1], _keys_beside(location, model))}"
+        return f"{field} = {value!r}: unknown key; {did_you_mean(location[-1], _keys_beside(location, root))}"
     if error["type"] == "missing":
         return f"{field}: missing; it has no default"
     said = error["msg"].replace("Input should be", "must be")

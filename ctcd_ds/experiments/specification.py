@@ -40,9 +40,9 @@ class Axis(Section):
     `values` that go to the recipe's `key`, or to all of a list of keys; or `points`: label → the recipe keys it sets.
     """
 
-    key: str | list[str] = []
-    values: list[Value] = []
-    points: dict[str, dict[str, Any]] = {}
+    key: str | list[str] = Field(default_factory=list)
+    values: list[Value] = Field(default_factory=list)
+    points: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -65,9 +65,9 @@ class Group(Section):
     """
 
     about: str = ""
-    set: dict[str, Any] = {}
-    grid: dict[str, Axis] = {}
-    needs: str | list[str] = []
+    set: dict[str, Any] = Field(default_factory=dict)
+    grid: dict[str, Axis] = Field(default_factory=dict)
+    needs: str | list[str] = Field(default_factory=list)
     compute_of: str | None = None
 
     @property
@@ -91,7 +91,7 @@ class Glue(Section):
 
     tasks: str = "all"
     data_dir: str = "glue_data"
-    seeds: list[int] = [1]
+    seeds: list[int] = Field(default_factory=lambda: [1])
     epochs: float = 3.0
     learning_rate: float = 5e-5
     batch_size: int = 32
@@ -111,10 +111,10 @@ class Experiment(Section):
     recipe: str
     deepspeed_config: str
     ranks: Annotated[int, Field(ge=1)] | None = None
-    seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3]
-    set: dict[str, Any] = {}
+    seeds: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 3])
+    set: dict[str, Any] = Field(default_factory=dict)
     cells: Annotated[dict[str, Group], Field(min_length=1)]
-    compare: list[Compare] = []
+    compare: list[Compare] = Field(default_factory=list)
     glue: Glue | None = None
     demo_data: bool = False
     note: str = ""
