@@ -123,9 +123,13 @@ def test_cells_that_others_need_come_first_and_equal_recipes_share_a_run(tmp_pat
         "apart": {"set": {"peers.teacher.soft": None, "peers.student.soft": None}},
         "zero": {"set": {"peers.teacher.soft.student": 0, "peers.student.soft.teacher": 0}},
     }
+    groups["again"] = {**groups["alone"]}
+    finished = {"pretrained": {"cell": "again", "peer": "teacher"}, "frozen": True}
+    groups["frozen_again"] = {"set": {"peers.teacher": finished}}
     planned = {cell.name: cell for cell in planned_of(written(tmp_path, corpus, cells=groups, compare=[]))}
     assert list(planned).index("alone-seed-1") < list(planned).index("frozen-seed-1")
     assert planned["zero-seed-1"].owner == "apart-seed-1" and planned["zero-seed-1"].run == planned["apart-seed-1"].run
+    assert planned["again-seed-1"].owner == "alone-seed-1" and planned["frozen_again-seed-1"].owner == "frozen-seed-1"
     assert planned["frozen-seed-1"].peers["teacher"].parameters == planned["alone-seed-1"].peers["teacher"].parameters
 
 

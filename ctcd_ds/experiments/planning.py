@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.experiments.grid import CellPlan, Point, partner, points, run_place
+from ctcd_ds.experiments.grid import CellPlan, Point, export_place, partner, points, run_place
 from ctcd_ds.experiments.results import PeerResult
 from ctcd_ds.experiments.specification import Experiment, prerequisites
 from ctcd_ds.manifest import canonical_sha256
@@ -76,12 +76,15 @@ def plan_cells(experiment: Experiment, cells: Sequence[CellPlan], directory: Pat
     first_seed = {cell.point.name: cell for cell in reversed(cells)}
     sizes = _sizes(experiment, first_seed, directory, world)
     owners: dict[str, str] = {}
+    owner_of: dict[str, str] = {}
     planned = []
     for cell in sorted(cells, key=_in_order(experiment)):
         size = sizes[cell.point.name]
         raw = _with_steps(cell, size.steps) if experiment.cells[cell.point.group].compute_of else cell.recipe
+        for peer, (source, taken) in cell.sources.items():
+            raw["peers"][peer]["pretrained"] = str(export_place(directory, owner_of[source], taken))
         recipe = Recipe.model_validate(raw)
-        owner = owners.setdefault(_meaning(recipe), cell.name)
+        owner = owner_of[cell.name] = owners.setdefault(_meaning(recipe), cell.name)
         planned.append(
             Planned(
                 replace(cell, recipe=raw),

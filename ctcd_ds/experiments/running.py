@@ -24,6 +24,7 @@ from typing import Any
 from ctcd_ds.cli import EXIT_SAVED, RunFailure
 from ctcd_ds.experiments.planning import Planned
 from ctcd_ds.experiments.specification import Experiment, Glue
+from ctcd_ds.manifest import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]  # where launchers/ and tools/ stand
 
@@ -37,7 +38,7 @@ class Ending:
 
 
 class Stopped(Exception):
-    """The experiment is to stop: its processes were told to save, and have ended."""
+    """A command ended early, with all saved: it was told to, or its time was over."""
 
 
 class Machine:
@@ -80,12 +81,12 @@ class Machine:
             code = process.wait()
             with self._lock:
                 self._running.discard(process)
-        if self.stopping:
+        if self.stopping or code == EXIT_SAVED:
             raise Stopped
         if code:
             said = (self._logs / f"{cell}.log").read_bytes()[began:].decode(errors="replace")
             tool = Path(next(word for word in line if word.endswith(".py"))).name
-            raise RunFailure("saved" if code == EXIT_SAVED else f"{tool} ended with {code}: {last_words(said)}")
+            raise RunFailure(f"{tool} ended with {code}: {last_words(said)}")
 
     def stop(self) -> None:
         """Tells all processes to save and end."""
@@ -149,14 +150,12 @@ def do_cell(cell: Planned, experiment: Experiment, machine: Machine, directory: 
             if not (cell.run / "hf").exists():
                 words = ["--checkpoint", cell.run, "--peer", "all", "--output_dir", cell.run / "hf"]
                 machine.call(cell.name, [sys.executable, ROOT / "tools/export_hf.py", *words], environment)
-            if experiment.glue is not None:
+            if experiment.glue is not None and not _is_scored(cell, experiment.glue):
                 machine.call(cell.name, _run_glue(cell, experiment.glue), environment)
+                write_atomic(cell.run / "glue" / "asked.json", experiment.glue.model_dump_json(indent=1) + "\n")
     except Stopped:
-        return Ending("waiting", "stopped; go on with --resume")
-    except RunFailure as failure:
-        saved = str(failure) == "saved"
-        return Ending("waiting", "saved early; go on with --resume") if saved else Ending("failed", str(failure))
-    except OSError as failure:
+        return Ending("waiting", "stopped early; go on with --resume")
+    except (RunFailure, OSError) as failure:
         return Ending("failed", str(failure))
     return Ending("finished")
 
@@ -166,6 +165,14 @@ def is_finished(run: Path) -> bool:
     try:
         return bool(json.loads((run / "exit.json").read_text())["state"] == "finished")
     except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_scored(cell: Planned, glue: Glue) -> bool:
+    """Whether this run's exports were fine-tuned as asked for: run_glue would do nothing, after long imports."""
+    try:
+        return (cell.run / "glue" / "asked.json").read_text(encoding="utf-8") == glue.model_dump_json(indent=1) + "\n"
+    except OSError:
         return False
 
 
