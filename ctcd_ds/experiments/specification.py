@@ -219,6 +219,9 @@ def base_recipe(experiment: Experiment, overrides: Sequence[str]) -> dict[str, A
         set_key(raw, key, value)
     if mistakes := [said for override in overrides if (said := apply_override(raw, override))]:
         raise Mistakes("the command", mistakes)
+    corpus = raw.get("corpus")
+    if isinstance(corpus, dict) and isinstance(path := corpus.get("path"), str) and Path(path).exists():
+        corpus["path"] = str(Path(path).resolve())  # so that --resume may be said from anywhere
     return raw
 
 
