@@ -235,6 +235,7 @@ def test_demo_data_gives_way_to_a_corpus_of_ones_own(tmp_path: Path) -> None:
 
 def test_the_last_words_of_a_log_are_its_error() -> None:
     assert last_words("a\nerror: two mistakes\n  - one\n  - two\n") == "error: two mistakes - one - two"
+    assert last_words("\r 0% [?step/s]failed: step 2: nan\n\r 17% [6step/s]\n") == "failed: step 2: nan"
     assert last_words("Traceback\n  x\nValueError: no\n\n") == "ValueError: no" and last_words("") == "it said nothing"
 
 

@@ -7,9 +7,11 @@ already (exit.json, the exports, GLUE's own results.json) is not done again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -98,11 +100,15 @@ class Machine:
 
 
 def last_words(log: str) -> str:
-    """What a command said of its failure: from its 'error:' or 'failed:' on, else its last line."""
+    """What a command said of its failure: its 'error:' or 'failed:' with the list below, else its last line.
+
+    Either may stand behind a progress bar, on the bar's own line.
+    """
     lines = [line for line in log.splitlines() if line.strip()]
     for number in range(len(lines) - 1, -1, -1):
-        if lines[number].startswith(("error: ", "failed: ")):
-            return " ".join(" ".join(lines[number:]).split())[:600]
+        if found := re.search(r"(?:^|\])((?:error|failed): .*)", lines[number]):
+            listed = itertools.takewhile(lambda line: line.startswith("  - "), lines[number + 1 :])
+            return " ".join(" ".join([found[1], *listed]).split())[:600]
     return lines[-1].strip()[:600] if lines else "it said nothing"
 
 
