@@ -270,6 +270,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, 
     return folder / "out", done
 
 
+@pytest.mark.timeout(600)  # three experiments on a machine that may be busy
 def test_a_failing_cell_is_shown_and_the_others_go_on(real: tuple[Path, list[Any]]) -> None:
     out, (first, again, _) = real
     assert first.returncode == 1, first.stdout + first.stderr
