@@ -81,14 +81,28 @@ class OptimizerOverride(Section):
 
 
 class PeerSection(Section):
-    """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from."""
+    """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from.
+
+    `soft_start_fraction`: other peer → the share of the run's steps before which nothing is learned from it yet.
+    `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
+    `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
+    """
 
     model: dict[str, Any] | None = None
     pretrained: str | None = None
     frozen: bool = False
     hard: NotNegative | None = None
     soft: dict[str, NotNegative] = {}
+    soft_start_fraction: dict[str, Fraction] = {}
+    label_noise: Annotated[float, Field(ge=0, le=1)] | None = None
+    mask_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     optimizer: OptimizerOverride = OptimizerOverride()
+
+    @property
+    def sees_its_own(self) -> bool:
+        """Whether its masks or labels may be others than the recipe's for all."""
+        return bool(self.label_noise) or self.mask_seed is not None or self.mask_fraction is not None
 
     @property
     def hard_weight(self) -> float:
@@ -97,7 +111,10 @@ class PeerSection(Section):
 
 
 class ObjectiveSection(Section):
-    """`soft_positions`: distil at the target positions, or at all that are not special tokens."""
+    """`soft_positions`: distil at the target positions, or at all that are not special tokens.
+
+    Where peers have masks of their own, target positions are those that are masked for all peers that distil.
+    """
 
     task: Literal["mlm", "clm"] = "mlm"
     temperature: Positive = 1.0
@@ -165,11 +182,16 @@ class Recipe(Section):
     def graph(self) -> DistillationGraph:
         """The distillation graph, peers in the recipe's order."""
         names = tuple(self.peers)
+        late = any(peer.soft_start_fraction for peer in self.peers.values())
+        starts = tuple(
+            tuple(peer.soft_start_fraction.get(other, 0.0) for other in names) for peer in self.peers.values()
+        )
         return DistillationGraph(
             names=names,
             hard=tuple(peer.hard_weight for peer in self.peers.values()),
             soft=tuple(tuple(peer.soft.get(other, 0.0) for other in names) for peer in self.peers.values()),
             trained=tuple(not peer.frozen for peer in self.peers.values()),
+            starts=starts if late else (),
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -191,8 +213,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Relative paths in it are relative to the current directory and come out absolute where they exist.
     Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
     """
-    raw = _read(path)
-    mistakes = [m for override in overrides if (m := _override(raw, override))]
+    raw = read_file(path, "recipe")
+    mistakes = [m for override in overrides if (m := apply_override(raw, override))]
     mistakes += recipe_mistakes(raw)
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
@@ -237,6 +259,9 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
                 others = did_you_mean(other, set(peers) - {name})
                 yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
         weighted = any(soft.values()) if isinstance(soft, dict) else True
+        yield from _late_mistakes(here, peer, soft)
+        if peer.get("label_noise") and (frozen or hard == 0):
+            yield f"{here}.label_noise = {peer['label_noise']}: the peer has no hard loss that noise could harm"
         if frozen:
             if hard:
                 yield f"{here}.hard = {hard}: a frozen peer learns nothing; remove hard, or remove frozen"
@@ -248,6 +273,21 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             yield f"{here}.hard = 0: with no soft weight either, the peer learns from nothing; give it one"
     if peers and all(isinstance(p, dict) and p.get("frozen") is True for p in peers.values()):
         yield "peers: all are frozen, so there is nothing to train"
+
+
+def _late_mistakes(here: str, peer: dict[str, Any], soft: Any) -> Iterator[str]:
+    starts = peer.get("soft_start_fraction") or {}
+    if not isinstance(starts, dict) or not isinstance(soft, dict):
+        return
+    for other, start in starts.items():
+        if other not in soft:
+            yield (
+                f"{here}.soft_start_fraction.{other} = {start}: {here}.soft has no weight for it that could start; "
+                f"{did_you_mean(other, soft)}"
+            )
+    learns_late = [other for other, weight in soft.items() if weight]
+    if peer.get("hard") == 0 and learns_late and all(starts.get(other) for other in learns_late):
+        yield f"{here}.hard = 0: before its soft losses start, the peer learns from nothing; give it a hard weight"
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
@@ -307,19 +347,20 @@ def read_yaml(text: str) -> Any:
     return YAML(typ="safe", pure=True).load(text)
 
 
-def _read(path: Path) -> Any:
+def read_file(path: Path, what: str) -> Any:
+    """Plain data from a YAML or JSON file. Raises UserError, which calls the file `what`, where it is neither."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"recipe {path} cannot be read: {problem}") from None
+        raise UserError(f"{what} {path} cannot be read: {problem}") from None
     try:
         return json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except (YAMLError, ValueError) as problem:
         said = str(problem).split("\nTo suppress this check")[0].strip()
-        raise UserError(f"recipe {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {said}") from None
+        raise UserError(f"{what} {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {said}") from None
 
 
-def _override(raw: Any, override: str) -> str | None:
+def apply_override(raw: Any, override: str) -> str | None:
     """Puts one `a.b.c=value` into the raw recipe. Returns what is wrong with it, or None."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")

@@ -51,6 +51,14 @@ def plan_of(folder: Path, *overrides: str, deepspeed: dict[str, Any] = FP32, wor
         (("schedule.type=linear",), ("schedule.type=linear", "training.steps=30"), "training.steps"),
         ((), ("schedule.warmup_fraction=0.5",), "schedule.warmup_fraction"),
         ((), ("schedule.type=cosine",), "schedule.type"),
+        ((), ("peers.teacher.label_noise=0.1",), "peers.teacher.label_noise: the run has none, now 0.1"),
+        ((), ("peers.student.mask_seed=3",), "peers.student.mask_seed"),
+        ((), ("peers.student.mask_fraction=0.2",), "peers.student.mask_fraction"),
+        (
+            ("peers.student.soft_start_fraction.teacher=0.5",),
+            ("peers.student.soft_start_fraction.teacher=0.5", "training.steps=30"),
+            "training.steps: the run has 20, now 30",
+        ),
     ],
 )
 def test_what_would_change_a_loss_is_refused(

@@ -168,3 +168,51 @@ def test_small_gradients_survive_fp16_because_the_loss_scale_comes_first() -> No
     losses = fused_objective([Projection(logits)], torch.randint(V, (2048,)), random_graph(1, 0), V)
     (losses.total * 2.0**16).backward()
     assert logits.grad is not None and (logits.grad != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    shared=st.integers(0, 12),
+    own=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    tau=st.sampled_from([1.0, 2.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_peers_with_targets_of_their_own_agree_with_the_oracle(
+    chunk_rows: int, n: int, shared: int, own: list[int], tau: float, seed: int
+) -> None:
+    """Two masks of the same rows: soft losses at the shared positions, hard losses at each peer's own labels."""
+    torch.manual_seed(seed)
+    logits = [padded(3 * torch.randn(shared + own[i], PADDED)) for i in range(n)]
+    targets = [torch.randint(V, (len(x),)) for x in logits]
+    for labels in targets:
+        labels[: shared // 2] = -100
+    graph = random_graph(n, seed)
+    ours = [x.clone().requires_grad_(trained) for x, trained in zip(logits, graph.trained, strict=True)]
+    exact = [x.double().requires_grad_(trained) for x, trained in zip(logits, graph.trained, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "CHUNK_BYTES", 4 * PADDED * chunk_rows)
+        found = fused_objective([Projection(x) for x in ours], targets, graph, V, tau, shared=shared)
+    total, hard, soft = reference_objective(exact, targets, graph, tau, shared)
+    for mine, true in ((found.total, total), (found.hard, hard), (found.soft, soft)):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
+    if not any(graph.hard) and (shared == 0 or not list(graph.edges())):
+        return
+    found.total.backward()
+    total.backward()
+    for mine, true in zip(ours, exact, strict=True):
+        if mine.requires_grad:
+            expected = torch.zeros_like(true) if true.grad is None else true.grad
+            assert mine.grad is not None
+            torch.testing.assert_close(mine.grad.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_edge_that_begins_late_is_no_edge_before() -> None:
+    late = DistillationGraph(("a", "b"), (1, 1), ((0, 1), (4, 0)), (True, True), ((0, 0.25), (0.5, 0)))
+    assert [list(late.at(done).edges()) for done in (0.0, 0.2, 0.25, 0.49, 0.5, 1.0)] == [
+        *([[]] * 2),
+        *([[(0, 1, 1)]] * 2),
+        *([[(0, 1, 1), (1, 0, 4)]] * 2),
+    ]
+    assert pair().at(0.0) == pair()

@@ -63,6 +63,10 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("peers.student.model", {}, "model_type = None"),
         ("peers.student.model.vocab_size", 99, "comes from the corpus's tokenizer"),
         ("peers.student.frozen", True, "a frozen peer learns nothing"),
+        ("peers.student.soft_start_fraction", {"techer": 0.5}, "has no weight for it that could start; did you mean"),
+        ("peers.student.soft_start_fraction", {"teacher": 1.0}, "must be less than 1"),
+        ("peers.student.label_noise", 1.5, "peers.student.label_noise = 1.5: must be less than or equal to 1"),
+        ("peers.student.mask_fraction", 0, "peers.student.mask_fraction = 0: must be greater than 0"),
         ("peers.a/b", {"model": {"model_type": "bert"}}, "a peer's name is letters"),
         ("peers", {}, "at least one peer"),
         ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
@@ -101,6 +105,15 @@ def test_a_frozen_peer_with_a_hard_loss_or_without_weights_is_refused() -> None:
     raw = changed("peers.teacher", {"frozen": True, "pretrained": "some/dir"})
     assert recipe_mistakes(raw) == []
     assert Recipe.model_validate(raw).graph().trained == (False, True)
+
+
+def test_noise_and_late_starts_that_make_no_sense_are_refused() -> None:
+    frozen = {"frozen": True, "pretrained": "some/dir", "label_noise": 0.1}
+    assert any("no hard loss that noise" in mistake for mistake in recipe_mistakes(changed("peers.teacher", frozen)))
+    late = {**GOOD["peers"]["student"], "hard": 0.0, "soft_start_fraction": {"teacher": 0.3}}
+    said = recipe_mistakes(changed("peers.student", late))
+    assert any("before its soft losses start, the peer learns from nothing" in mistake for mistake in said)
+    assert recipe_mistakes(changed("peers.student", {**late, "hard": 1.0})) == []
 
 
 def test_a_peer_that_learns_from_nothing_is_refused() -> None:

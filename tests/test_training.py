@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,73 @@ def test_a_run_goes_on_with_any_number_of_ranks(corpus: Path, tmp_path: Path) ->
         for key in (k for k in row if k.startswith(("loss/", "valid/"))):
             assert cut[step][key] == pytest.approx(row[key], rel=1e-5, abs=1e-5), (step, key)
     assert not list((tmp_path / "cut" / "checkpoints").glob(".*")), "the converted checkpoint is gone after use"
+
+
+def test_edges_that_begin_late_are_off_until_then_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+    late = {
+        "teacher": {**PEERS["teacher"], "soft_start_fraction": {"student": 0.5}},
+        "student": {**PEERS["student"], "soft_start_fraction": {"teacher": 0.25}},
+    }
+    jobs = [Job(recipe(corpus, late), tmp_path / "late"), Job(recipe(corpus, without_soft(PEERS)), tmp_path / "never")]
+    run_jobs(jobs, 2, tmp_path)
+    ours, theirs = metrics(tmp_path / "late"), metrics(tmp_path / "never")
+    seen = {
+        key: [s for s in ours if key in ours[s]] for key in ("loss/teacher/soft/student", "loss/student/soft/teacher")
+    }
+    assert seen == {"loss/teacher/soft/student": [5, 6, 7, 8], "loss/student/soft/teacher": [3, 4, 5, 6, 7, 8]}
+    for peer, last in (("teacher", 4), ("student", 2)):
+        for step in range(1, 9):
+            same = ours[step][f"grad_norm/{peer}"] == theirs[step][f"grad_norm/{peer}"]
+            assert same == (step <= last), (peer, step)
+
+
+@pytest.fixture(scope="module")
+def own_masks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Peers with masks and noise of their own: alone and together without soft losses, and CTCD at several cuts."""
+    folder, peers = tmp_path_factory.mktemp("masks"), without_dropout(PEERS)
+    peers["teacher"] |= {"label_noise": 0.2}
+    peers["student"] |= {"mask_seed": 7, "mask_fraction": 0.3}
+    for world in (1, 2):
+        jobs = [
+            Job({**recipe(corpus, peers), "objective": {"soft_positions": where}}, folder / f"{where}-{world}", config)
+            for where in ("targets", "all")
+            for config in [{**FP32, "gradient_accumulation_steps": 4 // world}]
+        ]
+        if world == 2:
+            config = {**FP32, "gradient_accumulation_steps": 2}
+            jobs.append(Job(recipe(corpus, without_soft(peers)), folder / "together", config))
+            jobs += [Job(recipe(corpus, {n: p}), folder / n, config) for n, p in without_soft(peers).items()]
+            jobs.append(Job(recipe(corpus, peers, checkpoint_every=3), folder / "cut", config))
+        run_jobs(jobs, world, folder)
+    expected = metrics(folder / "cut")
+    for step in (6, 8):
+        drop_checkpoint(folder / "cut", step)
+    run_jobs([Job(recipe(corpus, peers, checkpoint_every=3), folder / "cut", config, resume=True)], 2, folder)
+    (folder / "expected.json").write_text(json.dumps(expected[8]))
+    return folder
+
+
+@pytest.mark.parametrize("peer", ["teacher", "student"])
+def test_with_masks_and_noise_of_its_own_a_peer_without_soft_weights_trains_as_if_alone(
+    own_masks: Path, peer: str
+) -> None:
+    ours, theirs = metrics(own_masks / "together"), metrics(own_masks / peer)
+    for step in ours:
+        for key in (f"loss/{peer}/hard", f"grad_norm/{peer}"):
+            assert ours[step][key] == theirs[step][key], (step, key)
+    assert equal_states(final_weights(own_masks / "together")[peer], final_weights(own_masks / peer)[peer])
+
+
+@pytest.mark.parametrize("where", ["targets", "all"])
+def test_two_masks_have_the_same_losses_at_any_number_of_ranks(own_masks: Path, where: str) -> None:
+    """The soft positions of a batch are many or few: what counts is their number over all ranks and micro-steps."""
+    one, two = metrics(own_masks / f"{where}-1"), metrics(own_masks / f"{where}-2")
+    for step, row in one.items():
+        for key in (k for k in row if k.startswith(("loss/", "valid/"))):
+            assert row[key] == pytest.approx(two[step][key], abs=1e-5), (step, key)
+    assert one[8]["loss/student/soft/teacher"] > 0
+
+
+def test_a_run_with_two_masks_is_resumed_bit_for_bit(own_masks: Path) -> None:
+    found, expected = metrics(own_masks / "cut")[8], json.loads((own_masks / "expected.json").read_text())
+    assert all(found[key] == expected[key] for key in expected if key.startswith(("loss/", "grad_norm/", "valid/")))

@@ -13,15 +13,16 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Rows, batch_rows
+from ctcd_ds.corpus.views import PeerMasks, View, peer_views
 
 SoftPositions = Literal["targets", "all"]
 _STEPS_AHEAD = 2
@@ -38,7 +39,8 @@ class MicroBatch:
     target_positions: torch.Tensor  # int64[b·k], flat, ascending
     targets: torch.Tensor  # int64[b·k], the original tokens there
     rows: np.ndarray  # int64[b], the numbers of the rows, for messages
-    soft_positions: torch.Tensor | None  # int64[m], flat: text, and all targets; None: the targets
+    soft_positions: torch.Tensor | None  # int64[m], flat: where soft losses are; None: at the targets
+    views: Mapping[str, View] = field(default_factory=dict)  # by peer, where not all see the same; else empty
 
     def to(self, device: torch.device) -> MicroBatch:
         """This batch on `device`; the copies do not wait (from pinned memory, on the caller's stream)."""
@@ -55,6 +57,7 @@ class MicroBatch:
             target_positions=function(self.target_positions),
             targets=function(self.targets),
             soft_positions=None if self.soft_positions is None else function(self.soft_positions),
+            views={name: view.mapped(function) for name, view in self.views.items()},
         )
 
 
@@ -67,13 +70,14 @@ class _Source:
     seed: int
     micro_batch: int
     soft_positions: SoftPositions
+    peers: Mapping[str, PeerMasks] = field(default_factory=dict)
 
     def batches(self, epochs: np.ndarray, numbers: np.ndarray) -> list[MicroBatch]:
         """The rows of these numbers in micro-batches; the last one may be smaller."""
         tokens = self.rows.read(numbers)
         input_ids, positions, targets = self.masking.apply(tokens, self.seed, epochs, numbers)
         cuts = [slice(at, at + self.micro_batch) for at in range(0, len(numbers), self.micro_batch)]
-        return [
+        batches = [
             MicroBatch(
                 input_ids=_int64(input_ids[cut]),
                 target_positions=_int64(_flat(positions[cut], tokens.shape[1])),
@@ -83,6 +87,14 @@ class _Source:
             )
             for cut in cuts
         ]
+        if not self.peers:
+            return batches
+        pieces = [(tokens[cut], self.seed, epochs[cut], numbers[cut]) for cut in cuts]
+        return [self._with_views(batch, *piece) for batch, piece in zip(batches, pieces, strict=True)]
+
+    def _with_views(self, batch: MicroBatch, *piece: Any) -> MicroBatch:
+        views, soft = peer_views(self.peers, self.soft_positions == "all", *piece)
+        return replace(batch, views=views, soft_positions=torch.from_numpy(soft))
 
     def _soft_positions(self, tokens: np.ndarray, positions: np.ndarray) -> torch.Tensor | None:
         if self.soft_positions == "targets":
@@ -109,7 +121,7 @@ class TrainLoader(Iterator[list[MicroBatch]]):
     Each `next` gives the `accumulation` micro-batches of one step on `device` (None: in ordinary memory), and
     raises what went wrong in the thread, if anything did. `global_batch` = micro_batch · accumulation ·
     world. The next two steps are kept ready; `waited_s` is the time in seconds that the caller has spent
-    waiting for one in all.
+    waiting for one in all. `peers`: everybody's masks, where not all peers see the same.
     """
 
     def __init__(
@@ -125,12 +137,13 @@ class TrainLoader(Iterator[list[MicroBatch]]):
         start_step: int,
         soft_positions: SoftPositions = "targets",
         device: torch.device | None = None,
+        peers: Mapping[str, PeerMasks] | None = None,
     ) -> None:
         assert global_batch == micro_batch * accumulation * world, "the recipe has resolved the batch sizes"
         self.waited_s = 0.0
         self._device = device
         self._ready: _Queue = queue.Queue(_STEPS_AHEAD)
-        source = _Source(rows, masking, seed, micro_batch, soft_positions)
+        source = _Source(rows, masking, seed, micro_batch, soft_positions, peers or {})
         share = slice(rank * (global_batch // world), (rank + 1) * (global_batch // world))
 
         def prepare(step: int) -> list[MicroBatch]:

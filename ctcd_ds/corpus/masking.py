@@ -99,10 +99,18 @@ class Masking:
     def _shown(self, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """What the model sees where `targets` stood, by 64 random bits each: int32[n, k]."""
         share = draws >> _HALF
-        random = self._replacements[((draws & _LOW_HALF) * np.uint64(len(self._replacements))) >> _HALF]
-        shown = np.where(share < _MASKED, np.int32(self.special.mask), random)
+        shown = np.where(share < _MASKED, np.int32(self.special.mask), self._random(draws))
         kept = (share >= _MASKED_OR_RANDOM) | self.special.reserved(targets)
         return np.where(kept, targets, shown)
+
+    def noisy(self, targets: np.ndarray, draws: np.ndarray, share: float) -> np.ndarray:
+        """`targets` (int32, any shape) with a `share` of them replaced by random tokens, by 64 random bits each."""
+        replaced = ((draws >> _HALF) < int(share * 2**32)) & ~self.special.reserved(targets)
+        return np.where(replaced, self._random(draws), targets)
+
+    def _random(self, draws: np.ndarray) -> np.ndarray:
+        """A token that is not special for each 64 random bits, by the lower half of them."""
+        return self._replacements[((draws & _LOW_HALF) * np.uint64(len(self._replacements))) >> _HALF]
 
     @cached_property
     def _replacements(self) -> np.ndarray:

@@ -9,7 +9,7 @@ the hidden states and the output embedding. No tensor of vocabulary size outlive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from ctcd_ds.objective.graph import DistillationGraph
 
 # Logits of one peer in one chunk: large enough for a GEMM at full rate, small beside a model.
 CHUNK_BYTES = 128 * 2**20
+
+Count = float | Tensor  # of positions
 
 
 class Projection(NamedTuple):
@@ -48,28 +50,36 @@ class Losses(NamedTuple):
 
 def fused_objective(
     projections: Sequence[Projection],
-    targets: Tensor,
+    targets: Tensor | Sequence[Tensor],
     graph: DistillationGraph,
     vocab_size: int,
     temperature: float = 1.0,
-    hard_count: float | Tensor | None = None,
-    soft_count: float | Tensor | None = None,
+    hard_count: Count | Sequence[Count] | None = None,
+    soft_count: Count | None = None,
+    shared: int | None = None,
 ) -> Losses:
     """CTCD's loss over one set of positions, all peers at once. The oracle is `reference_objective`.
 
     Args:
-        projections: one a peer, all over the same P positions.
-        targets: int64 [P]; −100 where a position has no hard loss.
+        projections: one a peer, all over the same P positions; or each over P_i, of which the first `shared` are the
+            same positions for all peers that distil.
+        targets: int64 [P], or one [P_i] a peer; −100 where a position has no hard loss.
         vocab_size: columns from here on are padding: they get no probability and no gradient.
-        hard_count, soft_count: what the sums are divided by; default: positions with a target, all positions.
-            A run passes its global share (positions over all ranks and accumulation steps, divided by
-            world size · accumulation), because DeepSpeed averages over both.
+        hard_count, soft_count: what the sums are divided by; default: positions with a target, shared positions.
+            `hard_count` may be one a peer. A run passes its global share (positions over all ranks and accumulation
+            steps, divided by world size · accumulation), because DeepSpeed averages over both.
+        shared: how many positions have a soft loss, where peers were masked differently; default: all.
     """
-    hard_count = (targets >= 0).sum() if hard_count is None else hard_count
-    soft_count = targets.numel() if soft_count is None else soft_count
-    task = _Task(graph, vocab_size, float(temperature), hard_count, soft_count)
+    labels = [targets] * len(projections) if isinstance(targets, Tensor) else list(targets)
+    shared = labels[0].numel() if shared is None else shared
+    if hard_count is None:
+        hard_count = [(own >= 0).sum() for own in labels]
+    elif isinstance(hard_count, (int, float, Tensor)):
+        hard_count = [hard_count] * len(labels)
+    soft_count = max(1, shared) if soft_count is None else soft_count
+    task = _Task(graph, vocab_size, float(temperature), labels, shared, list(hard_count), soft_count)
     flat = [tensor for projection in projections for tensor in projection]
-    total, hard, soft = _Fused.apply(task, targets, *flat)
+    total, hard, soft = _Fused.apply(task, *flat)
     return Losses(total, hard, soft)
 
 
@@ -90,34 +100,36 @@ class _Task(NamedTuple):
     graph: DistillationGraph
     vocab_size: int
     temperature: float
-    hard_count: float | Tensor
-    soft_count: float | Tensor
+    targets: list[Tensor]
+    shared: int
+    hard_count: list[Count]
+    soft_count: Count
 
 
 class _Fused(torch.autograd.Function):
     """Forward computes losses and gradients together; backward only scales what is there."""
 
     @staticmethod
-    def forward(ctx: Any, task: _Task, targets: Tensor, *flat: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, task: _Task, *flat: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         projections = [Projection(*flat[k : k + 3]) for k in range(0, len(flat), 3)]  # type: ignore[arg-type]
         graph, n = task.graph, len(projections)
-        device = targets.device
+        device = task.targets[0].device
         hard = torch.zeros(n, device=device)
         soft = torch.zeros(n, n, device=device)
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[1:]
         learning = [graph.trained[i] and any(wanted[3 * i : 3 * i + 3]) for i in range(n)]
         gradients = [_Gradients.zeros(p) if learning[i] else None for i, p in enumerate(projections)]
 
-        chunk = max(1, CHUNK_BYTES // (4 * projections[0].width))
-        for start in range(0, targets.numel(), chunk):
-            rows = slice(start, start + chunk)
-            logits = [project(p, rows) for p in projections]
-            _losses_then_gradients(logits, targets[rows], task, hard, soft, learning)
-            for i, gradient in enumerate(gradients):
+        for rows, peers in _chunks(task, projections[0].width):
+            logits = {i: project(projections[i], rows) for i in peers}
+            _losses_then_gradients(logits, rows, task, hard, soft, learning)
+            for i in peers:
+                gradient = gradients[i]
                 if gradient is not None:
                     gradient.add(projections[i], rows, logits[i])
 
-        hard /= task.hard_count
+        for i in range(n):
+            hard[i] /= task.hard_count[i]
         soft *= task.temperature**2
         soft /= task.soft_count
         total = torch.zeros((), device=device)
@@ -133,13 +145,23 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, total_gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # Unnormalised fp32 until here: only now the loss scale is in, so p/|P| survives the cast to fp16.
-        scale = total_gradient / ctx.hard_count
         flat: list[Tensor | None] = []
-        for gradient in ctx.gradients:
-            flat += [None, None, None] if gradient is None else gradient
+        for gradient, hard_count in zip(ctx.gradients, ctx.hard_count, strict=True):
+            scale = total_gradient / hard_count
+            flat += [None if g is None else g.mul_(scale) for g in gradient or (None, None, None)]
         ctx.gradients = None
-        scaled = [None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(flat, ctx.dtypes, strict=True)]
-        return None, None, *scaled
+        return None, *(None if g is None else g.to(dtype) for g, dtype in zip(flat, ctx.dtypes, strict=True))
+
+
+def _chunks(task: _Task, width: int) -> Iterator[tuple[slice, list[int]]]:
+    """Positions to do at once, and whose: the shared ones of all peers that distil, then what each has of its own."""
+    size = max(1, CHUNK_BYTES // (4 * width))
+    distilling = sorted({k for i, j, _ in task.graph.edges() for k in (i, j)})
+    for start in range(0, task.shared if distilling else 0, size):
+        yield slice(start, min(start + size, task.shared)), distilling
+    for i in task.graph.hard_peers():
+        for start in range(task.shared if i in distilling else 0, len(task.targets[i]), size):
+            yield slice(start, start + size), [i]
 
 
 class _Gradients(NamedTuple):
@@ -172,42 +194,44 @@ class _Gradients(NamedTuple):
 
 
 def _losses_then_gradients(
-    logits: list[Tensor], targets: Tensor, task: _Task, hard: Tensor, soft: Tensor, learning: list[bool]
+    logits: dict[int, Tensor], rows: slice, task: _Task, hard: Tensor, soft: Tensor, learning: list[bool]
 ) -> None:
     """Adds one chunk's loss sums to `hard` and `soft`, then overwrites the logits of learning peers with gradients.
 
-    `logits`: fp32 [C, V] a peer. The gradients are those of the sum over positions times hard_count/|P| of each
-    loss (so that one common division by hard_count remains), and 0 in the padding columns.
+    `logits`: fp32 [C, V] of the peers that have these positions. The gradients are those of the sum over positions
+    times hard_count/|P| of each loss (so that one division by the peer's hard_count remains), and 0 in the padding
+    columns.
     """
     graph, tau = task.graph, task.temperature
-    has_target = targets >= 0
-    known = targets.clamp(min=0).unsqueeze(1)
-    z = [x[:, : task.vocab_size] for x in logits]
-    for x in z:
+    edges = [(i, j, weight) for i, j, weight in graph.edges() if i in logits and j in logits]
+    targets = {i: task.targets[i][rows] for i in logits}
+    known = {i: own.clamp(min=0).unsqueeze(1) for i, own in targets.items()}
+    z = {i: x[:, : task.vocab_size] for i, x in logits.items()}
+    for x in z.values():
         x -= x.amax(dim=1, keepdim=True)  # max and log-sum stay apart: log-sum-exp itself would lose digits
 
     # (softmax [C, V], log of its normaliser [C]) at temperature 1 for hard losses, at τ for soft ones
-    at_1 = {i: _softmax(z[i], 1.0) for i in graph.hard_peers()}
-    distilled = sorted({k for i, j, _ in graph.edges() for k in (i, j)})
+    at_1 = {i: _softmax(z[i], 1.0) for i in graph.hard_peers() if i in z}
+    distilled = sorted({k for i, j, _ in edges for k in (i, j)})
     at_tau = {i: at_1[i] if tau == 1.0 and i in at_1 else _softmax(z[i], tau) for i in distilled}
 
     for i, (_, log_sum) in at_1.items():
-        hard[i] += torch.where(has_target, log_sum - z[i].gather(1, known).squeeze(1), 0.0).sum()
-    for i, j, _ in graph.edges():
+        hard[i] += torch.where(targets[i] >= 0, log_sum - z[i].gather(1, known[i]).squeeze(1), 0.0).sum()
+    for i, j, _ in edges:
         (_, log_sum_i), (q_j, log_sum_j) = at_tau[i], at_tau[j]
         cross = (z[j] - z[i]).mul_(q_j).sum(dim=1) / tau
         soft[i, j] += (cross - log_sum_j + log_sum_i).sum()
 
-    ratio = task.hard_count / task.soft_count
-    for i in range(len(logits)):
+    for i in logits:
         if not learning[i]:
             continue
         logits[i].zero_()
         if graph.hard[i]:
             z[i].add_(at_1[i][0], alpha=graph.hard[i])
-            z[i].scatter_add_(1, known, torch.full_like(known, -graph.hard[i], dtype=z[i].dtype))
-            z[i].mul_(has_target.unsqueeze(1))
-        for learner, j, weight in graph.edges():
+            z[i].scatter_add_(1, known[i], torch.full_like(known[i], -graph.hard[i], dtype=z[i].dtype))
+            z[i].mul_((targets[i] >= 0).unsqueeze(1))
+        ratio = task.hard_count[i] / task.soft_count
+        for learner, j, weight in edges:
             if learner == i:
                 z[i].add_((at_tau[i][0] - at_tau[j][0]).mul_(ratio), alpha=weight * tau)
 

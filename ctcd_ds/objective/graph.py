@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -12,17 +12,27 @@ class DistillationGraph:
 
     `hard[i]` weighs the hard loss of peer i; `soft[i][j]` weighs what peer i learns from peer j.
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
+    `starts[i][j]`: the share of the run that is over when edge i ← j begins; empty: every edge is there from the start.
     """
 
     names: tuple[str, ...]
     hard: tuple[float, ...]
     soft: tuple[tuple[float, ...], ...]
     trained: tuple[bool, ...]
+    starts: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.names)
         assert len(self.hard) == len(self.soft) == len(self.trained) == n
         assert all(len(row) == n and row[i] == 0 for i, row in enumerate(self.soft))
+
+    def at(self, done: float) -> DistillationGraph:
+        """The graph when `done` (0 to 1) of the run is over: edges that begin later are not there yet."""
+        if not self.starts:
+            return self
+        begun = zip(self.soft, self.starts, strict=True)
+        soft = tuple(tuple(w if s <= done else 0.0 for w, s in zip(*row, strict=True)) for row in begun)
+        return replace(self, soft=soft, starts=())
 
     def hard_peers(self) -> Iterator[int]:
         """The peers that learn from the ground truth."""
@@ -37,5 +47,12 @@ class DistillationGraph:
         hard = [
             f"{self.names[i]:<12} learns from the ground truth   weight {self.hard[i]:g}" for i in self.hard_peers()
         ]
-        soft = [f"{self.names[i]:<12} learns from {self.names[j]:<18} weight {w:g}" for i, j, w in self.edges()]
+        soft = [
+            f"{self.names[i]:<12} learns from {self.names[j]:<18} weight {w:g}{self._begin(i, j)}"
+            for i, j, w in self.edges()
+        ]
         return hard + soft
+
+    def _begin(self, i: int, j: int) -> str:
+        start = self.starts[i][j] if self.starts else 0.0
+        return f", after {start:.0%} of the steps" if start else ""

@@ -15,33 +15,38 @@ from ctcd_ds.objective.graph import DistillationGraph
 
 def reference_objective(
     logits: Sequence[Tensor],
-    targets: Tensor,
+    targets: Tensor | Sequence[Tensor],
     graph: DistillationGraph,
     temperature: float = 1.0,
+    shared: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CTCD's loss over one set of positions (arXiv 2311.02849, equations 1 to 4; DESIGN §2).
 
     Args:
         logits: one [P, V] tensor a peer, any floating dtype; −inf where a token is impossible for all peers.
-        targets: int64 [P], the ground-truth tokens; −100 where a position has none (soft loss only).
+        targets: int64 [P], the ground-truth tokens; −100 where a position has none (soft loss only). One for all peers,
+            or one a peer: then P too may be another for each.
+        shared: the first so many positions are the same for all peers and have a soft loss; default: all.
     Returns:
         (total, hard [N], soft [N, N]) in fp64: hard[i] = CE_i over the positions with a target,
-        soft[i, j] = KL from peer j to peer i over all positions, τ² in, both unweighted; 0 where there is no edge.
+        soft[i, j] = KL from peer j to peer i over the shared positions, τ² in; both unweighted, 0 without an edge.
     """
-    n, has_target = len(logits), targets >= 0
+    n = len(logits)
+    labels = [targets] * n if isinstance(targets, Tensor) else targets
     hard = torch.zeros(n, dtype=torch.float64)
     soft = torch.zeros(n, n, dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
 
     for i in graph.hard_peers():
+        has_target = labels[i] >= 0
         log_p = torch.log_softmax(logits[i].double(), dim=-1)[has_target]
-        ce = -log_p.gather(1, targets[has_target].unsqueeze(1)).mean()
+        ce = -log_p.gather(1, labels[i][has_target].unsqueeze(1)).mean()
         hard[i] = ce.detach()
         total = total + graph.hard[i] * ce
 
-    for i, j, weight in graph.edges():
-        log_p = torch.log_softmax(logits[i].double() / temperature, dim=-1)
-        log_q = torch.log_softmax(logits[j].detach().double() / temperature, dim=-1)
+    for i, j, weight in graph.edges() if shared != 0 else ():
+        log_p = torch.log_softmax(logits[i][:shared].double() / temperature, dim=-1)
+        log_q = torch.log_softmax(logits[j][:shared].detach().double() / temperature, dim=-1)
         possible = torch.isfinite(log_q) & torch.isfinite(log_p)  # 0 · log 0 = 0
         difference = torch.where(possible, log_q, 0.0) - torch.where(possible, log_p, 0.0)
         kl = temperature**2 * (log_q.exp() * difference).sum(dim=-1).mean()

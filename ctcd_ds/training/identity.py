@@ -74,10 +74,13 @@ def changes(then: Mapping[str, Any], plan: Plan, step: int) -> tuple[list[str], 
 
 
 def _same_past(then: Mapping[str, Any], plan: Plan, step: int) -> bool:
-    """Whether the steps done would have had the same learning rates, and are no more than there are now."""
+    """Whether the steps done would have had the same learning rates and edges, and are no more than there are now."""
     before = ScheduleSection.model_validate(then["recipe"]["schedule"])
+    graph = plan.recipe.graph()
     return step <= plan.steps and all(
-        lr_factor(before, s, then["steps"]) == lr_factor(plan.recipe.schedule, s, plan.steps) for s in range(step)
+        lr_factor(before, s, then["steps"]) == lr_factor(plan.recipe.schedule, s, plan.steps)
+        and graph.at(s / then["steps"]) == graph.at(s / plan.steps)
+        for s in range(step)
     )
 
 

@@ -6,7 +6,7 @@ Making a plan starts no process group and writes nothing. `--dry_run` prints it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Corpus, Rows
+from ctcd_ds.corpus.views import PeerMasks
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, padded, peer_config
 from ctcd_ds.peers.heads import TRANSFORMS
-from ctcd_ds.recipe import Mistakes, Recipe
+from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.training.deepspeed_config import DeepSpeedConfig, resolve
 
 GIB = 2**30
@@ -37,6 +38,20 @@ class Plan:
     configs: dict[str, Any]
     costs: dict[str, Cost]
     steps: int
+
+    @property
+    def peer_masks(self) -> dict[str, PeerMasks]:
+        """How each peer's rows are masked, where not all peers see the same; else empty."""
+        if not any(section.sees_its_own for section in self.recipe.peers.values()):
+            return {}
+        graph = self.recipe.graph()
+        distilling = {graph.names[k] for i, j, _ in graph.edges() for k in (i, j)}
+        return {
+            name: PeerMasks(
+                _own_masking(section, self.masking), section.mask_seed, section.label_noise or 0.0, name in distilling
+            )
+            for name, section in self.recipe.peers.items()
+        }
 
     @property
     def tokens_per_step(self) -> int:
@@ -98,8 +113,11 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     masking = _masking(recipe, corpus)
     configs = {name: peer_config(section, corpus) for name, section in recipe.peers.items()}
     length = recipe.corpus.sequence_length
-    share = masking.count(length) / length if recipe.objective.soft_positions == "targets" else 1.0
-    costs = {name: cost(c, length, share if c.model_type in TRANSFORMS else 1.0) for name, c in configs.items()}
+    costs = {}
+    for name, c in configs.items():
+        everywhere = recipe.objective.soft_positions == "all" or c.model_type not in TRANSFORMS
+        targets = _own_masking(recipe.peers[name], masking).count(length)
+        costs[name] = cost(c, length, 1.0 if everywhere else targets / length)
     return Plan(recipe, corpus, config, world, rows, valid, masking, configs, costs, steps)
 
 
@@ -123,6 +141,11 @@ def _masking(recipe: Recipe, corpus: Corpus) -> Masking:
         whole_word=recipe.corpus.whole_word_masking,
         continuations=continuing,
     )
+
+
+def _own_masking(section: PeerSection, masking: Masking) -> Masking:
+    """The recipe's masking with the peer's own fraction."""
+    return masking if section.mask_fraction is None else replace(masking, mask_fraction=section.mask_fraction)
 
 
 def _tokenizer_mistakes(pretrained: str | None, corpus: Corpus) -> Iterator[str]:
@@ -156,6 +179,7 @@ def describe(plan: Plan) -> str:
     lines += ["", "distillation graph", *(f"  {line}" for line in recipe.graph().describe())]
     lines += [f"  {name}: no fast head for {c.model_type}: full logits, then gather (slower, more memory)"
               for name, c in plan.configs.items() if c.model_type not in TRANSFORMS]  # fmt: skip
+    lines += [f"  {name}: {said}" for name, said in _own_views(recipe)]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows
     epochs, tokens = rows_seen / len(plan.rows), plan.steps * plan.tokens_per_step
@@ -176,6 +200,18 @@ def describe(plan: Plan) -> str:
         f"memory a rank  {states / GIB:.2f} GiB model states, about {activations / GIB:.2f} GiB activations (estimate)",
     ]
     return "\n".join(lines)
+
+
+def _own_views(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What single peers see that the others do not."""
+    for name, section in recipe.peers.items():
+        if section.label_noise:
+            yield name, f"{section.label_noise:.0%} of its hard targets are random tokens"
+        if section.mask_seed is not None or section.mask_fraction is not None:
+            fraction = recipe.corpus.mask_fraction if section.mask_fraction is None else section.mask_fraction
+            seed = "the run's seed" if section.mask_seed is None else f"mask_seed {section.mask_seed}"
+            common = "; soft losses where both are masked" if recipe.objective.soft_positions == "targets" else ""
+            yield name, f"masks of its own ({fraction:.0%}, {seed}){common}"
 
 
 def checkpoint_bytes(plan: Plan) -> int:

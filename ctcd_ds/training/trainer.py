@@ -64,9 +64,10 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         start_step=step,
         soft_positions=plan.recipe.objective.soft_positions,
         device=device if device.type == "cuda" else None,
+        peers=plan.peer_masks,
     )
     ending.callback(loader.close)
-    graph, settings = plan.recipe.graph(), {name: plan.recipe.optimizer_of(name) for name in plan.recipe.peers}
+    whole, settings = plan.recipe.graph(), {name: plan.recipe.optimizer_of(name) for name in plan.recipe.peers}
     gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)
     peak = peak_flops(device, config.precision)
     log = MetricsLog(run.metrics, engine.monitor, plan, step, peak) if ranks.first else None
@@ -78,7 +79,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
 
     while step < plan.steps and stop is None:
         watchdog.enter("first step" if step == first_step else f"step {step + 1}")
-        factor = lr_factor(plan.recipe.schedule, step, plan.steps)
+        factor, graph = lr_factor(plan.recipe.schedule, step, plan.steps), whole.at(step / plan.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = settings[group["peer"]].lr * factor
 
@@ -86,7 +87,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         soft_count = _soft_count(micro_batches, ranks.world, device)
         for k, micro_batch in enumerate(micro_batches):
             micro_step = step * config.accumulation + k
-            terms = engine(_batch(micro_batch, soft_count), micro_step, ranks.rank)
+            terms = engine(_batch(micro_batch, soft_count), micro_step, ranks.rank, graph)
             engine.backward(terms.total)
             seen.append(terms)
             if k + 1 < config.accumulation:
@@ -190,7 +191,7 @@ def _soft_count(micro_batches: list[MicroBatch], world: int, device: torch.devic
     own = sum(len(b.soft_positions) for b in micro_batches if b.soft_positions is not None)
     count = torch.tensor(float(own), device=device)
     dist.all_reduce(count)
-    return count / (world * len(micro_batches))
+    return count.clamp(min=1) / (world * len(micro_batches))  # two masks may have nothing in common
 
 
 def _batch(micro_batch: MicroBatch, soft_count: Tensor | None) -> Batch:
@@ -198,6 +199,9 @@ def _batch(micro_batch: MicroBatch, soft_count: Tensor | None) -> Batch:
     ids, targets, count = micro_batch.input_ids, micro_batch.targets, float(len(micro_batch.targets))
     if micro_batch.soft_positions is None or soft_count is None:
         return Batch(ids, micro_batch.target_positions, targets, count, count)
+    if micro_batch.views:
+        shared = len(micro_batch.soft_positions)
+        return Batch(ids, micro_batch.target_positions, targets, count, soft_count, micro_batch.views, shared)
     everywhere = torch.full((ids.numel(),), -100, dtype=targets.dtype, device=targets.device)
     everywhere[micro_batch.target_positions] = targets
     return Batch(ids, micro_batch.soft_positions, everywhere[micro_batch.soft_positions], count, soft_count)
