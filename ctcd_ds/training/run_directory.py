@@ -113,7 +113,7 @@ def environment(ranks: Ranks, device: str) -> dict[str, Any]:
         "command": [sys.executable, *sys.argv],
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "world": ranks.world,
         "ranks": ranks.describe(),
         "threads_per_rank": torch.get_num_threads(),
@@ -131,7 +131,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of this program, "-dirty" where it was changed since; None outside a repository."""
     here = Path(__file__).parent
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
