@@ -304,7 +304,7 @@ def test_a_file_that_is_not_advglues_is_said(tmp_path: Path, content: str, said:
 
 @pytest.mark.parametrize("name", ["task.yaml", "train.tsv", "dev.jsonl", "adv.json"])
 def test_a_damaged_file_is_read_or_refused_with_a_message(home: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / "train.tsv").write_bytes((home / "own/train.tsv").read_bytes()[:400])
+    (tmp_path / "train.tsv").write_text("text\tmood\n" + "it was good\tgreat\nit was bad\tpoor\n" * 6)
     (tmp_path / "dev.jsonl").write_text('{"text": "a", "mood": "poor"}\n{"text": "b", "mood": "great"}\n')
     (tmp_path / "task.yaml").write_text(json.dumps({**GOOD_FILE, "base": "sst2", "dev": "dev.jsonl"}))
     adversarial(tmp_path / "adv.json", {"sst2": [0, 1]})

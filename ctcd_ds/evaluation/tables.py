@@ -128,7 +128,7 @@ def parse_json(text: str, place: str) -> Any:
 
 def spelt(value: Any) -> str:
     """A label as text: words as they are, 1 → "1", true → "true"."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _label(text: str, task: Task, place: str) -> Label:

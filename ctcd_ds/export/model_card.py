@@ -101,7 +101,7 @@ def write_card(
         library_name="transformers",
         pipeline_tag="fill-mask",
         tags=["ctcd", "co-training", "co-distillation", "masked-lm"],
-        model_name=name,
+        model_name=name if results else None,
         eval_results=results or None,
     )
     (place / FILE).write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
