@@ -1,4 +1,4 @@
-"""What every benchmark shares: options, rows that say where they were measured, interleaved timing, peak memory."""
+"""What every benchmark shares: options, and rows that say where they were measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,17 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a borrowed GPU m
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.manifest import write_atomic
+from ctcd_ds.measuring import Step as Step
+from ctcd_ds.measuring import interleaved as interleaved
+from ctcd_ds.measuring import peak_bytes as peak_bytes
+from ctcd_ds.measuring import ratio as ratio
+from ctcd_ds.measuring import synchronise as synchronise
 from ctcd_ds.training.hardware import stated_peak
 from ctcd_ds.training.run_directory import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD_BEFORE = os.getloadavg()[0]  # of the last minute, before this process adds to it
-Step = Callable[[], Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -88,37 +90,9 @@ def where(device: str) -> dict[str, Any]:
     }
 
 
-def interleaved(ways: Mapping[str, Step], repetitions: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way in each round. All ways take turns, A B A B, so that a slow minute hits all of them.
-
-    One round before the first is not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in tqdm(range(-1, repetitions), desc=" ".join(ways), unit="round", disable=None, leave=False):
-        for name, step in ways.items():
-            synchronise(device)
-            started = time.perf_counter()
-            step()
-            synchronise(device)
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median over the rounds of above / below: what a drifting machine does to both cancels in each round."""
-    return median(a / b for a, b in zip(above, below, strict=True))
-
-
 def total(seconds: Sequence[Sequence[float]]) -> list[float]:
     """The sum of several ways in each round."""
     return [sum(round_) for round_ in zip(*seconds, strict=True)]
-
-
-def synchronise(device: torch.device) -> None:
-    """Waits for the GPU, where there is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Gemm:
@@ -139,22 +113,3 @@ class Gemm:
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """What MFU is a share of: the FLOP/s that a GPU's maker states, None where it is not in training's table."""
     return stated_peak(device_name, "fp32" if dtype == "float32" else dtype)
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most bytes of tensors that `step` holds at one time beyond what is there before it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    allocations = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(allocations, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most

@@ -12,11 +12,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN or RUN/checkpoints/TAG")
     parser.add_argument("--peer", default="all", help="a peer's name, or all (then DIR/<peer>/ each)")
     parser.add_argument("--output_dir", type=Path, required=True, help="must be new or empty")
+    parser.add_argument("--data_license", metavar="TEXT", help="licence of the training text, for the model cards")
     arguments = parser.parse_args()
 
     from ctcd_ds.export.hf import export
 
-    for name, place in export(arguments.checkpoint.resolve(), arguments.peer, arguments.output_dir.resolve()).items():
+    source, target = arguments.checkpoint.resolve(), arguments.output_dir.resolve()
+    for name, place in export(source, arguments.peer, target, arguments.data_license).items():
         print(f"exported {name} to {place}: reloaded, logits agree")
 
 

@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Fine-tunes models on GLUE and compares them: a table, results.json, and a submission zip for each model.
+"""Fine-tunes models on GLUE or on your own tasks and compares them: a table, results.json, GLUE submission zips.
+
+--task_files brings tasks of your own (YAML, see docs/evaluation.md) and AdvGLUE's dev.json. A set that names a base,
+like AdvGLUE's, is scored by the models fine-tuned on that task. Scores also go into the cards (README.md) of models
+that export_hf.py wrote.
 
 Every model, task and seed is done once: the same command goes on where it was cut off; tasks and seeds may be
 added later. Nothing is downloaded unless --data_dir is 'hub'.
@@ -24,7 +28,14 @@ def main() -> int:
         default="all",
         help="comma-separated: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax, or 'all' there are",
     )
-    add("--data_dir", required=True, metavar="DIR|hub", help="folder with CoLA/train.tsv …, or 'hub' for nyu-mll/glue")
+    add("--data_dir", metavar="DIR|hub", help="folder with CoLA/train.tsv …, or 'hub' for nyu-mll/glue")
+    add("--task_files", nargs="+", default=[], metavar="PATH", help="task.yaml, its folder, or AdvGLUE's dev.json")
+    add(
+        "--no_finetune_on",
+        default="",
+        metavar="NAMES",
+        help="comma-separated tasks of files: only score their base's models",
+    )
     add("--output_dir", required=True, metavar="DIR", help="for results.json, submissions/ and models/")
     add("--seeds", default="1", help="comma-separated")
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
@@ -59,6 +70,8 @@ def main() -> int:
             max_eval_samples=options.max_eval_samples,
         ),
         keep_models=options.keep_models,
+        task_files=[Path(path) for path in options.task_files],
+        no_finetune_on=[name.strip() for name in options.no_finetune_on.split(",") if name.strip()],
     )
     print(results.table(content))
     print(f"\nresults in {options.output_dir}/results.json")

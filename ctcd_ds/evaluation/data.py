@@ -1,32 +1,18 @@
-"""Rows of the tasks, from a folder of the official files or from the hub: sentences, labels, numbers of rows."""
+"""Rows of the tasks, from a folder of the official files or from the hub."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.evaluation.tables import Rows, read_table
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task
 
 HUB = "hub"
-HUB_REPOSITORY = "nyu-mll/glue"
-Label = int | float
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of one table. `labels` are class ids, or scores from 0 to 5; None where the table has none."""
-
-    texts: list[tuple[str, ...]]
-    labels: list[Label] | None
-    index: list[str]
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ def found(folder: Path, tasks: Sequence[Task] = GLUE) -> tuple[list[Task], list[
 
     there = [task for task in tasks if has_files(task)]
     names = {task.name for task in there}
-    there = [task for task in there if task.trained_on is None or task.trained_on in names]
+    there = [task for task in there if task.base is None or task.base in names]
     return there, [task for task in tasks if task not in there]
 
 
@@ -89,61 +75,11 @@ def _existing(folder: Path, table: Table) -> Path | None:
     return next((folder / file for file in (table.file, *table.other_files) if (folder / file).is_file()), None)
 
 
-def read_table(path: Path, table: Table, task: Task) -> tuple[Rows, int]:
-    """Reads one official file; returns its rows and how many broken lines were left out.
-
-    Quotes and carriage returns are text in these files, so the csv module is of no help.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            lines = file.read().removesuffix("\n").split("\n")
-    except UnicodeDecodeError as problem:
-        raise UserError(f"{path} is not UTF-8 text: {problem.reason} at byte {problem.start}") from None
-    numbered = [(number, line.removesuffix("\r").split("\t")) for number, line in enumerate(lines, 1)]
-    header = table.columns or tuple(table.renamed.get(name, name) for name in numbered.pop(0)[1])
-    if missing := [name for name in table.text if name not in header]:
-        raise UserError(f"{path}:1: no column {missing[0]!r}; the header names {', '.join(header)}")
-
-    broken = [(number, len(cells)) for number, cells in numbered if len(cells) != len(header)]
-    if len(broken) > table.broken_lines:
-        number, cells = broken[0]
-        wanted = f"{len(header)} ({', '.join(header)})"
-        raise UserError(f"{path}:{number}: {cells} columns separated by tabs, where there should be {wanted}")
-    whole = [(number, cells) for number, cells in numbered if len(cells) == len(header)]
-    if not whole:
-        raise UserError(f"{path} holds no rows")
-
-    columns = [header.index(name) for name in table.text]
-    labels = None
-    if table.label in header:
-        at = header.index(table.label)
-        labels = [_label(cells[at], task, path, number) for number, cells in whole]
-    index = header.index(table.index) if table.index in header else None
-    return Rows(
-        texts=[tuple(cells[column] for column in columns) for _, cells in whole],
-        labels=labels,
-        index=[str(row) if index is None else cells[index] for row, (_, cells) in enumerate(whole)],
-    ), len(broken)
-
-
-def _label(text: str, task: Task, path: Path, number: int) -> Label:
-    if task.labels:
-        if text in task.labels:
-            return task.labels.index(text)
-        raise UserError(f"{path}:{number}: label {text!r} is none of {', '.join(task.labels)}")
-    try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
-    if not 0 <= score <= 5:
-        raise UserError(f"{path}:{number}: score {text!r} is no number from 0 to 5")
-    return score
-
-
-def from_hub(task: Task, repository: str = HUB_REPOSITORY) -> TaskData:
+def from_hub(task: Task, repository: str | None = None) -> TaskData:
     """Loads one task through `datasets`: from its cache, or over the network."""
     import datasets
 
+    repository = repository or task.hub
     bars_were_on = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -16,8 +16,9 @@ import numpy as np
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation import metrics
-from ctcd_ds.evaluation.data import Rows, TaskData
+from ctcd_ds.evaluation.data import TaskData
 from ctcd_ds.evaluation.metrics import Array
+from ctcd_ds.evaluation.tables import Rows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import file_entry
 
@@ -136,10 +137,10 @@ class Encoded:
 
 
 def encode_task(data: TaskData, checkpoint: Checkpoint, settings: Settings) -> Encoded:
-    """Tokenises the training and dev rows of a task that has training rows."""
-    assert data.train is not None
+    """Tokenises the training and dev rows of a task; a diagnostic has no training rows."""
+    train = subset(data.train, settings.max_train_samples) if data.train else None
     return Encoded(
-        encode(subset(data.train, settings.max_train_samples), checkpoint, settings.max_length),
+        encode(train, checkpoint, settings.max_length) if train else [],
         {
             key: encode(subset(rows, settings.max_eval_samples), checkpoint, settings.max_length)
             for key, rows in data.dev.items()
@@ -176,6 +177,15 @@ class Finetuned:
         unsorted = np.empty_like(logits, dtype=np.float32)
         unsorted[order] = logits
         return unsorted
+
+    def measure(self, task: Task, encoded: Encoded) -> dict[str, float]:
+        """The metrics of a task on its dev rows; those of several dev sets are named metric_KEY."""
+        measured: dict[str, float] = {}
+        for key, features in encoded.dev.items():
+            answers = metrics.predictions(task, self.predict(features))
+            found = metrics.measure(task, answers, [feature["labels"] for feature in features])
+            measured |= {f"{name}_{key}" if key else name: value for name, value in found.items()}
+        return measured
 
 
 def finetune(
@@ -231,18 +241,9 @@ def finetune(
         _remove_printer(trainer)
         outcome = trainer.train()
         finetuned = Finetuned(trainer, {}, float(outcome.training_loss), 0.0)
-        finetuned.metrics = _measure_dev(finetuned, task, encoded)
+        finetuned.metrics = finetuned.measure(task, encoded)
     finetuned.seconds = time.monotonic() - started
     return finetuned
-
-
-def _measure_dev(finetuned: Finetuned, task: Task, encoded: Encoded) -> dict[str, float]:
-    measured: dict[str, float] = {}
-    for key, features in encoded.dev.items():
-        answers = metrics.predictions(task, finetuned.predict(features))
-        found = metrics.measure(task, answers, [feature["labels"] for feature in features])
-        measured |= {f"{name}_{key}" if key else name: value for name, value in found.items()}
-    return measured
 
 
 def _progress(bar: Any) -> Any:

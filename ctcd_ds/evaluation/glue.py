@@ -1,4 +1,4 @@
-"""GLUE for one or several models side by side: every model, task and seed is one cell of a grid, done once.
+"""GLUE and tasks like it, for one or several models side by side: every model, task and seed is one cell, done once.
 
 results.json is whole after every cell, so a run that was cut off goes on where it stopped.
 """
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation import metrics
+from ctcd_ds.evaluation.card import write_cards
 from ctcd_ds.evaluation.data import HUB, TaskData, found, from_folder, from_hub
 from ctcd_ds.evaluation.finetune import (
     Checkpoint,
@@ -33,7 +34,8 @@ from ctcd_ds.evaluation.finetune import (
 )
 from ctcd_ds.evaluation.results import Cell, Grid, best_seed, report, resume, save
 from ctcd_ds.evaluation.submission import write_predictions, write_zip
-from ctcd_ds.evaluation.tasks import GLUE, named
+from ctcd_ds.evaluation.task_file import own_tasks
+from ctcd_ds.evaluation.tasks import GLUE, Task, named
 
 ALL = ("all",)
 
@@ -41,22 +43,26 @@ ALL = ("all",)
 def run(
     models: Sequence[Path],
     tasks: Sequence[str],
-    data_dir: Path | str,
+    data_dir: Path | str | None,
     output_dir: Path,
     seeds: Sequence[int] = (1,),
     settings: Settings | None = None,
     keep_models: bool = False,
+    task_files: Sequence[Path] = (),
+    no_finetune_on: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fine-tunes and measures every model on every task with every seed; returns the content of results.json.
 
     `tasks` are names or ("all",): those that `data_dir` holds; `data_dir` is a folder of official files or "hub".
-    Writes results.json and submissions/MODEL.zip into `output_dir`, and the fine-tuned models if `keep_models`.
+    `task_files` bring further tasks (task_file.py, advglue.py), `no_finetune_on` names those of them that are scored by
+    their base's models only. Writes results.json and submissions/MODEL.zip into `output_dir`, the fine-tuned models if
+    `keep_models`, and the scores into the cards of models that export_hf.py wrote.
     Raises UserError, before anything is written, for models, tasks, data or an output directory that cannot serve.
     """
     settings = settings or Settings()
     if not seeds:
         raise UserError("--seeds names no seed")
-    data = load(tasks, data_dir)
+    data = load(tasks, data_dir, task_files, no_finetune_on)
     with quiet_libraries():
         checkpoints = open_checkpoints(models)
         grid, cells = resume(output_dir / "results.json", _grid(checkpoints, data, settings))
@@ -75,11 +81,20 @@ def run(
             write_zip(submission_folder(output_dir, checkpoint))
     content = report(grid, cells)
     save(output_dir / "results.json", content)
+    write_cards(content, [read.task for read in data.values()])
     return content
 
 
 def open_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
-    """The models, each named by the shortest tail of its path that no other model's path has."""
+    """The models, named by `model_names`."""
+    return [open_checkpoint(path, name) for path, name in model_names(paths)]
+
+
+def model_names(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Absolute model directories, each with the shortest tail of its path that no other model's path has.
+
+    Raises UserError for what is no Hugging Face model directory, and for one that is given twice.
+    """
     if not paths:
         raise UserError("--model names no model")
     for path in paths:
@@ -90,7 +105,7 @@ def open_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
     resolved = [path.resolve() for path in paths]
     if twice := [path for path in resolved if resolved.count(path) > 1]:
         raise UserError(f"--model: {twice[0]} is given twice")
-    return [open_checkpoint(path, name) for path, name in zip(resolved, short_names(resolved), strict=True)]
+    return list(zip(resolved, short_names(resolved), strict=True))
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -109,28 +124,46 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return [name(path) for path in paths]
 
 
-def load(tasks: Sequence[str], data_dir: Path | str) -> dict[str, TaskData]:
-    """The data of the named tasks by name, diagnostics last; says on stderr which tasks of `all` are not there."""
-    if str(data_dir) == HUB:
-        chosen = list(GLUE) if tuple(tasks) == ALL else named(tasks)
-        return {task.name: from_hub(task) for task in chosen}
-    folder = Path(data_dir)
-    if not folder.is_dir():
-        raise UserError(f"--data_dir: {folder} is no directory (nor the word 'hub')")
-    if tuple(tasks) == ALL:
-        chosen, missing = found(folder)
-        if not chosen:
-            folders = " ".join(task.folder for task in GLUE)
-            raise UserError(f"--data_dir: {folder} holds no task; looked for the folders {folders}")
-        if missing:
-            print(f"not in {folder}: {', '.join(task.name for task in missing)}", file=sys.stderr)
-    else:
-        chosen = named(tasks)
-    data = {task.name: from_folder(folder, task) for task in chosen}
+def load(
+    tasks: Sequence[str],
+    data_dir: Path | str | None,
+    task_files: Sequence[Path] = (),
+    no_finetune_on: Sequence[str] = (),
+) -> dict[str, TaskData]:
+    """The data of all tasks by name, GLUE's first; says on stderr which tasks of `all` are not there."""
+    chosen = _chosen(tasks, data_dir, bool(task_files))
+    own = own_tasks(task_files, chosen, no_finetune_on)
+    folder = Path(data_dir or ".")
+    data = {task.name: from_hub(task) if str(data_dir) == HUB else from_folder(folder, task) for task in chosen}
+    data |= {task.name: from_folder(folder, task) for task in own}  # the paths of its tables are absolute
     for name, read in data.items():
         if read.left_out:
             print(f"{name}: {read.left_out} broken lines of the training file are left out", file=sys.stderr)
     return data
+
+
+def _chosen(tasks: Sequence[str], data_dir: Path | str | None, others: bool) -> list[Task]:
+    """The tasks of GLUE that are to be done; without a data_dir none, if there are `others`."""
+    if data_dir is None:
+        if tuple(tasks) != ALL:
+            raise UserError(f"--tasks {','.join(tasks)}: GLUE's files are needed; say where they are with --data_dir")
+        if not others:
+            raise UserError("neither --data_dir (GLUE) nor --task_files: there is nothing to do")
+        return []
+    if str(data_dir) == HUB:
+        return list(GLUE) if tuple(tasks) == ALL else named(tasks)
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise UserError(f"--data_dir: {folder} is no directory (nor the word 'hub')")
+    if tuple(tasks) != ALL:
+        return named(tasks)
+    there, missing = found(folder)
+    if not there:
+        folders = " ".join(task.folder for task in GLUE)
+        raise UserError(f"--data_dir: {folder} holds no task; looked for the folders {folders}")
+    if missing:
+        print(f"not in {folder}: {', '.join(task.name for task in missing)}", file=sys.stderr)
+    return there
 
 
 def _grid(checkpoints: Sequence[Checkpoint], data: dict[str, TaskData], settings: Settings) -> Grid:
@@ -149,6 +182,8 @@ def _grid(checkpoints: Sequence[Checkpoint], data: dict[str, TaskData], settings
         tasks={
             name: {
                 "metrics": list(read.task.metrics),
+                "base": read.task.base,
+                "of_base": list(read.task.of_base),
                 "train_rows": len(read.train) if read.train else 0,
                 "dev_rows": sum(len(rows) for rows in read.dev.values()),
                 "sha256": read.sha256(),
@@ -181,7 +216,7 @@ def plan(
     for read in data.values():
         if read.train is None:
             continue
-        diagnostics = [other for other in data.values() if other.task.trained_on == read.task.name]
+        diagnostics = [other for other in data.values() if other.task.base == read.task.name]
         names = [read.task.name, *(other.task.name for other in diagnostics)]
         for checkpoint in checkpoints:
             todo = [seed for seed in seeds if any((checkpoint.name, name, seed) not in cells for name in names)]
@@ -203,6 +238,7 @@ def do_lane(
     if not lane.seeds:
         return
     encoded = encode_task(lane.data, checkpoint, settings)
+    encoded_others = {other.task.name: encode_task(other, checkpoint, settings) for other in lane.diagnostics}
     gc.freeze()  # rows and libraries stay: the collections around every fine-tuning need not look at them
     for seed in lane.seeds:
         bar.set_description(f"{checkpoint.name} {task.name} seed {seed}")
@@ -218,7 +254,8 @@ def do_lane(
         if target:
             test(finetuned, lane.data, checkpoint, settings, target)
         for other in lane.diagnostics:
-            measured = test(finetuned, other, checkpoint, settings, target)
+            measured = finetuned.measure(other.task, encoded_others[other.task.name])
+            measured |= test(finetuned, other, checkpoint, settings, target)
             scored = {"score": metrics.score(measured)} if measured else {}
             cells[checkpoint.name, other.task.name, seed] = {"metrics": measured, **scored}
         if keep_models:

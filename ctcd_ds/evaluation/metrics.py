@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ctcd_ds.evaluation.data import Label
+from ctcd_ds.evaluation.tables import Label
 from ctcd_ds.evaluation.tasks import GLUE, Task
 
 Array = npt.NDArray[Any]
+OF_LABELS, OF_SCORES = ("accuracy", "f1", "matthews"), ("pearson", "spearman")
+METRICS = (*OF_LABELS, *OF_SCORES)  # f1 is that of the second of two labels
 
 
 def measure(task: Task, predictions: Array, labels: Sequence[Label]) -> dict[str, float]:
-    """The metrics of a task, each from −1 or 0 to 1. Predictions are class ids, or scores from 0 to 5."""
+    """The metrics of a task, each from −1 or 0 to 1. Predictions are class ids, or scores in the task's range."""
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
@@ -41,10 +43,11 @@ def score(metrics: Mapping[str, float]) -> float:
 
 
 def predictions(task: Task, logits: Array) -> Array:
-    """Logits [rows, classes] → class ids [rows]; of a scored task, logits [rows, 1] → scores from 0 to 5 [rows]."""
-    if task.labels:
-        return logits.argmax(axis=1)
-    return np.clip(np.nan_to_num(logits[:, 0]), 0.0, 5.0)
+    """Logits [rows, classes] → label ids [rows]; of a scored task, logits [rows, 1] → scores in its range [rows]."""
+    if not task.labels:
+        return np.clip(np.nan_to_num(logits[:, 0]), *task.range)
+    classes = logits.argmax(axis=1)
+    return np.array(task.of_base)[classes] if task.of_base else classes
 
 
 def spread(scores: Sequence[float]) -> dict[str, float]:

@@ -3,9 +3,12 @@
 format       "ctcd-ds-glue-1"
 settings     how models were fine-tuned, with the precision (fp32 or bf16)
 versions     of the libraries when the run was begun
-tasks        NAME → {metrics, train_rows, dev_rows, sha256 of all rows}
+tasks        NAME → {metrics, base, of_base, train_rows, dev_rows, sha256 of all rows}; a task with a base has no
+             training: its base's models were scored (of_base: the label that each class of the base means here)
 models       NAME → {path, sha256, max_length, tasks, average}
-             tasks: NAME → {seeds: {SEED: cell}, median, min, max, best_seed}; scores are 0 to 100
+             tasks: NAME → {seeds: {SEED: cell}, median, min, max, best_seed, against_base}; scores are 0 to 100
+             against_base: {base: its median score, difference: median over seeds of this score minus the base's}, where
+             a task has a base with the same metrics
              cell: {metrics: {NAME: value}, score, train_loss, seconds}; metrics are fractions
              average: {with_wnli, without_wnli, tasks, missing}; null where it cannot be said
 differences  {against: the first model, models: NAME → {TASK: difference of medians, …, average: {…}}}
@@ -65,6 +68,9 @@ def report(grid: Grid, cells: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
             stated = {**metrics.spread(scores), "best_seed": best_seed(cells, name, task)} if scores else {}
             if seeds:
                 tasks[task] = {"seeds": {str(seed): cell for seed, cell in seeds.items()}, **stated}
+        for task, base in _with_base(grid.tasks):
+            if against := _against_base(tasks.get(task, {}), tasks.get(base, {})):
+                tasks[task]["against_base"] = against
         medians = {task: entry["median"] for task, entry in tasks.items() if "median" in entry}
         models[name] = {**known, "tasks": tasks, "average": metrics.average(medians)}
     return {
@@ -76,6 +82,28 @@ def report(grid: Grid, cells: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
         "differences": _differences(models),
         "rules": RULES,
     }
+
+
+def _with_base(tasks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tasks that are scored by another's models with the same metrics, each with that other."""
+    return [
+        (name, known["base"])
+        for name, known in tasks.items()
+        if known.get("base") in tasks and tasks[known["base"]]["metrics"] == known["metrics"]
+    ]
+
+
+def _against_base(entry: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
+    """What the same fine-tuned models lose from the base's dev rows to these, seed by seed."""
+    both = [
+        (cell["score"], base["seeds"][seed]["score"])
+        for seed, cell in entry.get("seeds", {}).items()
+        if "score" in cell and "score" in base.get("seeds", {}).get(seed, {})
+    ]
+    if not both:
+        return {}
+    clean, difference = (metrics.spread(v)["median"] for v in ([b for _, b in both], [own - b for own, b in both]))
+    return {"base": clean, "difference": difference}
 
 
 def _differences(models: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +153,8 @@ def resume(path: Path, grid: Grid) -> tuple[Grid, dict[Cell, dict[str, Any]]]:
         for seed, cell in scores["seeds"].items()
     }
     both = {**earlier["tasks"], **grid.tasks}
-    ordered = {task.name: both[task.name] for task in GLUE if task.name in both}
+    names = [task.name for task in GLUE if task.name in both]
+    ordered = {name: both[name] for name in [*names, *(name for name in both if name not in names)]}
     return Grid(grid.settings, earlier["versions"], grid.models, ordered), cells
 
 
@@ -158,7 +187,19 @@ def table(content: Mapping[str, Any]) -> str:
             ]
             counted = len([t for t in first["average"]["tasks"] if rule == "with_wnli" or t != "wnli"])
             lines.append([words, f"{counted} task{'s' * (counted != 1)}", *cells])
-    return "\n".join([*_aligned(lines), "", *_legend(content)])
+    beside = _beside_base(content)
+    return "\n".join([*aligned(lines), "", *([*aligned(beside), ""] if beside else []), *_legend(content)])
+
+
+def _beside_base(content: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each set that was not trained on: the clean task's score, the set's, and the difference."""
+    lines = [["scored without training on it", "rows", *content["models"]]]
+    for task, base in _with_base(content["tasks"]):
+        entries = [model["tasks"].get(task, {}) for model in content["models"].values()]
+        against = [(entry, entry.get("against_base")) for entry in entries]
+        cells = [f"{b['base']:.1f} -> {_score(e)}{_signed(b['difference'])}" if b else "-" for e, b in against]
+        lines.append([f"{base} -> {task}", str(content["tasks"][task]["dev_rows"]), *cells])
+    return lines if len(lines) > 1 else []
 
 
 def _number(value: float | None) -> str:
@@ -176,7 +217,8 @@ def _score(entry: Mapping[str, Any]) -> str:
     return _number(entry["median"]) + spread
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Cells as lines of equal columns, a rule under the first."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return [text[0], "-" * max(map(len, text)), *text[1:]]
@@ -191,6 +233,10 @@ def _legend(content: Mapping[str, Any]) -> list[str]:
         lines.append(f"median of {counts} seeds (min-max)")
     if len(models) > 1:
         lines.append(f"+/- = difference from {content['differences']['against']}")
+    if any("against_base" in task for model in models.values() for task in model["tasks"].values()):
+        lines.append("a -> b = the same fine-tuned models on the dev rows of a, then of b, and the difference")
+    if not any(model["average"]["tasks"] for model in models.values()):
+        return lines  # no task of GLUE
     lines.append(f"average = {RULES['average']}")
     missing = {", ".join(model["average"]["missing"]): name for name, model in models.items()}
     for tasks, name in missing.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from ctcd_ds.evaluation.data import Rows
 from ctcd_ds.evaluation.metrics import Array
+from ctcd_ds.evaluation.tables import Rows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import write_atomic
 

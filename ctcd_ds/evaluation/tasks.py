@@ -1,6 +1,7 @@
 """The tasks of GLUE as plain data: where their files lie, which columns count, how labels are spelt, what is measured.
 
-A task of one's own is one more `Task`; nothing here is looked up by magic.
+A task of one's own is one more `Task` (task_file.py makes it from YAML, advglue.py from AdvGLUE's file); nothing here
+is looked up by magic.
 """
 
 from __future__ import annotations
@@ -14,33 +15,39 @@ from ctcd_ds.cli import UserError
 
 @dataclass(frozen=True)
 class Table:
-    """One file of tab-separated values, and the split of the hub's data set that holds the same rows."""
+    """One file of tab-separated values or JSON, and the split of the hub's data set that holds the same rows."""
 
-    file: str  # relative to the folder of all tasks
+    file: str  # relative to the folder of all tasks, or absolute
     text: tuple[str, ...]  # the columns of the one or two sentences
-    hub_split: str
+    hub_split: str = ""
     label: str | None = None
     index: str | None = None  # the column that numbers the rows; None: they are counted from 0
     columns: tuple[str, ...] | None = None  # of a file without a header line
     other_files: tuple[str, ...] = ()  # where else the same file is found
     renamed: Mapping[str, str] = field(default_factory=dict)  # other spellings of its columns
     broken_lines: int = 0  # lines with a wrong number of columns that the official file is known to hold
+    key: str | None = None  # of a .json file that holds several lists of rows: which one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One task. `dev` and `test` are keyed by the suffix of the metrics and by the official submission file."""
 
     name: str
-    folder: str
-    labels: tuple[str, ...]  # as the files and submissions spell them, in the order of the ids; (): a number, 0 to 5
+    labels: tuple[str, ...]  # as the files and submissions spell them, in the order of the ids; (): a number
     metrics: tuple[str, ...]  # names of ctcd_ds.evaluation.metrics.METRICS; a task's score is their mean
-    hub_text: tuple[str, ...]  # the sentences' columns in the hub's data set
     train: Table | None
     dev: Mapping[str, Table]
-    test: Mapping[str, Table]
-    trained_on: str | None = None  # a diagnostic: predicted by the model that was fine-tuned on that task
+    test: Mapping[str, Table] = field(default_factory=dict)
+    range: tuple[float, float] = (0.0, 5.0)  # of the numbers, where there are no labels
+    base: str | None = None  # a diagnostic: no training, it is predicted by the model that was fine-tuned on that task
+    of_base: tuple[int, ...] = ()  # the label that each class of the base's model means here; (): the same ones
     in_average: bool = True
+    folder: str = ""
+    hub: str | None = (
+        "nyu-mll/glue"  # the hub's data set that holds the same rows; its configuration has the task's name
+    )
+    hub_text: tuple[str, ...] = ()  # the sentences' columns there
 
 
 def _pair_task(
@@ -169,11 +176,16 @@ AX = Task(
             renamed={"Premise": "sentence1", "Hypothesis": "sentence2", "Label": "label"},
         )
     },
-    trained_on="mnli",
+    base="mnli",
     in_average=False,
 )
 
 GLUE = (COLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, AX)
+
+
+def plain_name(name: str) -> str:
+    """`SST-2` → `sst2`: the spelling in which names are compared."""
+    return name.strip().lower().replace("-", "").replace("_", "")
 
 
 def named(names: Sequence[str], tasks: Sequence[Task] = GLUE) -> list[Task]:
@@ -182,7 +194,7 @@ def named(names: Sequence[str], tasks: Sequence[Task] = GLUE) -> list[Task]:
     Raises UserError for a name that no task has, and for a diagnostic without the task it is trained on.
     """
     by_name = {task.name: task for task in tasks}
-    plain = [name.strip().lower().replace("-", "").replace("_", "") for name in names]
+    plain = [plain_name(name) for name in names]
     for given, name in zip(names, plain, strict=True):
         if name not in by_name:
             close = difflib.get_close_matches(name, by_name, n=1)
@@ -190,9 +202,9 @@ def named(names: Sequence[str], tasks: Sequence[Task] = GLUE) -> list[Task]:
             raise UserError(f"--tasks: {given!r} is no task; there are {', '.join(by_name)}, or 'all'{hint}")
     chosen = [task for task in tasks if task.name in plain]
     for task in chosen:
-        if task.trained_on and task.trained_on not in plain:
+        if task.base and task.base not in plain:
             raise UserError(
                 f"--tasks: {task.name} has no training rows, it is predicted by the model fine-tuned on "
-                f"{task.trained_on}; add {task.trained_on}"
+                f"{task.base}; add {task.base}"
             )
     return chosen

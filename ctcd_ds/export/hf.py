@@ -14,7 +14,7 @@ from ctcd_ds.cli import Damage, RunFailure, UserError
 from ctcd_ds.corpus.loader import valid_batches
 from ctcd_ds.corpus.masking import VALID_SEED, Masking
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.export.model_card import model_card
+from ctcd_ds.export.model_card import write_card
 from ctcd_ds.peers.build import load_fitted
 from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
 from ctcd_ds.training import checkpoint as checkpoints
@@ -24,11 +24,12 @@ from ctcd_ds.training.run_directory import RunDirectory
 TOLERANCE = 1e-4  # of the logits' own size: only the shape of the last GEMM differs
 
 
-def export(source: Path, peer: str, output_dir: Path) -> dict[str, Path]:
+def export(source: Path, peer: str, output_dir: Path, data_license: str | None = None) -> dict[str, Path]:
     """Writes one trained peer to `output_dir`, or with peer 'all' each to output_dir/<peer>/.
 
     Args:
         source: a run directory (its newest good checkpoint is taken) or one of its checkpoints.
+        data_license: of the training text, as the model cards are to state it; never guessed.
     Returns: peer → directory. Raises UserError (wrong source, peer or output_dir), RunFailure where the reloaded
     model does not give the training weights' logits; nothing is left behind then.
     """
@@ -50,7 +51,7 @@ def export(source: Path, peer: str, output_dir: Path) -> dict[str, Path]:
         for name in names:
             place = temporary / name if peer == "all" else temporary
             _export_one(run, name, weights[name], manifest, place, input_ids)
-            (place / "README.md").write_text(model_card(run, recipe, name, manifest), encoding="utf-8")
+            write_card(place, run, recipe, name, manifest, data_license)
         if output_dir.exists():
             output_dir.rmdir()
         temporary.rename(output_dir)

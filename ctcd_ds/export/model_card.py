@@ -1,20 +1,27 @@
-"""The README.md of an exported peer: what it is, how it was made, how to load it, what not to expect."""
+"""The README.md of an exported peer: what it is, how it was made, how to load it, its scores, what not to expect.
+
+The metadata (model-index included) is huggingface_hub's, so that the hub and its tools read it.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from ctcd_ds import __version__
+from ctcd_ds.export.curves import Rows, draw, read_metrics
+from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.run_directory import RunDirectory
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [ctcd, co-training, co-distillation, masked-lm]
----
-
+FILE, CURVES = "README.md", "curves.png"
+_BEGIN, _END = "<!-- scores: tools/run_glue.py writes them here -->", "<!-- end of scores -->"
+_BODY = """
 # {name}
 
 A {model_type} masked language model with {layers} layers, trained from {origin} by
@@ -23,18 +30,24 @@ A {model_type} masked language model with {layers} layers, trained from {origin}
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-model = AutoModelForMaskedLM.from_pretrained("DIR")
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-print(pipeline("fill-mask", model=model, tokenizer=tokenizer)(f"A {{tokenizer.mask_token}} of text."))
+directory = "."  # this folder; on the hub, the repository's name
+model = AutoModelForMaskedLM.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+print(fill(f"A {{tokenizer.mask_token}} of text."))
 ```
+
+To fine-tune it, load it with `AutoModelForSequenceClassification.from_pretrained(directory, num_labels=2)`.
+
+## Scores
+
+{scores}
 
 ## Training
 
-{steps} steps, {tokens:,} tokens of {length}; corpus fingerprint `{corpus}`.
-
-| held-out rows | value |
-|---|---|
-{results}
+{steps} steps, {tokens:,} tokens of {length}; corpus `{corpus}`, fingerprint `{fingerprint}`.
+{curves}
+Licence of the training text: {data_license}
 
 The recipe that repeats it:
 
@@ -43,41 +56,101 @@ The recipe that repeats it:
 
 ## Limits
 
-It knows the text it was trained on and its mistakes. Held-out loss is measured on the same corpus's held-out
-documents with fixed masks; it says nothing of other text. Scores on tasks are to be measured (tools/run_glue.py).
+- It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
+- It reads rows of at most {positions} tokens; it was trained on rows of {row_length}.
+- It fills in masked tokens. It does not write text, and its facts are not to be relied on.
+- Held-out values are measured on the same corpus's held-out documents with fixed masks; they say nothing of other text.
+- Scores of tasks are those of fine-tuned copies; a difference within the spread of a few seeds is none.
 """
 
 
-def model_card(run: RunDirectory, recipe: Recipe, name: str, manifest: dict[str, Any]) -> str:
-    """The card's text for one trained peer of a run, as of one checkpoint."""
+def write_card(
+    place: Path, run: RunDirectory, recipe: Recipe, name: str, manifest: dict[str, Any], data_license: str | None = None
+) -> None:
+    """Writes README.md and curves.png of one trained peer, as of one checkpoint, into its export.
+
+    `data_license`: the licence of the training text in the user's words; without it the card says it was not stated.
+    """
     config = json.loads((run.peers / name / "config.json").read_text())
-    layers = next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?")
+    rows = read_metrics(run.metrics, manifest["step"])
     section = recipe.peers[name]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
     terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
-    found = _held_out(run, name, manifest["step"])
-    return _CARD.format(
+    drawn = draw(place / CURVES, rows, name, recipe.peers)
+    results = _held_out(rows, name, Path(recipe.corpus.path).name)
+    body = _BODY.format(
         name=name,
         model_type=config["model_type"],
-        layers=layers,
+        layers=next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?"),
         origin=f"`{section.pretrained}`" if section.pretrained else "scratch",
         version=__version__,
         how=", ".join(terms),
+        scores=_scores(results),
         steps=manifest["step"],
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
         length=f"rows of {recipe.corpus.sequence_length}",
-        corpus=manifest["corpus"][:16],
-        results="\n".join(f"| {key} | {value:.4f} |" for key, value in found.items()) or "| none | – |",
+        corpus=Path(recipe.corpus.path).name,
+        fingerprint=manifest["corpus"][:16],
+        curves=f"\n![Losses of {', '.join(recipe.peers)} by step]({CURVES})\n" if drawn else "",
+        data_license=data_license or "not stated by whoever exported this model.",
         recipe=recipe.to_yaml(),
+        positions=config.get("max_position_embeddings", "?"),
+        row_length=recipe.corpus.sequence_length,
     )
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["ctcd", "co-training", "co-distillation", "masked-lm"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    (place / FILE).write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
 
 
-def _held_out(run: RunDirectory, name: str, step: int) -> dict[str, float]:
-    """The peer's last held-out values up to a step, from metrics.jsonl."""
-    found: dict[str, float] = {}
-    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
+def add_scores(model: Path, results: Sequence[EvalResult]) -> bool:
+    """Adds results to the card of a model directory; of the same data and metric the new one counts.
+
+    What else stands in the card stays. False, and nothing is touched, where the card is none of `write_card`'s.
+    Raises OSError where it cannot be written.
+    """
+    path = model / FILE
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+        data: Any = card.data
+        tags, before, name = data.tags or [], data.eval_results or [], data.model_name
+    except (OSError, ValueError, AttributeError, TypeError):  # no card, or one that its owner has rewritten
+        return False
+    section = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    if "ctcd" not in tags or not section.search(card.text):
+        return False
+    merged = {(*result.unique_identifier, result.metric_type): result for result in [*before, *results]}
+    data.model_name = name or model.name
+    data.eval_results = list(merged.values())
+    card.text = section.sub(lambda _: _scores(data.eval_results), card.text)
+    write_atomic(path, str(card))
+    return True
+
+
+def _scores(results: Sequence[EvalResult]) -> str:
+    """The section between the marks: a line for each result."""
+    lines = [f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in results]
+    return "\n".join([_BEGIN, "| data | metric | value |", "|---|---|---|", *(lines or ["| none yet | | |"]), _END])
+
+
+def _held_out(rows: Rows, name: str, corpus: str) -> list[EvalResult]:
+    """The peer's last held-out values, as results."""
     prefix = f"valid/{name}/"
-    for row in map(json.loads, lines):
-        if row["step"] <= step:
-            found |= {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v is not None}
-    return found
+    found: dict[str, float] = {}
+    for row in rows.values():
+        found |= {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v is not None}
+    return [
+        EvalResult(
+            task_type="fill-mask",
+            dataset_type=corpus,
+            dataset_name=f"held-out rows of {corpus}",
+            metric_type=metric,
+            metric_name=f"{metric} at masked tokens",
+            metric_value=round(value, 4),
+        )
+        for metric, value in found.items()
+    ]

@@ -1,0 +1,70 @@
+"""From results.json to model cards: the scores of a model as huggingface_hub's evaluation results."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ctcd_ds.evaluation.tasks import GLUE, Task
+from ctcd_ds.export.model_card import FILE, add_scores
+
+# The hub's names of our metrics, and a reader's.
+_METRICS = {
+    "accuracy": ("accuracy", "accuracy"),
+    "f1": ("f1", "F1"),
+    "matthews": ("matthews_correlation", "Matthews correlation"),
+    "pearson": ("pearsonr", "Pearson correlation"),
+    "spearman": ("spearmanr", "Spearman correlation"),
+}
+
+
+def write_cards(content: Mapping[str, Any], tasks: Iterable[Task]) -> None:
+    """Puts the scores of each model into its card, where the model is an export of ours; says on stderr what it did.
+
+    `content` is that of results.json, `tasks` those of this command (GLUE's are known anyway).
+    """
+    known = {task.name: task for task in (*GLUE, *tasks)}
+    for name, model in content["models"].items():
+        folder = Path(model["path"])
+        try:
+            if add_scores(folder, eval_results(model["tasks"], known)):
+                print(f"{name}: scores are in its card, {folder / FILE}", file=sys.stderr)
+        except OSError as problem:
+            print(f"{name}: its card {folder / FILE} cannot be written: {problem.strerror}", file=sys.stderr)
+
+
+def eval_results(scores: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[EvalResult]:
+    """One result for each metric on each set of rows: the median over the fine-tuning seeds, as a fraction.
+
+    `scores` are those of one model, as under `tasks` in results.json.
+    """
+    found = []
+    for name, entry in scores.items():
+        if name not in tasks or "median" not in entry:
+            continue
+        task, cells = tasks[name], list(entry["seeds"].values())
+        seeds = "one seed" if len(cells) == 1 else f"median of {len(cells)} seeds"
+        how = f"fine-tuned on {task.base}" if task.base else "fine-tuned"
+        for key in cells[0]["metrics"]:
+            metric, _, suffix = key.partition("_")
+            kind, words = _METRICS[metric]
+            table = (task.dev or task.test)[suffix] if suffix or task.dev else next(iter(task.test.values()))
+            found.append(
+                EvalResult(
+                    task_type="text-classification",
+                    task_name=f"{name} {suffix}".rstrip(),
+                    dataset_type=task.hub or name,
+                    dataset_name=f"{'GLUE ' if task in GLUE else ''}{name} {suffix}".rstrip(),
+                    dataset_config=name if task.hub else None,
+                    dataset_split=(table.hub_split if task.hub else suffix) or None,
+                    metric_type=kind,
+                    metric_name=f"{words}, {how}, {seeds}",
+                    metric_value=round(statistics.median(cell["metrics"][key] for cell in cells), 4),
+                )
+            )
+    return found

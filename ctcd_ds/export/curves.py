@@ -1,0 +1,70 @@
+"""The picture beside a model card: how the losses of a run's peers went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ctcd_ds.cli import Damage
+
+# Okabe and Ito's colours, which colour-blind readers tell apart too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+Rows = Mapping[int, Mapping[str, Any]]
+
+
+def read_metrics(path: Path, last_step: int) -> dict[int, dict[str, Any]]:
+    """The rows of a metrics.jsonl by step, up to `last_step`; of a step that was run again the later row counts.
+
+    Only numbers are kept. A missing file holds no rows. Raises Damage where a line is none of training's.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = {row["step"]: row for row in map(json.loads, lines) if row["step"] <= last_step}
+        return {
+            step: {key: value for key, value in row.items() if isinstance(value, int | float)}
+            for step, row in sorted(rows.items())
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise Damage(f"{path} has a line that is no row of metrics: {problem}") from None
+
+
+def draw(path: Path, rows: Rows, name: str, peers: Iterable[str]) -> bool:
+    """Draws the losses of peer `name` (thick) and of its partners into a PNG; False where there are none."""
+    from matplotlib.figure import Figure
+
+    others = [peer for peer in peers if peer != name]
+    order = [name, *others]
+    soft = sorted({key for row in rows.values() for key in row if key.startswith("loss/") and "/soft/" in key})
+    if not any(_series(rows, f"loss/{peer}/hard") or _series(rows, f"valid/{peer}/loss") for peer in order):
+        return False
+    panels = 2 if soft else 1
+    figure = Figure(figsize=(4.2 * panels, 3.2), dpi=110, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for peer, colour in zip(order, _COLOURS, strict=False):
+        width = 2.2 if peer == name else 1.2
+        if trained := _series(rows, f"loss/{peer}/hard"):
+            axes[0].plot(*zip(*trained, strict=True), color=colour, linewidth=width / 2, alpha=0.45)
+        if held_out := _series(rows, f"valid/{peer}/loss"):
+            axes[0].plot(
+                *zip(*held_out, strict=True), color=colour, linewidth=width, marker="o", markersize=3, label=peer
+            )
+        for key in (key for key in soft if key.split("/")[1] == peer):
+            label = f"{peer} from {key.split('/')[-1]}"
+            axes[1].plot(*zip(*_series(rows, key), strict=True), color=colour, linewidth=width, label=label)
+    axes[0].set(title="hard loss: held-out (dots), training (thin)", xlabel="step", ylabel="nats per masked token")
+    if soft:
+        axes[1].set(title="soft loss, training", xlabel="step")
+    for panel in axes:
+        panel.title.set_fontsize(9)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Software": None})
+    return True
+
+
+def _series(rows: Rows, key: str) -> list[tuple[int, float]]:
+    return [(step, row[key]) for step, row in rows.items() if row.get(key) is not None]

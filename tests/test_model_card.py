@@ -1,0 +1,120 @@
+"""Cards of exported peers: metadata that the hub's library takes, code that runs, a picture, scores that arrive."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ctcd_ds.evaluation import finetune, glue
+from ctcd_ds.export.hf import export
+from ctcd_ds.recipe import load_recipe
+from glue_files import write_tsv
+from runs import Job, bert, chain_corpus, run_jobs
+
+FAST = finetune.Settings(epochs=1, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short real run of two peers."""
+    home = tmp_path_factory.mktemp("cards")
+    recipe = {
+        "corpus": {"path": str(chain_corpus(home / "tales")), "sequence_length": 32},
+        "peers": {
+            "teacher": {"model": bert(32, 2), "soft": {"student": 1.0}},
+            "student": {"model": bert(32, 1), "soft": {"teacher": 4.0}},
+        },
+        "training": {"global_batch_rows": 8, "steps": 6, "log_every": 1, "valid_every": 2, "valid_rows": 16},
+    }
+    run_jobs([Job(recipe, home / "run")], 1, home)
+    for task, columns in (("SST-2", ["sentence"]), ("RTE", ["sentence1", "sentence2"])):
+        for name in ("train", "dev"):
+            spelt = ("0", "1") if task == "SST-2" else ("entailment", "not_entailment")
+            rows = [[*(f"w{5 + n % 2} w{n + 7}" for _ in columns), spelt[n % 2]] for n in range(16)]
+            write_tsv(home / f"glue/{task}/{name}.tsv", [*columns, "label"], rows)
+    return home / "run"
+
+
+@pytest.fixture
+def exported(run: Path, tmp_path: Path) -> Path:
+    export(run, "all", tmp_path / "hf", data_license="CC BY-SA 4.0 (Wikipedia)")
+    return tmp_path / "hf"
+
+
+def read(place: Path) -> Any:
+    """The card, as the hub's library reads it: it raises where the metadata is not of its form."""
+    return ModelCard((place / "README.md").read_text())
+
+
+def test_the_metadata_is_the_hubs_and_survives_its_library(exported: Path) -> None:
+    card = read(exported / "student")
+    assert str(card) == (exported / "student/README.md").read_text()
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "fill-mask")
+    (entry,) = card.data.to_dict()["model-index"]
+    assert entry["name"] == "student"
+    (result,) = entry["results"]
+    assert result["task"]["type"] == "fill-mask" and result["dataset"]["type"] == "tales"
+    assert [metric["type"] for metric in result["metrics"]] == ["loss", "accuracy"]
+    assert 3 < result["metrics"][0]["value"] < 7
+    broken = str(card).replace("- task:", "- tusk:")
+    with pytest.raises(ValueError, match="model_index"):
+        ModelCard(broken)
+
+
+def test_the_code_in_the_card_runs(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for peer in ("teacher", "student"):
+        (code,) = re.findall(r"```python\n(.*?)```", read(exported / peer).text, re.DOTALL)
+        monkeypatch.chdir(exported / peer)
+        exec(code, {})
+        assert "token_str" in capsys.readouterr().out
+
+
+def test_the_recipe_in_the_card_is_the_runs(run: Path, exported: Path, tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", read(exported / "teacher").text, re.DOTALL)
+    (tmp_path / "again.yaml").write_text(text)
+    assert load_recipe(tmp_path / "again.yaml") == load_recipe(run / "recipe.yaml")
+
+
+def test_a_picture_with_the_curves_of_both_peers_lies_beside_the_card(exported: Path) -> None:
+    from PIL import Image
+
+    path = exported / "student" / "curves.png"
+    assert "](curves.png)" in read(path.parent).text
+    assert path.stat().st_size < 100_000
+    colours = {pixel[:3] for _, pixel in Image.open(path).convert("RGB").getcolors(1 << 20)}
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+
+
+def test_the_licence_of_the_data_is_the_users_word_or_not_stated(run: Path, exported: Path, tmp_path: Path) -> None:
+    assert "Licence of the training text: CC BY-SA 4.0 (Wikipedia)" in read(exported / "student").text
+    export(run, "student", tmp_path / "other")
+    card = read(tmp_path / "other")
+    assert "Licence of the training text: not stated" in card.text and card.data.license is None
+
+
+def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(run: Path, exported: Path, tmp_path: Path) -> None:
+    student, data = exported / "student", run.parent / "glue"
+    text = (student / "README.md").read_text().replace("## Limits", "## Limits\n\n- A remark of the owner's.")
+    (student / "README.md").write_text(text)
+    other = exported / "teacher" / "README.md"
+    other.write_text("# my own card\n")
+    models = [student, exported / "teacher"]
+    content = glue.run(models, ("sst2",), data, tmp_path / "first", (1, 2), FAST)
+    glue.run(models, ("rte",), data, tmp_path / "second", (1,), FAST)
+    card = read(student)
+    found = {result.dataset_config: result for result in card.data.eval_results}
+    assert list(found) == [None, "sst2", "rte"]
+    accuracies = [
+        cell["metrics"]["accuracy"] for cell in content["models"]["student"]["tasks"]["sst2"]["seeds"].values()
+    ]
+    assert found["sst2"].metric_value == pytest.approx(sum(accuracies) / 2, abs=1e-4)
+    assert found["sst2"].dataset_type == "nyu-mll/glue" and found["sst2"].dataset_split == "validation"
+    assert "| GLUE sst2 | accuracy, fine-tuned, median of 2 seeds |" in card.text
+    assert "A remark of the owner's." in card.text and "none yet" not in card.text
+    assert other.read_text() == "# my own card\n"
+    glue.run(models, ("sst2",), data, tmp_path / "third", (1,), FAST)
+    assert "median of 2 seeds" not in read(student).text and read(student).text.count("GLUE sst2") == 1
