@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ctcd_ds import cli
 from ctcd_ds.manifest import write_atomic
-from ctcd_ds.training.hardware import _PEAKS
+from ctcd_ds.training.hardware import stated_peak
 from ctcd_ds.training.run_directory import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,8 +137,7 @@ class Gemm:
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """What MFU is a share of: the FLOP/s that a GPU's maker states, None where it is not in training's table."""
-    known = next((peaks for part, peaks in _PEAKS.items() if part in device_name), None)
-    return None if known is None else known[dtype == "float32"]
+    return stated_peak(device_name, "fp32" if dtype == "float32" else dtype)
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

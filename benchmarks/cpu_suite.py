@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--load", type=float, default=0.7, help="what counts as a quiet machine")
     parser.add_argument("--patience", type=float, default=10.0, help="minutes to wait for it, before each benchmark")
-    parser.add_argument("--text", help="text for the corpus benchmarks; left out: prose that comes with Python")
+    parser.add_argument(
+        "--text", nargs="+", metavar="F", help="for the corpus benchmarks; left out: prose that comes with Python"
+    )
     parser.add_argument("--wordpiece", help="a vocab.txt or tokenizer directory for --text")
     parser.add_argument("--sentencepiece", help="a .model for --text; left out: that row is not made")
     arguments = parser.parse_args()
@@ -70,7 +72,7 @@ def main() -> None:
     for name in arguments.only:
         if name == "corpus, SentencePiece" and not arguments.sentencepiece:
             continue
-        given = ["--input", arguments.text, "--tokenizer", extra[name]] if arguments.text and name in extra else []
+        given = ["--input", *arguments.text, "--tokenizer", extra[name]] if arguments.text and name in extra else []
         wait_for_quiet(arguments.load, arguments.patience)
         row = {"name": name, **run([*COMMANDS[name], *given])}
         rows = [*(other for other in rows if other["name"] != name), row]

@@ -38,7 +38,9 @@ def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known) or 'none'}"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A typed part of a YAML file: frozen, strict, no unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -49,7 +51,7 @@ Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has li
 Count = Annotated[int, Field(ge=1)]
 
 
-class CorpusSection(_Section):
+class CorpusSection(Section):
     """Which rows are read and how they are masked. The directory is prepare_corpus.py's."""
 
     path: str
@@ -58,7 +60,7 @@ class CorpusSection(_Section):
     whole_word_masking: bool = False
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """AdamW. `max_grad_norm` clips each peer by its own norm; 0 is no clipping."""
 
     lr: Positive = 5e-4
@@ -68,7 +70,7 @@ class OptimizerSection(_Section):
     max_grad_norm: NotNegative = 1.0
 
 
-class OptimizerOverride(_Section):
+class OptimizerOverride(Section):
     """What one peer does differently; null is the recipe's own value."""
 
     lr: Positive | None = None
@@ -78,7 +80,7 @@ class OptimizerOverride(_Section):
     max_grad_norm: NotNegative | None = None
 
 
-class PeerSection(_Section):
+class PeerSection(Section):
     """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from.
 
     `soft_start_fraction`: other peer → the share of the run's steps before which nothing is learned from it yet.
@@ -108,7 +110,7 @@ class PeerSection(_Section):
         return 0.0 if self.frozen else 1.0 if self.hard is None else self.hard
 
 
-class ObjectiveSection(_Section):
+class ObjectiveSection(Section):
     """`soft_positions`: distil at the target positions, or at all that are not special tokens.
 
     Where peers have masks of their own, target positions are those that are masked for all peers that distil.
@@ -119,14 +121,14 @@ class ObjectiveSection(_Section):
     soft_positions: Literal["targets", "all"] = "targets"
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     """Warm-up from 0 over `warmup_fraction` of the steps, then down to 0 along a line or a cosine, or constant."""
 
     type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: Fraction = 0.06
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How long and how often. Exactly one of `steps` and `epochs`; intervals are in steps.
 
     `time_limit_minutes`: saves and stops then, exit code 85. `step_timeout_s`: a step that takes longer ends the run
@@ -161,7 +163,7 @@ class TrainingSection(_Section):
         return 15.0 if self.checkpoint_every_minutes is None else self.checkpoint_every_minutes
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run. Build it with `load_recipe`, which reports all mistakes at once."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
@@ -230,7 +232,7 @@ def recipe_mistakes(raw: Any) -> list[str]:
     try:
         Recipe.model_validate(raw)
     except ValidationError as problem:
-        mistakes = explained(problem, Recipe)
+        mistakes = [explain(error, Recipe) for error in problem.errors()]
     return mistakes + list(_peer_mistakes(raw)) + list(_training_mistakes(raw))
 
 
@@ -315,25 +317,21 @@ def _training_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         yield "objective.task = clm: causal models are not built yet; allowed now: mlm"
 
 
-def explained(problem: ValidationError, model: type[BaseModel]) -> list[str]:
-    """pydantic's errors over a `model` in the house's words: field, value, what to do."""
-    return [_explain(error, model) for error in problem.errors()]
-
-
-def _explain(error: Any, model: type[BaseModel]) -> str:
+def explain(error: Any, root: type[BaseModel]) -> str:
+    """One of pydantic's errors about a file of type `root`, in the house's words."""
     location = [str(part) for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
     field, value = ".".join(location), error["input"]
     if error["type"] == "extra_forbidden":
-        return f"{field} = {value!r}: unknown key; {did_you_mean(location[-1], _keys_beside(location, model))}"
+        return f"{field} = {value!r}: unknown key; {did_you_mean(location[-1], _keys_beside(location, root))}"
     if error["type"] == "missing":
         return f"{field}: missing; it has no default"
     said = error["msg"].replace("Input should be", "must be")
     return f"{field} = {value!r}: {said[0].lower() + said[1:]}"
 
 
-def _keys_beside(location: Sequence[str], model: type[BaseModel]) -> list[str]:
+def _keys_beside(location: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The keys that are known at the place of an unknown one."""
-    section: Any = model
+    section: Any = root
     for part in location[:-1]:
         if isinstance(section, type) and issubclass(section, BaseModel):
             section = section.model_fields[part].annotation

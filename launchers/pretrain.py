@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from ctcd_ds import cli
+from ctcd_ds.cluster.options import add_cluster_options, cluster_of
 from ctcd_ds.cluster.ranks import Ranks, find_ranks
 from ctcd_ds.recipe import load_recipe
 
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the recipe")
     parser.add_argument("--resume", action="store_true", help="goes on from the newest good checkpoint in output_dir")
     parser.add_argument("--dry_run", action="store_true", help="prints peers, graph, cost and length, and stops")
+    add_cluster_options(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_args()
 
@@ -37,6 +39,7 @@ def main() -> int:
 
 def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     """Checks everything, then trains."""
+    cluster = cluster_of(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
 
     import torch
@@ -45,11 +48,17 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     from ctcd_ds.corpus.damage import refuse_damage
     from ctcd_ds.training.deepspeed_config import read_json
     from ctcd_ds.training.engine import device_type
+    from ctcd_ds.training.outlook import outlook
     from ctcd_ds.training.plan import describe, make_plan
     from ctcd_ds.training.run_directory import RunDirectory
 
     run = RunDirectory(arguments.output_dir.resolve())
-    plan = make_plan(recipe, read_json(arguments.deepspeed_config), ranks.world, device_type(), run.path)
+    deepspeed_json = read_json(arguments.deepspeed_config)
+    if cluster is not None:
+        if ranks.first:
+            print(outlook(arguments, cluster, recipe, deepspeed_json))
+        return cli.EXIT_DONE
+    plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path)
     if arguments.dry_run:
         if ranks.first:
             print(describe(plan))

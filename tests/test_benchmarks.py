@@ -201,3 +201,28 @@ def test_mistakes_are_said_before_anything_is_built(
 ) -> None:
     code, _, err = command(monkeypatch, capsys, "benchmarks/step.py", "--device", "cpu", *arguments)
     assert code == 2 and said in err
+
+
+def test_scaling_is_predicted_and_measured(row: Any) -> None:
+    found = row("scaling", *SHAPE, "--processes", "2", "--elements", "100000")
+    ways = [(step["processes"], step["stage"], step["accumulation"]) for step in found["steps"]]
+    assert ways == [(n, stage, accumulation) for n in (1, 2) for stage in (1, 2) for accumulation in (1, 4)]
+    for step in found["steps"]:
+        assert_positive(step, "measured_s", "predicted_s", "compute_s", "memory_s")
+        assert (step["communication_s"] > 0) == (step["processes"] > 1)
+    assert found["steps"][0]["compute_s"] == pytest.approx(found["micro_step_s"]), "it calibrates"
+    assert_positive(found["rates"]["2"], "flops", "memory", "link", "latency")
+    assert 0 <= found["median_error"] <= found["largest_error"]
+
+
+def test_the_tables_of_the_scaling_page_are_the_models(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    code, out, err = command(monkeypatch, capsys, "benchmarks/scaling_tables.py", "--check")
+    assert code == 0, out + err
+    import scaling_tables
+
+    page = scaling_tables.PAGE.read_text()
+    assert page.count("<!-- end -->") == len(scaling_tables.parts()) == 7
+    step = json.loads(scaling_tables.RESULTS.read_text())["steps"][-1]
+    assert f"| {step['measured_s']:.2f} | {step['predicted_s']:.2f} |" in page
+    wrong = page.replace(f"| {step['measured_s']:.2f} | {step['predicted_s']:.2f} |", "| 0.01 | 0.01 |")
+    assert scaling_tables.filled(wrong, scaling_tables.parts()) == page

@@ -197,20 +197,85 @@ def test_a_full_disk_is_found_before_saving(corpus: Path, tmp_path: Path) -> Non
         subprocess.run(["umount", str(place)], check=False)
 
 
+LONGER = ["--resume", "--set", "training.steps=30", "schedule.type=constant", "schedule.warmup_fraction=0"]
+
+
+def begun(corpus: Path, folder: Path, run: Path) -> list[str]:
+    """The command of a run that is at its first checkpoint, of step 4, and has 26 steps to go."""
+    line = ranks_line(corpus, folder, run, checkpoint_every=4)
+    first = alone([*line, *LONGER[1:], "training.steps=4"])
+    assert first.returncode == 0, first.stderr[-2000:]
+    return [*line, *LONGER]
+
+
+def is_as_it_was(run: Path, step: int = 4) -> None:
+    """Nothing but the old checkpoint is there, and it is whole."""
+    assert tags(run) == [step] and not list((run / "checkpoints").glob(".*"))
+    checkpoint.verify(run / "checkpoints" / f"step-{step:08d}")
+
+
 def test_a_write_that_fails_halfway_leaves_the_old_checkpoint(corpus: Path, tmp_path: Path) -> None:
-    """The system refuses files beyond a size, as a quota does: the shard is cut in its middle."""
+    """The system refuses files beyond a size: the shard is cut in its middle."""
     if not shutil.which("prlimit"):
         pytest.skip("no prlimit here")
     run = tmp_path / "run"
-    line = ranks_line(corpus, tmp_path, run, checkpoint_every=4)
-    first = alone([*line, "--set", "training.steps=4", "schedule.type=constant", "schedule.warmup_fraction=0"])
-    assert first.returncode == 0, first.stderr[-2000:]
-    change = ["--resume", "--set", "training.steps=30", "schedule.type=constant", "schedule.warmup_fraction=0"]
-    done = alone([*line, *change], "prlimit", f"--fsize={600 * 1024}")
+    done = alone(begun(corpus, tmp_path, run), "prlimit", f"--fsize={600 * 1024}")
     assert done.returncode == 1 and "the checkpoint of step 8 was not written: [rank 0] " in done.stderr, done.stderr
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    is_as_it_was(run)
+
+
+@pytest.mark.parametrize("what", ["the checkpoints", "the whole run directory"])
+def test_a_read_only_file_system_is_said_and_the_run_goes_on_later(corpus: Path, tmp_path: Path, what: str) -> None:
+    run = tmp_path / "run"
+    line, place = begun(corpus, tmp_path, run), run / "checkpoints" if what == "the checkpoints" else run
+    if subprocess.run(["mount", "--bind", place, place], check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+        done = alone(line)
+    finally:
+        subprocess.run(["umount", place], check=True)
+    assert done.returncode == 1 and "Read-only file system" in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    assert tags(run) == [4] and not list((run / "checkpoints").glob(".*"))
-    checkpoint.verify(run / "checkpoints" / "step-00000004")
+    if what == "the checkpoints":
+        assert "the checkpoint of step 8 was not written" in done.stderr and "bytes are free" in done.stderr
+    is_as_it_was(run)
+    done = alone(line)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_quota_is_said_and_the_old_checkpoint_stays(corpus: Path, tmp_path: Path) -> None:
+    """The disk has room, the folder's quota (of btrfs, on a file) has not."""
+    if not shutil.which("mkfs.btrfs"):
+        pytest.skip("no mkfs.btrfs here (btrfs-progs)")
+    image, place = tmp_path / "image", tmp_path / "place"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(200 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, place], check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+
+    def btrfs(*words: object) -> None:
+        subprocess.run(["btrfs", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+    try:
+        btrfs("quota", "enable", place)
+        btrfs("subvolume", "create", place / "mine")
+        run = place / "mine" / "run"
+        line = begun(corpus, tmp_path, run)
+        btrfs("qgroup", "limit", "5M", place / "mine")
+        done = alone(line)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert "the checkpoint of step 8 was not written" in done.stderr and "bytes are free" in done.stderr
+        assert "Disk quota exceeded" in done.stderr, done.stderr[-2000:]
+        is_as_it_was(run)
+        btrfs("qgroup", "limit", "none", place / "mine")
+        done = alone(line)
+        assert done.returncode == 0 and "going on from" in done.stdout, done.stderr[-2000:]
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 # ---- files of strangers

@@ -89,6 +89,9 @@ def test_no_auto_is_left_and_clipping_is_ours() -> None:
         ({"fp16": {"enabled": True}}, "no fp16 on the CPU"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "choose one"),
         ({"bf16": True}, "bf16 = True"),
+        ({"communication_data_type": "fp23"}, "did you mean 'fp32'?"),
+        ({"data_types": {"grad_accum_dtype": "double"}}, "allowed: bf16, fp16, fp32"),
+        ({"data_types": "fp32"}, "data_types = 'fp32'"),
     ],
 )
 def test_contradictions_and_unknown_keys_are_errors_that_name_both_places(given: dict[str, Any], said: str) -> None:

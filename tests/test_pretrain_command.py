@@ -61,6 +61,46 @@ def test_a_dry_run_says_all_and_writes_nothing(pretrain: Pretrain, good: dict[st
     assert not (tmp_path / "run").exists()
 
 
+CLUSTER = ("--nodes", "2", "--gpus_per_node", "4", "--link_gbps", "100")
+
+
+def test_a_dry_run_for_a_cluster_says_how_a_step_scales(
+    pretrain: Pretrain, good: dict[str, Any], tmp_path: Path
+) -> None:
+    """The batch divides by 4, 8 and 16 ranks; by 32 it does not, and that is said."""
+    json_ = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
+    code, out, err = pretrain(good, "--dry_run", *CLUSTER, deepspeed=json_)
+    assert code == 0, err
+    assert "batch          16 rows = 8 ranks × 2 rows × 1 accumulation" in out
+    assert "ZeRO 2, bf16" in out, "auto is what it will be on the GPUs, not on this machine"
+    lines = [line for line in out.splitlines() if line.startswith("|")][2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["4", "8", "16"]
+    assert "not on 32 GPUs: training.global_batch_rows = 16 is not divisible by 32 ranks" in out
+    assert "what to change at 8 GPUs" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (CLUSTER, "--nodes describes a cluster to a dry run: add --dry_run"),
+        (("--dry_run", *CLUSTER[:2]), "--nodes without --gpus_per_node and --link_gbps"),
+        (("--dry_run", *CLUSTER[2:]), "--gpus_per_node without --nodes"),
+        (("--dry_run", "--nodes", "3", *CLUSTER[2:]), "16 is not divisible by 12 ranks"),
+        (("--dry_run", *CLUSTER, "--gpu", "H10"), "did you mean 'H100'?"),
+        (("--dry_run", *CLUSTER, "--mfu", "40"), "'40' is not a share from 0 to 1"),
+        (("--dry_run", *CLUSTER[:4], "--link_gbps", "fast"), "'fast' is not a number above 0"),
+        (("--dry_run", "--nodes", "0.5", *CLUSTER[2:]), "'0.5' is not a whole number from 1"),
+    ],
+)
+def test_a_cluster_described_wrongly_is_one_message(
+    pretrain: Pretrain, good: dict[str, Any], tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    code, out, err = pretrain(good, *options)
+    assert code == 2 and said in err and "Traceback" not in out + err
+    assert not (tmp_path / "run").exists()
+
+
 RECIPES = sorted((ROOT / "ds_configs" / "recipes").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 

@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from commands import ROOT, command
 from corpora import write_shard
+from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.rows import read_corpus_manifest
 from ctcd_ds.manifest import read_manifest, sampled_sha256, write_manifest
+from ctcd_ds.training import checkpoint
 from runs import Job, bert, chain_corpus, run_jobs
 
 
@@ -88,6 +93,57 @@ def test_another_tokenizer_in_a_corpus_is_found(
     shutil.copytree(other / "tokenizer", tmp_path / "corpus" / "tokenizer")
     code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "corpus")
     assert code == 1 and "its identity is" in out
+
+
+READERS = {"corpus": read_corpus_manifest, "run/checkpoints/step-00000002": checkpoint.read}
+many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("part", READERS)
+@given(place=st.floats(0, 1, exclude_max=True), cut=st.integers(0, 40), put=st.binary(max_size=40))
+@many
+def test_a_manifest_is_what_was_written_or_is_refused(
+    made: Path, tmp_path: Path, part: str, place: float, cut: int, put: bytes
+) -> None:
+    """Any bytes anywhere in it replaced by any others: never read as something else."""
+    written = (made / part / "manifest.json").read_bytes()
+    at = int(place * len(written))
+    (tmp_path / "manifest.json").write_bytes(written[:at] + put + written[at + cut :])
+    try:
+        assert READERS[part](tmp_path) == READERS[part](made / part)  # nothing but white space was touched
+    except UserError as said:
+        assert str(tmp_path) in str(said)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("part", READERS)
+@given(data=st.data(), value=anything)
+@many
+def test_a_manifest_with_a_good_hash_and_a_wrong_value_is_a_message(
+    made: Path, tmp_path: Path, part: str, data: st.DataObject, value: Any
+) -> None:
+    """Any value in it replaced by any other, and signed anew: read, or a message; never a crash."""
+    manifest = read_manifest(made / part / "manifest.json")
+    del manifest["sha256"]
+    holder: Any = manifest
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        key = data.draw(st.sampled_from(keys))
+        if not (isinstance(holder[key], (dict, list)) and holder[key] and data.draw(st.booleans())):
+            break
+        holder = holder[key]
+    holder[key] = value
+    write_manifest(tmp_path / "manifest.json", manifest)
+    try:
+        READERS[part](tmp_path)
+    except UserError as said:
+        assert str(tmp_path) in str(said)
 
 
 def test_what_has_no_manifest_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

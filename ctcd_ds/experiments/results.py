@@ -116,8 +116,8 @@ class Condition(_Part):
     group: its key under `cells` in the experiment file; coordinates: axis → value (both also tell the report what
         picture a group can have: one axis is a curve, two are a heat map).
     cells: their names, in the order of the seeds.
-    peers: peer → metric → values over the finished seeds. Metrics: valid_loss, valid_accuracy, glue/TASK, and
-        glue/average (the mean of the medians of all tasks, where every seed has all of them).
+    peers: trained peer → metric → values over the finished seeds. Metrics: valid_loss, valid_accuracy, glue/TASK, and
+        glue/average (the mean of the tasks' medians, without WNLI and AX).
     """
 
     group: str

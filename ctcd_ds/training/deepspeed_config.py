@@ -39,6 +39,7 @@ _STAGES = {
     0: "stage 0 keeps bf16 weights without fp32 masters, which drifts; use 1 or 2",
     3: "stage 3 cuts up the weights, which peers of this size do not need; use 2",
 }
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,28 @@ class DeepSpeedConfig:
     def stage(self) -> int:
         """ZeRO's stage, 1 or 2."""
         return int(self.values["zero_optimization"]["stage"])
+
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's own reading of zero_optimization, with all its defaults."""
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        return DeepSpeedZeroConfig(**self.values["zero_optimization"])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight in the model."""
+        return _BYTES[self.precision]
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes of a gradient in communication."""
+        return _BYTES[self.values.get("communication_data_type", self.precision)]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient that is accumulated."""
+        return _BYTES[self.values.get("data_types", {}).get("grad_accum_dtype", self.precision)]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -88,6 +111,7 @@ def resolve(
         output_dir: the run directory; TensorBoard's files go there unless the JSON says otherwise.
     """
     mistakes = [*_key_mistakes(given), *_contradictions(given, recipe), *_precision_mistakes(given, device)]
+    mistakes += _dtype_mistakes(given)
     batch, said = _split_batch(given, recipe.training.global_batch_rows, world)
     mistakes += said
     mistakes += _zero_mistakes(given.get("zero_optimization"))
@@ -151,6 +175,18 @@ def _precision_mistakes(given: dict[str, Any], device: str) -> Iterator[str]:
         yield "deepspeed_config bf16.enabled and fp16.enabled are both true: choose one"
     if enabled["fp16"] is True and device == "cpu":
         yield "deepspeed_config fp16.enabled = true: DeepSpeed has no fp16 on the CPU; use ds_configs/cpu.json"
+
+
+def _dtype_mistakes(given: dict[str, Any]) -> Iterator[str]:
+    block = given.get("data_types", {})
+    if not isinstance(block, dict):
+        yield f'deepspeed_config data_types = {block!r}: write {{"grad_accum_dtype": "fp32"}}'
+        block = {}
+    stated = {"communication_data_type": given.get("communication_data_type", "auto")}
+    stated["data_types.grad_accum_dtype"] = block.get("grad_accum_dtype", "auto")
+    for key, value in stated.items():
+        if value not in ("auto", *_BYTES):
+            yield f"deepspeed_config {key} = {value!r}: {did_you_mean(value, _BYTES)}"
 
 
 def _zero_mistakes(block: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 # Dense matrix-multiply peaks in FLOP/s as the makers state them: (16-bit, fp32 without TF32). The first name that is
 # part of the device's name counts.
-_PEAKS = {
+PEAKS = {
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
     "H100": (989e12, 67e12),
@@ -29,15 +29,20 @@ _PEAKS = {
 }
 
 
+def stated_peak(name: str, precision: str) -> float | None:
+    """FLOP/s of one GPU by its name, as its maker states it; None where the table does not know it."""
+    known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+    return None if known is None else known[precision == "fp32"]
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s of all ranks together; None for a GPU that is not in the table. Called by all ranks.
 
     On the CPU it is measured: the rate of large fp32 GEMMs on this rank's threads while all ranks do the same.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
-        return None if known is None else known[precision == "fp32"] * dist.get_world_size()
+        peak = stated_peak(torch.cuda.get_device_name(device), precision)
+        return None if peak is None else peak * dist.get_world_size()
     if device.type != "cpu":
         return None
     dist.barrier()

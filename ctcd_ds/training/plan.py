@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import Damage, UserError
+from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.corpus.views import PeerMasks
@@ -60,6 +61,27 @@ class Plan:
     def flops_per_token(self) -> float:
         """Training FLOPs per token over all peers: backward is two forwards; a frozen peer has none."""
         return sum(c.forward_flops * (1 if self.recipe.peers[name].frozen else 3) for name, c in self.costs.items())
+
+    @property
+    def work(self) -> Work:
+        """A rank's part of one step, for the model of step time."""
+        config, peers = self.deepspeed, self.recipe.peers
+        return Work(
+            micro_batch=config.micro_batch,
+            accumulation=config.accumulation,
+            sequence_length=self.recipe.corpus.sequence_length,
+            flops_per_token=self.flops_per_token,
+            trained=sum(c.parameters for name, c in self.costs.items() if not peers[name].frozen),
+            frozen=sum(c.parameters for name, c in self.costs.items() if peers[name].frozen),
+            stage=config.stage,
+            weight_bytes=config.weight_bytes,
+            wire_bytes=config.wire_bytes,
+            gradient_bytes=config.gradient_bytes,
+            overlap=bool(config.zero.overlap_comm),
+            bucket=config.zero.reduce_bucket_size,
+            largest=max(padded(self.corpus.vocab_size) * c.hidden_size for c in self.configs.values()),
+            activation_bytes=_activation_bytes(self) / config.micro_batch,
+        )
 
 
 def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device: str, output_dir: Path) -> Plan:
@@ -195,27 +217,22 @@ def _own_views(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def checkpoint_bytes(plan: Plan) -> int:
     """Size of one checkpoint, all ranks together: weights, fp32 masters and two Adam moments of every trained peer."""
-    trained = sum(c.parameters for name, c in plan.costs.items() if not plan.recipe.peers[name].frozen)
-    return (12 + (4 if plan.deepspeed.precision == "fp32" else 2)) * trained + plan.world * 2**20
+    work = plan.work
+    return (12 + work.weight_bytes) * work.trained + plan.world * 2**20
 
 
 def memory_per_rank(plan: Plan) -> tuple[float, float]:
-    """(bytes of weights, gradients, master weights and Adam states; bytes of activations, a rough estimate).
+    """(bytes of weights, gradients, master weights and Adam states; bytes of activations, a rough estimate)."""
+    return state_bytes(plan.work, plan.world), _activation_bytes(plan)
 
-    States follow ZeRO's arithmetic (Rajbhandari et al. 2020, §5): fp32 masters and two Adam moments are cut by the
-    number of ranks, gradients too at stage 2. Activations: 17 values a token, layer and hidden unit, and the
-    objective's fp32 tiles.
-    """
+
+def _activation_bytes(plan: Plan) -> float:
+    """17 values a token, layer and hidden unit, and the objective's fp32 tiles."""
     config, recipe = plan.deepspeed, plan.recipe
-    low = 4 if config.precision == "fp32" else 2
-    trained = sum(c.parameters for name, c in plan.costs.items() if not recipe.peers[name].frozen)
-    everything = sum(c.parameters for c in plan.costs.values())
-    gradients = low * trained / (plan.world if config.stage == 2 else 1)
-    states = low * everything + gradients + 12 * trained / plan.world
     tokens = config.micro_batch * recipe.corpus.sequence_length
     widths = [c.hidden_size * c.num_hidden_layers for name, c in plan.configs.items() if not recipe.peers[name].frozen]
     positions = tokens if recipe.objective.soft_positions == "all" else plan.masking.count(
         recipe.corpus.sequence_length
     ) * config.micro_batch  # fmt: skip
     tile = min(positions * padded(plan.corpus.vocab_size) * 4, 128 * 2**20)
-    return states, 17 * low * tokens * sum(widths) + 4 * len(plan.configs) * tile
+    return 17 * config.weight_bytes * tokens * sum(widths) + 4 * len(plan.configs) * tile

@@ -94,7 +94,9 @@ class _Attempt:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        # torch's writer says RuntimeError where the system said "no space left".
+        # torch's writer says RuntimeError where the system said "no space left" or "quota exceeded".
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            error = error.__context__
         if not isinstance(error, OSError | RuntimeError):
             return False
         self._problem = self._problem or f"[rank {dist.get_rank()}] {error}"
@@ -137,8 +139,10 @@ class _Recorder:
 
     def save(self, state_dict: Any, path: str) -> None:
         with self._attempt:
-            self._writer.save(state_dict, path)
-            with open(path, "rb") as file:  # noqa: PTH123 - DeepSpeed's path is a string
+            # A file, not its path: torch's own writer to paths does not tell why the system refused.
+            with open(path, "wb") as file:  # noqa: PTH123 - DeepSpeed's path is a string
+                self._writer.save(state_dict, file)
+                file.flush()
                 os.fsync(file.fileno())
             self._attempt.files[Path(path).relative_to(self._root).as_posix()] = file_entry(Path(path))
 

@@ -1,0 +1,163 @@
+"""From run directories to results.json: what each cell gave, what the seeds say together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctcd_ds.evaluation import metrics
+from ctcd_ds.experiments.grid import partner, points
+from ctcd_ds.experiments.planning import Planned
+from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
+from ctcd_ds.experiments.running import Ending
+from ctcd_ds.experiments.specification import Experiment
+from ctcd_ds.experiments.statistics import caveats, compare, spread
+
+
+def collect(
+    experiment: Experiment,
+    planned: Sequence[Planned],
+    endings: Mapping[str, Ending],
+    directory: Path,
+    about: Mapping[str, Any],
+) -> Results:
+    """The content of results.json. `endings`: by the run's owner; `about`: Results' fields that the command knows."""
+    cells = [_cell(cell, endings.get(cell.owner, Ending("waiting", "not started")), directory) for cell in planned]
+    conditions = _conditions(planned, cells)
+    comparisons = list(_comparisons(experiment, conditions))
+    unfinished = sum(cell.state != "finished" for cell in cells)
+    hardware: dict[str, Any] = {}
+    for cell in cells:
+        environment = _json(directory / cell.run / "environment.json")
+        if cell.state == "finished" and environment:
+            known = ("device", "cores", "world", "threads_per_rank", "host")
+            hardware = {key: environment.get(key) for key in known}
+            break
+    axes = {axis: values.keys for group in experiment.cells.values() for axis, values in group.grid.items()}
+    return Results(
+        question=experiment.question,
+        note=experiment.note,
+        hardware=hardware,
+        seeds=experiment.seeds,
+        axes=axes,
+        cells=cells,
+        conditions=conditions,
+        comparisons=comparisons,
+        caveats=caveats(comparisons, len(experiment.seeds), unfinished, experiment.note),
+        **about,
+    )
+
+
+def _cell(cell: Planned, ending: Ending, directory: Path) -> Cell:
+    finished = ending.state == "finished"
+    summary, peers = (_json(cell.run / "summary.json"), cell.peers) if finished else ({}, {})
+    agreement = {
+        key.removeprefix("valid/agreement/"): value
+        for key, value in summary.items()
+        if key.startswith("valid/agreement/") and value is not None
+    }
+    return Cell(
+        name=cell.name,
+        condition=cell.cell.point.name,
+        seed=cell.cell.seed,
+        run=cell.run.relative_to(directory).as_posix(),
+        state=ending.state,  # type: ignore[arg-type]
+        reason=ending.reason,
+        needs=list(cell.cell.needs),
+        changes=dict(cell.cell.point.changes),
+        steps=cell.steps,
+        rows=cell.rows,
+        tokens=cell.tokens,
+        flops=cell.flops,
+        total_flops=cell.total_flops,
+        seconds=summary.get("seconds"),
+        peers={name: _peer(name, known, cell, summary, directory) for name, known in peers.items()},
+        agreement=agreement,
+    )
+
+
+def _peer(name: str, known: PeerResult, cell: Planned, summary: Mapping[str, Any], directory: Path) -> PeerResult:
+    place = cell.run / "hf" / name
+    return known.model_copy(
+        update={
+            "valid_loss": summary.get(f"valid/{name}/loss"),
+            "valid_accuracy": summary.get(f"valid/{name}/accuracy"),
+            "glue": _glue(cell.run / "glue" / "results.json", place),
+            "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
+        }
+    )
+
+
+def _glue(path: Path, model: Path) -> dict[str, GlueScore]:
+    """This model's scores from run_glue's results.json."""
+    for entry in _json(path).get("models", {}).values():
+        if Path(entry["path"]).resolve() == model.resolve():
+            return {
+                task: GlueScore(
+                    median=scores["median"], seeds={seed: done["score"] for seed, done in scores["seeds"].items()}
+                )
+                for task, scores in entry["tasks"].items()
+                if "median" in scores
+            }
+    return {}
+
+
+def _conditions(planned: Sequence[Planned], cells: Sequence[Cell]) -> dict[str, Condition]:
+    members: dict[str, list[Cell]] = {}
+    for cell in cells:
+        members.setdefault(cell.condition, []).append(cell)
+    known = {cell.cell.point.name: cell.cell.point for cell in planned}
+    return {
+        name: Condition(
+            group=known[name].group,
+            coordinates=dict(known[name].coordinates),
+            cells=[cell.name for cell in own],
+            peers=_spreads([cell for cell in own if cell.state == "finished"]),
+        )
+        for name, own in members.items()
+    }
+
+
+def _spreads(cells: Sequence[Cell]) -> dict[str, dict[str, Spread]]:
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for cell in cells:
+        for name, peer in cell.peers.items():
+            for metric, value in () if peer.frozen else _metrics(peer):
+                values.setdefault(name, {}).setdefault(metric, {})[cell.seed] = value
+    return {peer: {metric: spread(seeds) for metric, seeds in own.items()} for peer, own in values.items()}
+
+
+def _metrics(peer: PeerResult) -> Iterator[tuple[str, float]]:
+    for metric in ("valid_loss", "valid_accuracy"):
+        if (value := getattr(peer, metric)) is not None:
+            yield metric, value
+    for task, score in peer.glue.items():
+        yield f"glue/{task}", score.median
+    average = metrics.average({task: score.median for task, score in peer.glue.items()})["without_wnli"]
+    if average is not None:
+        yield "glue/average", average
+
+
+def _comparisons(experiment: Experiment, conditions: Mapping[str, Condition]) -> Iterator[Comparison]:
+    every = points(experiment)
+    for wish in experiment.compare:
+        for group in wish.cells or experiment.cells:
+            for point in every[group]:
+                against, their = partner(point, every[wish.against]), wish.against_peer or wish.peer
+                same = against is not None and (point.name, wish.peer) == (against.name, their)
+                if against is None or same or not {point.name, against.name} <= conditions.keys():
+                    continue
+                ours = conditions[point.name].peers.get(wish.peer, {})
+                theirs = conditions[against.name].peers.get(their, {})
+                for metric in (metric for metric in ours if metric in theirs):
+                    yield compare(point.name, wish.peer, against.name, their, metric, ours[metric], theirs[metric])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,223 @@
+"""Running the cells: several at once, each by the commands that a user would type, failures kept to themselves.
+
+A cell is pretraining, export and GLUE, one process after another, with all they say in DIR/logs/CELL.log. What is done
+already (exit.json, the exports, GLUE's own results.json) is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctcd_ds.cli import EXIT_SAVED, RunFailure
+from ctcd_ds.experiments.planning import Planned
+from ctcd_ds.experiments.specification import Experiment, Glue
+from ctcd_ds.manifest import write_atomic
+
+ROOT = Path(__file__).resolve().parents[2]  # where launchers/ and tools/ stand
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a cell ended, as `results.Cell` says it."""
+
+    state: str
+    reason: str = ""
+
+
+class Stopped(Exception):
+    """A command ended early, with all saved: it was told to, or its time was over."""
+
+
+class Machine:
+    """The places where cells run at once, and the processes that run in them."""
+
+    def __init__(self, places: Sequence[Mapping[str, str]], directory: Path) -> None:
+        self._places: queue.Queue[Mapping[str, str]] = queue.Queue()
+        for place in places:
+            self._places.put(place)
+        self.width = len(places)
+        self._logs = directory / "logs"
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self.stopping = False
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[Mapping[str, str]]:
+        """The environment of a free place."""
+        taken = self._places.get()
+        try:
+            yield taken
+        finally:
+            self._places.put(taken)
+
+    def call(self, cell: str, words: Sequence[object], environment: Mapping[str, str]) -> None:
+        """Runs a command to its end. Raises RunFailure with its last words where it fails, Stopped where it saved."""
+        line = [str(word) for word in words]
+        self._logs.mkdir(exist_ok=True)
+        with (self._logs / f"{cell}.log").open("ab") as log:
+            log.write(f"$ {' '.join(line)}\n".encode())
+            log.flush()
+            began = log.tell()
+            with self._lock:
+                if self.stopping:
+                    raise Stopped
+                # In a session of its own: a Ctrl-C is this program's to pass on, once.
+                own = {**os.environ, **environment}
+                process = subprocess.Popen(line, env=own, stdout=log, stderr=log, start_new_session=True)
+                self._running.add(process)
+            code = process.wait()
+            with self._lock:
+                self._running.discard(process)
+        if self.stopping or code == EXIT_SAVED:
+            raise Stopped
+        if code:
+            said = (self._logs / f"{cell}.log").read_bytes()[began:].decode(errors="replace")
+            tool = Path(next(word for word in line if word.endswith(".py"))).name
+            raise RunFailure(f"{tool} ended with {code}: {last_words(said)}")
+
+    def stop(self) -> None:
+        """Tells all processes to save and end."""
+        with self._lock:
+            self.stopping = True
+            for process in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+
+
+def last_words(log: str) -> str:
+    """What a command said of its failure: its 'error:' or 'failed:' with the list below, else its last line.
+
+    Either may stand behind a progress bar, on the bar's own line.
+    """
+    lines = [line for line in log.splitlines() if line.strip()]
+    for number in range(len(lines) - 1, -1, -1):
+        if found := re.search(r"(?:^|\])((?:error|failed): .*)", lines[number]):
+            listed = itertools.takewhile(lambda line: line.startswith("  - "), lines[number + 1 :])
+            return " ".join(" ".join([found[1], *listed]).split())[:600]
+    return lines[-1].strip()[:600] if lines else "it said nothing"
+
+
+def run_cells(
+    planned: Sequence[Planned],
+    machine: Machine,
+    do: Callable[[Planned], Ending],
+    told: Callable[[Planned, Ending, list[Planned]], None],
+) -> dict[str, Ending]:
+    """Runs each owner's run once all that it needs is finished; calls `told` after each with what still runs.
+
+    Returns how every run ended; a cell whose need failed is waiting.
+    """
+    owner_of = {cell.name: cell.owner for cell in planned}
+    waiting = [cell for cell in planned if cell.owner == cell.name]
+    endings: dict[str, Ending] = {}
+    running: dict[Future[Ending], Planned] = {}
+    with ThreadPoolExecutor(machine.width) as pool:
+        while waiting or running:
+            for cell in list(waiting):
+                needs = [owner_of[name] for name in cell.cell.needs]
+                bad = [name for name in needs if name in endings and endings[name].state != "finished"]
+                if bad:
+                    waiting.remove(cell)
+                    endings[cell.name] = Ending("waiting", f"needs {bad[0]}, which is not finished")
+                    told(cell, endings[cell.name], list(running.values()))
+                elif len(running) < machine.width and not machine.stopping and all(n in endings for n in needs):
+                    waiting.remove(cell)
+                    running[pool.submit(do, cell)] = cell
+            if machine.stopping and not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                endings[cell.name] = future.result()
+                told(cell, endings[cell.name], list(running.values()))
+    return endings
+
+
+def do_cell(cell: Planned, experiment: Experiment, machine: Machine, directory: Path) -> Ending:
+    """Pretrains, exports and fine-tunes one cell; what is finished already is left."""
+    try:
+        with machine.place() as environment:
+            if not is_finished(cell.run):
+                machine.call(cell.name, _pretrain(cell, experiment, directory), environment)
+            if not (cell.run / "hf").exists():
+                words = ["--checkpoint", cell.run, "--peer", "all", "--output_dir", cell.run / "hf"]
+                machine.call(cell.name, [sys.executable, ROOT / "tools/export_hf.py", *words], environment)
+            if experiment.glue is not None and not _is_scored(cell, experiment.glue):
+                machine.call(cell.name, _run_glue(cell, experiment.glue), environment)
+                write_atomic(cell.run / "glue" / "asked.json", experiment.glue.model_dump_json(indent=1) + "\n")
+    except Stopped:
+        return Ending("waiting", "stopped early; go on with --resume")
+    except (RunFailure, OSError) as failure:
+        return Ending("failed", str(failure))
+    return Ending("finished")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run's exit.json says that all its steps are done."""
+    try:
+        return bool(json.loads((run / "exit.json").read_text())["state"] == "finished")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_scored(cell: Planned, glue: Glue) -> bool:
+    """Whether this run's exports were fine-tuned as asked for: run_glue would do nothing, after long imports."""
+    try:
+        return (cell.run / "glue" / "asked.json").read_text(encoding="utf-8") == glue.model_dump_json(indent=1) + "\n"
+    except OSError:
+        return False
+
+
+def recipe_place(directory: Path, cell: str) -> Path:
+    """The cell's recipe, as the launcher reads it."""
+    return directory / "recipes" / f"{cell}.yaml"
+
+
+def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[object]:
+    words: list[object] = [ROOT / "launchers/pretrain.py", "--recipe", recipe_place(directory, cell.name)]
+    words += ["--deepspeed_config", experiment.deepspeed_config, "--output_dir", cell.run, "--resume"]
+    if experiment.ranks == 1:
+        return [sys.executable, *words]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [] if experiment.ranks is None else ["--num_accelerators", experiment.ranks]
+    return [Path(sys.executable).parent / "deepspeed", *ranks, "--master_port", port, *words]
+
+
+def _run_glue(cell: Planned, glue: Glue) -> list[object]:
+    words: list[object] = [sys.executable, ROOT / "tools/run_glue.py"]
+    words += ["--model", *(cell.run / "hf" / peer for peer in cell.exports), "--output_dir", cell.run / "glue"]
+    options: dict[str, Any] = glue.model_dump(exclude_none=True, exclude={"seeds"})
+    for option, value in options.items():
+        words += [f"--{option}", value]
+    return [*words, "--seeds", ",".join(map(str, glue.seeds))]
+
+
+def places(ranks: int | None, max_parallel: int | None, gpus: int, cores: int) -> list[dict[str, str]]:
+    """The environments of the places to run in at once.
+
+    Runs of one rank share out the GPUs or, without any, the cores; a run of several ranks has the machine for itself
+    unless `max_parallel` says otherwise.
+    """
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    number = max_parallel or ((gpus or cores) if ranks == 1 else 1)
+    if gpus:
+        return [{**path, **({"CUDA_VISIBLE_DEVICES": str(k % gpus)} if ranks == 1 and number > 1 else {})}
+                for k in range(number)]  # fmt: skip
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (number * (ranks or 1)))))
+    return [{**path, "OMP_NUM_THREADS": threads, "DS_ACCELERATOR": "cpu"} for _ in range(number)]

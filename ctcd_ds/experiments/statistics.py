@@ -1,0 +1,140 @@
+"""What seeds can say: spreads, and paired differences with intervals. No claim without several seeds.
+
+Two conditions are compared seed by seed: with the same seed both read the same rows with the same masks, and what they
+share cancels out. The interval of the mean difference is a bootstrap's (resampled pairs, percentiles). Over few pairs
+such an interval is too narrow, so its percentiles are moved outwards by what Student's t asks for, as Hesterberg
+(2015, "What Teachers Should Know About the Bootstrap", The American Statistician 69, section 4) advises. Below five
+pairs no percentile is far enough out: the widest a bootstrap can give, smallest to largest difference, covers 75 % with
+three pairs. There the interval is Student's t itself. With fewer than three pairs there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+
+import numpy as np
+from scipy import stats
+
+from ctcd_ds.experiments.results import Comparison, Spread
+
+CONFIDENCE = 0.95
+MINIMUM_PAIRS, BOOTSTRAP_PAIRS = 3, 5
+_RESAMPLES = 9_999
+LOWER_IS_BETTER = ("valid_loss",)
+_SHOWN = {"valid_loss": ("held-out loss", 4), "valid_accuracy": ("held-out accuracy", 4)}
+
+
+def spread(values: Mapping[int, float]) -> Spread:
+    """Seed → value, as median, smallest and largest."""
+    numbers = list(values.values())
+    return Spread(median=median(numbers), min=min(numbers), max=max(numbers), seeds=list(values), values=numbers)
+
+
+def interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[tuple[float, float], str] | None:
+    """The interval of the mean of paired differences, and how it was made; None with fewer than three pairs.
+
+    The same differences give the same interval: the resampling has a fixed seed.
+    """
+    n = len(differences)
+    if n < MINIMUM_PAIRS:
+        return None
+    values = np.asarray(differences, float)
+    if np.ptp(values) == 0:
+        return (float(values[0]), float(values[0])), f"all {n} differences are equal"
+    tail = (1 - confidence) / 2
+    if n < BOOTSTRAP_PAIRS:
+        low, high = stats.t.interval(confidence, n - 1, loc=values.mean(), scale=stats.sem(values))
+        return (float(low), float(high)), f"Student's t over {n} pairs"
+    outward = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1))
+    made = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=_RESAMPLES,
+        confidence_level=1 - 2 * outward,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return (
+        float(made.low),
+        float(made.high),
+    ), f"bootstrap over {n} pairs ({_RESAMPLES} resamples, expanded percentiles)"
+
+
+def compare(
+    condition: str, peer: str, against: str, against_peer: str, metric: str, ours: Spread | None, theirs: Spread | None
+) -> Comparison:
+    """One peer against another in one metric, over the seeds that both have."""
+    mine = {} if ours is None else dict(zip(ours.seeds, ours.values, strict=True))
+    other = {} if theirs is None else dict(zip(theirs.seeds, theirs.values, strict=True))
+    differences = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
+    made = interval(list(differences.values()))
+    between, method = made if made is not None else (None, "")
+    lower = metric in LOWER_IS_BETTER
+    verdict = "no evidence"
+    if between is not None and (between[0] > 0 or between[1] < 0):
+        verdict = "better" if (between[1] < 0) == lower else "worse"
+    return Comparison(
+        condition=condition,
+        peer=peer,
+        against=against,
+        against_peer=against_peer,
+        metric=metric,
+        lower_is_better=lower,
+        seeds=list(differences),
+        differences=list(differences.values()),
+        mean=fmean(differences.values()) if differences else None,
+        interval=between,
+        confidence=CONFIDENCE,
+        method=method,
+        verdict=verdict,  # type: ignore[arg-type]
+        words=_words(condition, peer, against, against_peer, metric, list(differences.values()), between, verdict),
+    )
+
+
+def _words(
+    condition: str,
+    peer: str,
+    against: str,
+    against_peer: str,
+    metric: str,
+    differences: Sequence[float],
+    between: tuple[float, float] | None,
+    verdict: str,
+) -> str:
+    what, digits = _SHOWN.get(metric, (metric.replace("glue/", "GLUE "), 2))
+    whom = f"{peer} of {condition} against {against_peer} of {against}, {what}"
+    if not differences:
+        return f"{whom}: no evidence of a difference: no seed is finished in both."
+    if between is None:
+        seeds = "one seed" if len(differences) == 1 else f"{len(differences)} seeds"
+        return (
+            f"{whom}: no evidence of a difference: {seeds} (mean {fmean(differences):+.{digits}f}) can tell nothing; "
+            f"at least {MINIMUM_PAIRS} are needed."
+        )
+    numbers = (
+        f"{fmean(differences):+.{digits}f}, {CONFIDENCE:.0%} interval {between[0]:+.{digits}f} to "
+        f"{between[1]:+.{digits}f}, {len(differences)} seeds"
+    )
+    if verdict == "no evidence":
+        return f"{whom}: no evidence of a difference ({numbers}: the interval holds zero)."
+    return f"{whom}: {verdict} ({numbers})."
+
+
+def caveats(comparisons: Sequence[Comparison], seeds: int, unfinished: int, note: str) -> list[str]:
+    """What must stand beside any reading of these comparisons."""
+    said = [note] if note else []
+    if unfinished:
+        said.append(f"{unfinished} cells are not finished: what is said of their conditions rests on fewer seeds.")
+    if seeds < MINIMUM_PAIRS:
+        said.append(f"{seeds} seeds cannot tell a difference from chance: at least {MINIMUM_PAIRS} are needed.")
+    elif seeds < BOOTSTRAP_PAIRS:
+        said.append(f"{seeds} seeds: only large differences can be told from chance, and spreads are rough.")
+    judged = sum(comparison.interval is not None for comparison in comparisons)
+    if judged >= 10:
+        said.append(
+            f"{judged} comparisons at {CONFIDENCE:.0%}: about {judged * (1 - CONFIDENCE):.0f} of them would look like "
+            "differences if there were none."
+        )
+    return said

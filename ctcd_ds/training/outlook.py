@@ -1,0 +1,64 @@
+"""`--dry_run --nodes N …`: how long the recipe's step would take on a cluster, at sizes around it, and what to change.
+
+No process of that cluster is needed: everything comes from the recipe, the DeepSpeed JSON and stated rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.cluster.scaling import Cluster, Work
+from ctcd_ds.cluster.scaling_table import improve, table
+from ctcd_ds.recipe import Recipe, did_you_mean
+from ctcd_ds.training.deepspeed_config import resolve
+from ctcd_ds.training.hardware import PEAKS, stated_peak
+from ctcd_ds.training.plan import Plan, describe, make_plan
+
+DEVICE = "cuda"  # what "auto" precision means there, whatever this machine is
+
+
+def outlook(arguments: argparse.Namespace, cluster: Cluster, recipe: Recipe, deepspeed_json: dict[str, Any]) -> str:
+    """The plan at the cluster's size, the table of sizes around it, and what to change.
+
+    `arguments`: those of cluster/options.py. Raises Mistakes as a run there would.
+    """
+    plan = make_plan(recipe, deepspeed_json, cluster.world, DEVICE, arguments.output_dir)
+    peak = stated_peak(arguments.gpu, plan.deepspeed.precision)
+    if peak is None:
+        raise UserError(f"--gpu {arguments.gpu}: its peak is not known; {did_you_mean(arguments.gpu, PEAKS)}")
+    cluster = replace(cluster, flops=arguments.mfu * peak)
+    sizes, left_out = around(plan, cluster, deepspeed_json, arguments.output_dir)
+    said = improve(plan.work, cluster)[1]
+    return "\n".join(
+        [
+            describe(plan),
+            "",
+            f"how a step scales (a model, docs/scaling.md): {arguments.gpu} at {arguments.mfu:.0%} of "
+            f"{peak / 1e12:g} TFLOP/s, {arguments.node_link_gbps:g} Gbit/s a GPU within a node, "
+            f"{arguments.link_gbps:g} between nodes",
+            table(sizes),
+            *left_out,
+            "",
+            f"what to change at {cluster.world:,} GPUs, one after the other" if said else "nothing worth changing",
+            *(f"  - {change}" for change in said),
+        ]
+    )
+
+
+def around(
+    plan: Plan, cluster: Cluster, deepspeed_json: dict[str, Any], output_dir: Path
+) -> tuple[list[tuple[Work, Cluster]], list[str]]:
+    """(work and cluster at a quarter to four times the nodes, which sizes the batch does not divide by and why)."""
+    sizes, left_out = [], []
+    for nodes in sorted({max(1, int(cluster.nodes * factor)) for factor in (0.25, 0.5, 1, 2, 4)}):
+        there = replace(cluster, nodes=nodes)
+        config, mistakes = resolve(deepspeed_json, plan.recipe, there.world, DEVICE, output_dir)
+        if config is None:
+            left_out.append(f"not on {there.world:,} GPUs: {'; '.join(mistakes)}")
+        else:
+            sizes.append((replace(plan, world=there.world, deepspeed=config).work, there))
+    return sizes, left_out
