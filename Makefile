@@ -5,7 +5,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 # ninja and the compiler must be found when DeepSpeed builds an op, activated environment or not.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: setup demo test test-data test-benchmarks test-faults check clean
+.PHONY: setup demo test test-data test-benchmarks test-faults test-report check clean
 
 setup: $(VENV)/ready
 
@@ -22,11 +22,16 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not data and not benchmarks and not faults"
+	$(BIN)/python -m pytest -m "not data and not benchmarks and not faults and not browser"
 
 # Signals, dead launchers, hangs: real processes, real time.
 test-faults: setup
 	$(BIN)/python -m pytest -m faults
+
+# The report in headless Chromium: installed from Debian's archive where apt can, else the tests skip and say so.
+test-report: setup
+	command -v chromium chromium-browser google-chrome || { apt-get update && apt-get install -y --no-install-recommends chromium; } || true
+	$(BIN)/python -m pytest -m browser
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.tensorboard import write_hparams
 
-
 _OF_THE_RUN = {
     "rows_per_s": "Pace/rows per second",
     "tokens_per_s": "Pace/tokens per second",

@@ -20,8 +20,8 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.experiments.report import copying
 from ctcd_ds.experiments.report.curves import Curves
 from ctcd_ds.experiments.report.grids import grid_pictures
-from ctcd_ds.experiments.report.study import Study, read_study
-from ctcd_ds.experiments.report.words import METRICS, difference, opening, plain, role_in, statements
+from ctcd_ds.experiments.report.study import Study, plain, read_study
+from ctcd_ds.experiments.report.words import METRICS, difference, opening, role_in, statements
 
 PAGE = "report.html"
 
@@ -47,10 +47,10 @@ def render(study: Study, directory: Path, agreement_rows: int) -> str:
     curves = Curves(study, directory)
     pairs, missing = copying.all_pairs(study, agreement_rows) if agreement_rows else ([], [])
     metrics = [m for m in _metrics(study) if m in ("valid_loss", "glue/average")]
-    ends = [p for m in metrics for p in curves.ends(m, METRICS[m].name.capitalize(), METRICS[m].label)]
+    ends = [p for m in metrics for p in curves.ends(m, METRICS[m])]
     grids = [picture for m in metrics for picture in grid_pictures(study, curves.looks, directory, m)]
     environment = Environment(loader=BaseLoader(), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(plain=plain, svg=Markup, number=_number)
+    environment.filters.update(plain=plain, named=study.title, svg=Markup, number=_number)
     assets = files("ctcd_ds.experiments.report") / "page"
     return environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8")).render(
         results=study.results,
@@ -62,8 +62,8 @@ def render(study: Study, directory: Path, agreement_rows: int) -> str:
         learning=list(curves.learning()),
         soft_losses=list(curves.soft_losses()),
         pairs=pairs,
-        pair_pictures=list(copying.pictures(pairs, directory)),
-        pair_reading=list(copying.reading(pairs)),
+        pair_pictures=list(copying.pictures(study, pairs, directory)),
+        pair_reading=list(copying.reading(study, pairs)),
         pair_missing=missing,
         agreement_rows=agreement_rows,
         gradient_norms=list(curves.gradient_norms()),
@@ -127,7 +127,7 @@ def _settings(study: Study) -> Iterator[tuple[str, str]]:
         run = study.example(name)
         if run is not None and condition.group not in seen:
             seen.add(condition.group)
-            yield f"Recipe of {plain(name)} (seed {run.recipe.seed})", run.recipe.to_yaml()
+            yield f"Recipe of {study.title(name)} (seed {run.recipe.seed})", run.recipe.to_yaml()
     first = next(iter(study.runs.values()))
     for title, content in (("DeepSpeed config, as resolved", first.deepspeed), ("Environment", first.environment)):
         text = StringIO()

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.experiments.report.agreement import Agreement, Answers, compare_answers, held_out_answers
-from ctcd_ds.experiments.report.drawing import GRID, SERIES, Picture, draw, legend_above
+from ctcd_ds.experiments.report.drawing import GRID, SERIES, Picture, draw, legend_above, rows
 from ctcd_ds.experiments.report.logs import slug
 from ctcd_ds.experiments.report.study import Study
-from ctcd_ds.experiments.report.words import plain
 from ctcd_ds.experiments.statistics import interval
 
 EACH_ALONE = "each alone"
@@ -83,7 +82,7 @@ def _answers(study: Study, rows: int) -> tuple[dict[str, Answers], list[str]]:
     return answers, [f"{name}: {problem}" for problem, name in missing.items()]
 
 
-def reading(found: Sequence[PairAgreement]) -> Iterator[str]:
+def reading(study: Study, found: Sequence[PairAgreement]) -> Iterator[str]:
     """Sentences on common mistakes: together against each alone, over the seeds that both have."""
     alone = {pair.pair: pair for pair in found if pair.condition == EACH_ALONE}
     for pair in found:
@@ -92,7 +91,7 @@ def reading(found: Sequence[PairAgreement]) -> Iterator[str]:
             continue
         said = (
             f"Where {pair.pair[0]} and {pair.pair[1]} are both wrong, they give the same wrong answer in "
-            f"{pair.common_mistakes:.1f} % of the cases when trained as {plain(pair.condition)}, and in "
+            f"{pair.common_mistakes:.1f} % of the cases when trained as {study.title(pair.condition)}, and in "
             f"{base.common_mistakes:.1f} % when each was trained alone."
         )
         yield f"{said} {_judged(pair.seeds, base.seeds)}"
@@ -112,17 +111,17 @@ def _judged(ours: Mapping[int, Agreement], theirs: Mapping[int, Agreement]) -> s
     return f"They share {'more' if low > 0 else 'fewer'} mistakes together ({numbers})."
 
 
-def pictures(found: Sequence[PairAgreement], directory: Path) -> Iterator[Picture]:
+def pictures(study: Study, found: Sequence[PairAgreement], directory: Path) -> Iterator[Picture]:
     """One picture for each pair: a bar for each condition, cut into the five kinds of positions."""
     for one, two in dict.fromkeys(pair.pair for pair in found):
         own = [pair for pair in found if pair.pair == (one, two)]
         title = f"{one} and {two} at the same held-out positions"
         caption = "Medians over seeds, in percent of the positions. The two right ends are where both are wrong."
-        paint = partial(_bars, own)
+        paint = partial(_bars, own, [study.label(pair.condition) for pair in own])
         yield draw(directory, slug(f"agreement {one} {two}"), title, caption, paint, 1.5 + 0.3 * len(own))
 
 
-def _bars(pairs: Sequence[PairAgreement], axes: Axes) -> None:
+def _bars(pairs: Sequence[PairAgreement], names: Sequence[str], axes: Axes) -> None:
     one, two = pairs[0].pair
     kinds = (
         ("both_right", "both right", SERIES[2], ""),
@@ -137,10 +136,6 @@ def _bars(pairs: Sequence[PairAgreement], axes: Axes) -> None:
         axes.barh(range(len(pairs)), widths, left=left, color=colour, label=label, height=0.66,
                   hatch=hatch, edgecolor="#fffffe" if hatch else colour, lw=0)  # fmt: skip
         left += widths
-    axes.set_yticks(range(len(pairs)), [plain(pair.condition) for pair in pairs], fontsize=8)
-    axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.set_xlim(0, 100)
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("held-out positions (%)")
-    legend_above(axes, columns=2)
+    rows(axes, names, "held-out positions (%)")
+    legend_above(axes)

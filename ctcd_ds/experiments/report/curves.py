@@ -1,4 +1,4 @@
-"""Pictures of what was logged along the way: learning curves, soft losses, gradient norms, pace, and where all ended."""
+"""Pictures of what was logged: learning curves, soft losses, gradient norms, pace, and where all ended."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from statistics import median
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from ctcd_ds.experiments.report.drawing import FAINT, INK, Look, Picture, draw, legend_above, looks
+from ctcd_ds.experiments.report.drawing import Look, Picture, draw, legend_above, looks, rows
 from ctcd_ds.experiments.report.logs import over_seeds, slug, windows
-from ctcd_ds.experiments.report.study import Study
+from ctcd_ds.experiments.report.study import Study, plain
+from ctcd_ds.experiments.report.words import Metric
 
-_FEW = 7  # conditions: more of them are drawn thin, by the colour of their group
+_FEW = 7  # conditions: more of them, or several of one group, are drawn thin, in the colour of their group
 _ENOUGH = 4  # held-out values along a run, to be a curve
 
 
@@ -83,20 +84,19 @@ class Curves:
                 self.directory, "throughput", "Throughput", said, partial(self._bars, pace, "tokens a second"), height
             )
 
-    def ends(self, metric: str, title: str, label: str, factor: float = 1.0) -> Iterator[Picture]:
-        """Every seed's end as a dot, the median as a bar: peers above one another, conditions as rows."""
-        rows = [
-            (peer, name, [factor * value for value in condition.peers[peer][metric].values])
-            for peer in self.study.peers
-            for name, condition in self.study.results.conditions.items()
-            if metric in condition.peers.get(peer, {})
-        ]
-        if rows:
-            said = "Each dot is one run, the upright bar the median over its seeds."
-            height = 0.8 + 0.27 * len(rows)
-            yield draw(
-                self.directory, f"ends-{slug(metric)}", title, said, partial(self._dots, rows, label), height
-            )
+    def ends(self, metric: str, shown: Metric) -> Iterator[Picture]:
+        """Every seed's end as a dot, the median as a bar: a picture for each peer, conditions as rows."""
+        for peer in self.study.peers:
+            found = {
+                name: [shown.factor * value for value in condition.peers[peer][metric].values]
+                for name, condition in self.study.results.conditions.items()
+                if metric in condition.peers.get(peer, {})
+            }
+            if found:
+                title, height = f"Where {peer} ended: {shown.name}", 0.75 + 0.27 * len(found)
+                said = "Each dot is one run, the upright bar the median over its seeds."
+                paint = partial(self._dots, found, shown.label)
+                yield draw(self.directory, slug(f"ends {metric} {peer}"), title, said, paint, height)
 
     def _points(self, key: str) -> int:
         """How many values of `key` the run with the fewest has."""
@@ -120,7 +120,8 @@ class Curves:
         }
         if not curves:
             return
-        few = len(curves) <= _FEW
+        groups = [self.study.results.conditions[condition].group for condition in curves]
+        few = len(curves) <= _FEW and len(set(groups)) == len(groups)
         if any(len(found) > 1 for found in curves.values()):
             caption += " Median over seeds" + ("; the band spans all of them." if few else ".")
 
@@ -130,8 +131,8 @@ class Curves:
                 group = self.study.results.conditions[condition].group
                 look, points = self.looks[group], over_seeds(found)
                 xs, middle, low, high = zip(*points, strict=True)
-                known = None if group in shown else group if not few else condition
-                shown.add(group if not few else condition)
+                known = None if group in shown else plain(group)
+                shown.add(group)
                 axes.plot(
                     xs, middle, color=look.colour, linestyle=look.dash if few else "-", lw=1.8 if few else 0.9,
                     alpha=1 if few else 0.75, label=known, marker="o" if len(xs) < 2 else None,
@@ -144,34 +145,24 @@ class Curves:
                 axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             if logarithmic:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
             legend_above(axes)
 
         yield draw(self.directory, slug(name), title, caption, paint)
 
     def _bars(self, values: dict[str, float], label: str, axes: Axes) -> None:
-        names = list(values)
-        colours = [self.looks[self.study.results.conditions[name].group].colour for name in names]
-        axes.barh(range(len(names)), list(values.values()), color=colours, height=0.6)
-        _rows(axes, names, label)
+        axes.barh(range(len(values)), list(values.values()), color=[self._colour(n) for n in values], height=0.6)
+        rows(axes, [self.study.label(name) for name in values], label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
-    def _dots(self, rows: list[tuple[str, str, list[float]]], label: str, axes: Axes) -> None:
-        for y, (_, condition, values) in enumerate(rows):
-            colour = self.looks[self.study.results.conditions[condition].group].colour
+    def _dots(self, found: dict[str, list[float]], label: str, axes: Axes) -> None:
+        for y, (name, values) in enumerate(found.items()):
+            colour = self._colour(name)
             axes.plot([median(values)] * 2, [y - 0.32, y + 0.32], color=colour, lw=2.5, solid_capstyle="butt")
             axes.plot(values, [y] * len(values), "o", color=colour, ms=5, alpha=0.75, mew=0)
-        _rows(axes, [f"{peer}, {condition}" for peer, condition, _ in rows], label)
-        for y in range(1, len(rows)):
-            if rows[y][0] != rows[y - 1][0]:
-                axes.axhline(y - 0.5, color=FAINT, lw=0.8)
+        rows(axes, [self.study.label(name) for name in found], label)
 
-
-def _rows(axes: Axes, names: list[str], label: str) -> None:
-    """Names down the left side, the first one on top."""
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(label, color=INK)
-
-
+    def _colour(self, condition: str) -> str:
+        return self.looks[self.study.results.conditions[condition].group].colour

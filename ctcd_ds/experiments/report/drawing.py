@@ -27,7 +27,7 @@ BETTER, WORSE = SERIES[0], SERIES[1]
 
 _VARIABLES = {INK: "--ink", FAINT: "--faint", GRID: "--grid"}
 _VARIABLES |= {colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)}
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.parse_math": False,  # names may hold $
@@ -50,6 +50,7 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
 }
 WIDTH, HEIGHT = 5.0, 3.1  # inches: a phone shows it at its own size
+_LINE, _LONGEST = 64, 34  # letters that stand side by side over a drawing, and of one name
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ class Look:
 
 def looks(groups: Sequence[str]) -> dict[str, Look]:
     """A look for each group, in order; with more than seven, colours come again with another line style."""
-    return {
-        group: Look(SERIES[number % 7], DASHES[(number + number // 7) % 7]) for number, group in enumerate(groups)
-    }
+    return {group: Look(SERIES[number % 7], DASHES[(number + number // 7) % 7]) for number, group in enumerate(groups)}
 
 
 def draw(
@@ -104,19 +103,35 @@ def _inline(svg: str, name: str, described: str) -> str:
     return f'<svg {size[0]} role="img" aria-label="{label}"{svg[len(opening) :]}'
 
 
-def legend_above(axes: Axes, columns: int | None = None) -> None:
-    """The legend over the drawing, where it hides nothing."""
+def legend_above(axes: Axes) -> None:
+    """The legend over the drawing, where it hides nothing, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 0:
-        wide = max(map(len, labels)) > 22
+    if labels:
+        short = _shortened(labels)
+        columns = max(1, _LINE // (max(map(len, short)) + 8))  # a sample of the line takes as much as 8 letters
         axes.legend(
             handles,
-            labels,
+            short,
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=columns or (2 if wide else 3),
+            ncols=columns,
             fontsize=8,
             handlelength=2.6,
             borderaxespad=0.2,
             columnspacing=1.2,
         )
+
+
+def rows(axes: Axes, names: Sequence[str], label: str) -> None:
+    """Names down the left side, the first one on top."""
+    axes.set_yticks(
+        range(len(names)), [n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…" for n in names], fontsize=8
+    )
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(label)
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    return [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names]

@@ -15,7 +15,6 @@ from ctcd_ds.experiments.report.drawing import (
     DASHES,
     FAINT,
     INK,
-    SERIES,
     WORSE,
     Look,
     Picture,
@@ -23,11 +22,12 @@ from ctcd_ds.experiments.report.drawing import (
     legend_above,
 )
 from ctcd_ds.experiments.report.logs import slug
-from ctcd_ds.experiments.report.study import Study
-from ctcd_ds.experiments.report.words import METRICS, Metric, plain
+from ctcd_ds.experiments.report.study import Study, plain
+from ctcd_ds.experiments.report.words import METRICS, Metric
 from ctcd_ds.experiments.results import Comparison, Condition, Value
 
-_MAP = LinearSegmentedColormap.from_list("worse to better", [WORSE, "#f7f6f2", BETTER])
+# Not quite the colours of the series, which follow the page: text on a cell fits the cell's own.
+_MAP = LinearSegmentedColormap.from_list("worse to better", ["#d45d00", "#f7f6f2", "#0071b1"])
 
 
 def grid_pictures(study: Study, looks: Mapping[str, Look], directory: Path, metric: str) -> Iterator[Picture]:
@@ -79,9 +79,7 @@ def _values(conditions: Mapping[str, Condition], axis: str) -> list[Value]:
     return list(dict.fromkeys(condition.coordinates[axis] for condition in conditions.values()))
 
 
-def _heat_maps(
-    study: Study, group: str, axes: list[str], peer: str, metric: str, directory: Path
-) -> Iterator[Picture]:
+def _heat_maps(study: Study, group: str, axes: list[str], peer: str, metric: str, directory: Path) -> Iterator[Picture]:
     conditions, shown = _of(study, group), METRICS[metric]
     across, up = (_values(conditions, axis) for axis in (axes[1], axes[0]))
     compared = list(_against(study, group, peer, metric))
@@ -94,16 +92,23 @@ def _heat_maps(
             table[place] = comparison.mean
             sure[place] = comparison.verdict != "no evidence"
         title = f"{peer}: {plain(group)} against {against}"
+        confidence = next(iter(comparisons.values())).confidence
         caption = (
-            f"Mean difference in {shown.name}. Blue is better, orange worse; a star where the "
-            f"{next(iter(comparisons.values())).confidence:.0%} interval leaves zero out, else no evidence of a difference."
+            f"Mean difference in {shown.name}. Blue is better, orange worse; a star where the {confidence:.0%} "
+            "interval leaves zero out, else there is no evidence of a difference."
         )
         paint = partial(_heat, table, sure, across, up, axes, shown)
         yield draw(directory, slug(f"grid {title}"), title, caption, paint, 0.9 + 0.5 * len(up))
 
 
 def _heat(
-    table: np.ndarray, sure: np.ndarray, across: list[Value], up: list[Value], names: list[str], shown: Metric, axes: Axes
+    table: np.ndarray,
+    sure: np.ndarray,
+    across: list[Value],
+    up: list[Value],
+    names: list[str],
+    shown: Metric,
+    axes: Axes,
 ) -> None:
     good = -table if shown.lower_is_better else table
     size = max(float(np.nanmax(np.abs(table), initial=0.0)), 1e-9)
@@ -125,7 +130,7 @@ def _heat(
 def _curve(
     study: Study, group: str, axis: str, peer: str, metric: str, looks: Mapping[str, Look], directory: Path
 ) -> Picture:
-    """The medians along one axis, one line for each group that has it, and level lines for what they are held against."""
+    """The medians along one axis: a line for each group that has it, a level for what they are held against."""
     together = [g for g in looks if g in _along(study, group, axis)]
     order = _values({name: c for g in together for name, c in _of(study, g).items()}, axis)
     shown = METRICS[metric]
@@ -155,9 +160,7 @@ def _curve(
     return draw(directory, slug(f"curve {group} {title}"), title, caption, paint)
 
 
-def _levels(
-    study: Study, group: str, peer: str, metric: str, drawn: set[str]
-) -> Iterator[tuple[str, float]]:
+def _levels(study: Study, group: str, peer: str, metric: str, drawn: set[str]) -> Iterator[tuple[str, float]]:
     """Conditions outside the picture that the group's are compared to, where it is one and the same for all."""
     for against, comparisons in _against(study, group, peer, metric):
         names = {comparison.against for comparison in comparisons.values()}
@@ -167,9 +170,7 @@ def _levels(
             yield against, condition.peers[their][metric].median
 
 
-def _thresholds(
-    study: Study, group: str, axis: str, peer: str, metric: str, directory: Path
-) -> Iterator[Picture]:
+def _thresholds(study: Study, group: str, axis: str, peer: str, metric: str, directory: Path) -> Iterator[Picture]:
     """Differences along an axis with their intervals, and where they begin to harm."""
     conditions, shown = _of(study, group), METRICS[metric]
     order = _values(conditions, axis)
@@ -183,7 +184,9 @@ def _thresholds(
             else "Nowhere along this axis is there evidence of harm."
         )
         caption = f"Mean difference over seeds, with its interval. {threshold}"
-        yield draw(directory, slug(f"difference {title}"), title, caption, partial(_differences, found, order, axis, shown))
+        yield draw(
+            directory, slug(f"difference {title}"), title, caption, partial(_differences, found, order, axis, shown)
+        )
 
 
 def _differences(found: list[tuple[int, Comparison]], order: list[Value], axis: str, shown: Metric, axes: Axes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,3 +85,8 @@ def windows(curve: Series, count: int = 60) -> Series:
     size = -(-len(curve) // count)
     parts = [curve[start : start + size] for start in range(0, len(curve), max(1, size))]
     return [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
+
+
+def slug(text: str) -> str:
+    """A name that is a file's and an HTML id."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctcd_ds.experiments.collecting import glue_scores, spreads
 from ctcd_ds.experiments.report.logs import LoggedRun, read_json
-from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
-from ctcd_ds.experiments.statistics import MINIMUM_PAIRS, caveats, compare, spread
+from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult, Results
+from ctcd_ds.experiments.statistics import MINIMUM_PAIRS, caveats, compare
 from ctcd_ds.manifest import canonical_sha256
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.heads import TRANSFORMS
@@ -26,7 +27,7 @@ def runs_as_results(runs: Sequence[LoggedRun]) -> Results:
     members = dict(zip(_names([group[0].directory.path for group in groups.values()]), groups.values(), strict=True))
     cells = {name: [_cell(name, run) for run in group] for name, group in members.items()}
     conditions = {
-        name: Condition(group=name, cells=[cell.name for cell in own], peers=_spreads(own))
+        name: Condition(group=name, cells=[cell.name for cell in own], peers=spreads(own))
         for name, own in cells.items()
     }
     comparisons = [
@@ -115,32 +116,8 @@ def _peer(name: str, run: LoggedRun, costs: Mapping[str, Cost]) -> PeerResult:
         parameters=costs[name].parameters if name in costs else None,
         valid_loss=run.summary.get(f"valid/{name}/loss"),
         valid_accuracy=run.summary.get(f"valid/{name}/accuracy"),
-        glue=_glue(run.directory.path / "glue", name),
+        glue=glue_scores(run.directory.path / "glue" / "results.json", run.directory.path / "hf" / name),
     )
-
-
-def _glue(directory: Path, peer: str) -> dict[str, GlueScore]:
-    """The peer's scores in RUN/glue/results.json, where README puts them; the model's folder has the peer's name."""
-    for entry in read_json(directory / "results.json").get("models", {}).values():
-        if Path(entry["path"]).name == peer:
-            scored = {task: scores for task, scores in entry["tasks"].items() if "median" in scores}
-            return {
-                task: GlueScore(median=s["median"], seeds={seed: done["score"] for seed, done in s["seeds"].items()})
-                for task, s in scored.items()
-            }
-    return {}
-
-
-def _spreads(cells: Sequence[Cell]) -> dict[str, dict[str, Spread]]:
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    for cell in cells:
-        for name, peer in cell.peers.items():
-            measured = {"valid_loss": peer.valid_loss, "valid_accuracy": peer.valid_accuracy}
-            measured |= {f"glue/{task}": score.median for task, score in peer.glue.items()}
-            for metric, value in measured.items():
-                if value is not None and not peer.frozen:
-                    values.setdefault(name, {}).setdefault(metric, {})[cell.seed] = value
-    return {peer: {metric: spread(seeds) for metric, seeds in own.items()} for peer, own in values.items()}
 
 
 def _pairings(runs: Mapping[str, LoggedRun]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:

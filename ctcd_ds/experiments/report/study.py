@@ -10,7 +10,7 @@ from pathlib import Path
 from ctcd_ds.cli import UserError
 from ctcd_ds.experiments.report.logs import LoggedRun, Series, read_run
 from ctcd_ds.experiments.report.runs import runs_as_results
-from ctcd_ds.experiments.results import FILE, Cell, Comparison, Results, read_results
+from ctcd_ds.experiments.results import FILE, Cell, Comparison, Results, Value, read_results
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Study:
     @cached_property
     def peers(self) -> list[str]:
         """The names of all trained peers, in the order of the recipes."""
-        return list(dict.fromkeys(n for run in self.runs.values() for n, p in run.recipe.peers.items() if not p.frozen))
+        measured = [name for condition in self.results.conditions.values() for name in condition.peers]
+        trained = [n for run in self.runs.values() for n, peer in run.recipe.peers.items() if not peer.frozen]
+        return list(dict.fromkeys([*trained, *measured]))
 
     @cached_property
     def cells(self) -> dict[str, Cell]:
@@ -55,8 +57,30 @@ class Study:
                 found.append(points)
         return found
 
+    def label(self, condition: str) -> str:
+        """A condition's name, short enough for pictures: its group, and its values without the names of the axes."""
+        known = self.results.conditions.get(condition)
+        if known is None or not known.coordinates:
+            return plain(condition)
+        return f"{plain(known.group)} {', '.join(plain(value) for value in known.coordinates.values())}"
+
+    def title(self, condition: str) -> str:
+        """A condition's name in full, as one reads it."""
+        known = self.results.conditions.get(condition)
+        if known is None or not known.coordinates:
+            return plain(condition)
+        at = ", ".join(f"{plain(axis)} {plain(value)}" for axis, value in known.coordinates.items())
+        return f"{plain(known.group)} ({at})"
+
     def comparisons(self, metric: str) -> list[Comparison]:
         return [comparison for comparison in self.results.comparisons if comparison.metric == metric]
+
+
+def plain(value: Value) -> str:
+    """A name or a value of a grid as one reads it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def read_study(paths: Sequence[Path]) -> Study:

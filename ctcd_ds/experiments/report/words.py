@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ctcd_ds.experiments.report.study import Study
-from ctcd_ds.experiments.results import Comparison, Value
+from ctcd_ds.experiments.report.study import Study, plain
+from ctcd_ds.experiments.results import Comparison
 from ctcd_ds.objective.graph import DistillationGraph
 
 _ONE_BY_ONE = 8  # comparisons: more of them are counted
@@ -45,13 +45,6 @@ METRICS = _Metrics(
 )
 
 
-def plain(value: Value) -> str:
-    """A name or a value of a grid as one reads it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
-
-
 def role(graph: DistillationGraph, peer: str) -> str:
     """What a peer gave and took in a run: 'alone', 'taught and teaching', …"""
     me = graph.names.index(peer)
@@ -70,7 +63,7 @@ def role(graph: DistillationGraph, peer: str) -> str:
 def role_in(study: Study, condition: str, peer: str) -> str:
     """The role with the condition's name, where it does not say the same."""
     run = study.example(condition)
-    shown = plain(condition)
+    shown = study.title(condition)
     if run is None or peer not in run.graph.names:
         return shown
     said = role(run.graph, peer)
@@ -85,7 +78,9 @@ def opening(study: Study) -> str:
         what = "Language models were trained on the same text" if several else "A language model was trained on text"
         return f"{what} to fill in hidden words. They did not learn from each other."
     mutual = any({(j, i) for i, j, _ in g.edges()} & {(i, j) for i, j, _ in g.edges()} for g in exchange)
-    way = "each also learned from what the other predicted" if mutual else "one also learned from what another predicted"
+    way = (
+        "each also learned from what the other predicted" if mutual else "one also learned from what another predicted"
+    )
     return (
         f"Language models were trained side by side on the same text to fill in hidden words, and {way}. "
         "This page holds them against the same models trained otherwise."
@@ -162,7 +157,7 @@ def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statem
             verdict = next(iter({*verdicts} - {"no evidence"}))
         elif len({*verdicts}) > 1:
             verdict = "mixed"
-        yield Statement(text, verdict, f"Furthest ahead: {plain(best.condition)}. {difference(best)}")
+        yield Statement(text, verdict, f"Furthest ahead: {study.title(best.condition)}. {difference(best)}")
 
 
 def _ends(study: Study) -> Iterator[str]:
