@@ -6,6 +6,8 @@ says nothing by itself: it is to be read beside that of the same two models trai
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +121,8 @@ def _models(run: RunDirectory, recipe: Recipe, device: torch.device) -> Iterator
 
 def _checkpointed(run: RunDirectory, names: Sequence[str]) -> dict[str, Any]:
     newest = checkpoints.newest(run.checkpoints)
-    states = consolidated(newest[0]) if newest is not None else {}
+    with contextlib.redirect_stderr(io.StringIO()):  # DeepSpeed shows a bar for each
+        states = consolidated(newest[0]) if newest is not None else {}
     if absent := [name for name in names if name not in states]:
         raise UserError(f"{run.path}: no weights of {', '.join(absent)} (neither an export in hf/ nor a checkpoint)")
     return states

@@ -91,7 +91,7 @@ def reading(study: Study, found: Sequence[PairAgreement]) -> Iterator[str]:
             continue
         said = (
             f"Where {pair.pair[0]} and {pair.pair[1]} are both wrong, they give the same wrong answer in "
-            f"{pair.common_mistakes:.1f} % of the cases when trained as {study.title(pair.condition)}, and in "
+            f"{pair.common_mistakes:.1f} % of the cases when trained as “{study.title(pair.condition)}”, and in "
             f"{base.common_mistakes:.1f} % when each was trained alone."
         )
         yield f"{said} {_judged(pair.seeds, base.seeds)}"
@@ -105,7 +105,8 @@ def _judged(ours: Mapping[int, Agreement], theirs: Mapping[int, Agreement]) -> s
         count = "one seed" if len(differences) == 1 else f"{len(differences)} seeds"
         return f"No evidence of a difference: {count} cannot tell."
     (low, high), _ = made
-    numbers = f"95 % interval of the difference {low:+.1f} to {high:+.1f}, {len(differences)} seeds"
+    between = f"{low:+.1f} to {high:+.1f}".replace("-", "−")
+    numbers = f"95 % interval of the difference {between} points, {len(differences)} seeds"
     if low <= 0 <= high:
         return f"No evidence of a difference ({numbers})."
     return f"They share {'more' if low > 0 else 'fewer'} mistakes together ({numbers})."
@@ -116,7 +117,7 @@ def pictures(study: Study, found: Sequence[PairAgreement], directory: Path) -> I
     for one, two in dict.fromkeys(pair.pair for pair in found):
         own = [pair for pair in found if pair.pair == (one, two)]
         title = f"{one} and {two} at the same held-out positions"
-        caption = "Medians over seeds, in percent of the positions. The two right ends are where both are wrong."
+        caption = "Medians over seeds, in percent of the positions: who is right, and who makes whose mistakes."
         paint = partial(_bars, own, [study.label(pair.condition) for pair in own])
         yield draw(directory, slug(f"agreement {one} {two}"), title, caption, paint, 1.5 + 0.3 * len(own))
 
@@ -125,10 +126,10 @@ def _bars(pairs: Sequence[PairAgreement], names: Sequence[str], axes: Axes) -> N
     one, two = pairs[0].pair
     kinds = (
         ("both_right", "both right", SERIES[2], ""),
-        ("only_first_right", f"only {one} right", SERIES[5], ""),
-        ("only_second_right", f"only {two} right", SERIES[0], ""),
-        ("same_wrong", "both wrong, the same answer", SERIES[1], "///"),
-        ("different_wrong", "both wrong, not the same", GRID, ""),
+        ("only_first_right", f"only {one}", SERIES[5], ""),
+        ("only_second_right", f"only {two}", SERIES[0], ""),
+        ("same_wrong", "both wrong, same answer", SERIES[1], "///"),
+        ("different_wrong", "both wrong, different", GRID, ""),
     )
     left = np.zeros(len(pairs))
     for kind, label, colour, hatch in kinds:

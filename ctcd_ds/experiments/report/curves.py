@@ -93,7 +93,7 @@ class Curves:
                 if metric in condition.peers.get(peer, {})
             }
             if found:
-                title, height = f"Where {peer} ended: {shown.name}", 0.75 + 0.27 * len(found)
+                title, height = f"Where the {peer} ended: {shown.name}", 0.75 + 0.27 * len(found)
                 said = "Each dot is one run, the upright bar the median over its seeds."
                 paint = partial(self._dots, found, shown.label)
                 yield draw(self.directory, slug(f"ends {metric} {peer}"), title, said, paint, height)
@@ -145,7 +145,7 @@ class Curves:
                 axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             if logarithmic:
                 axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axes.yaxis.set_minor_formatter(NullFormatter())
             legend_above(axes)

@@ -118,7 +118,7 @@ def _one(study: Study, comparison: Comparison) -> Statement:
     theirs = role_in(study, comparison.against, comparison.against_peer)
     text = (
         f"The {comparison.peer}, {role_in(study, comparison.condition, comparison.peer)}, ends at "
-        f"{metric.shown(mine)} ({metric.name}); {whom}{theirs}, at {metric.shown(other)}."
+        f"a median {metric.name} of {metric.shown(mine)}; {whom}{theirs}, at {metric.shown(other)}."
     )
     return Statement(text, comparison.verdict, difference(comparison))
 
@@ -132,9 +132,9 @@ def difference(comparison: Comparison) -> str:
     if comparison.interval is None:
         return f"No evidence of a difference: {seeds} (mean {metric.signed(comparison.mean)}) cannot tell."
     low, high = (metric.signed(end) for end in comparison.interval)
-    numbers = f"{metric.signed(comparison.mean)}, {comparison.confidence:.0%} interval {low} to {high}, {seeds}"
+    numbers = f"mean difference {metric.signed(comparison.mean)}, {comparison.confidence:.0%} interval {low} to {high}"
     said = {"better": "Better", "worse": "Worse", "no evidence": "No evidence of a difference"}[comparison.verdict]
-    return f"{said}: {numbers}."
+    return f"{said}: {numbers}, {seeds}."
 
 
 def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statement]:
