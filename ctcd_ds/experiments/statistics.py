@@ -126,9 +126,11 @@ def caveats(comparisons: Sequence[Comparison], seeds: int, unfinished: int, note
     """What must stand beside any reading of these comparisons."""
     said = [note] if note else []
     if unfinished:
-        said.append(f"{unfinished} cells are not finished: what is said of their conditions rests on fewer seeds.")
+        cells = "one cell is" if unfinished == 1 else f"{unfinished} cells are"
+        said.append(f"{cells} not finished: what is said of their conditions rests on fewer seeds.")
     if seeds < MINIMUM_PAIRS:
-        said.append(f"{seeds} seeds cannot tell a difference from chance: at least {MINIMUM_PAIRS} are needed.")
+        few = "one seed" if seeds == 1 else f"{seeds} seeds"
+        said.append(f"{few} cannot tell a difference from chance: at least {MINIMUM_PAIRS} are needed.")
     elif seeds < BOOTSTRAP_PAIRS:
         said.append(f"{seeds} seeds: only large differences can be told from chance, and spreads are rough.")
     judged = sum(comparison.interval is not None for comparison in comparisons)
