@@ -210,21 +210,21 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_each_grid_has_its_picture(grids: dict[str, Any]) -> None:
     assert list(grids) == [
-        "teacher: weights against teacher of alone",
+        "teacher: weights against alone",
         "teacher: label noise",
-        "teacher: label noise against teacher of alone",
+        "teacher: label noise against alone",
     ]
 
 
 def test_a_heat_map_has_every_cell_and_stars_what_is_certain(grids: dict[str, Any]) -> None:
-    svg = grids["teacher: weights against teacher of alone"].svg
+    svg = grids["teacher: weights against alone"].svg
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert texts.count("−0.033") == 8 and texts.count("−0.500*") == 1
     assert {"teacher soft", "student soft"} <= set(texts)
 
 
 def test_the_threshold_of_harm_is_said(grids: dict[str, Any]) -> None:
-    caption = grids["teacher: label noise against teacher of alone"].caption
+    caption = grids["teacher: label noise against alone"].caption
     assert "Worse than that with noise = 0.4, 0.8." in caption
 
 

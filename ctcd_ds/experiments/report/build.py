@@ -21,9 +21,11 @@ from ctcd_ds.experiments.report import copying
 from ctcd_ds.experiments.report.curves import Curves
 from ctcd_ds.experiments.report.grids import grid_pictures
 from ctcd_ds.experiments.report.study import Study, plain, read_study
-from ctcd_ds.experiments.report.words import METRICS, difference, opening, role_in, statements
+from ctcd_ds.experiments.report.words import METRICS, difference, opening, role, statements
+from ctcd_ds.experiments.results import Comparison
 
 PAGE = "report.html"
+_FIRST = ("valid_loss", "valid_accuracy", "glue/average")
 
 
 def write_report(paths: Sequence[Path], output_dir: Path, agreement_rows: int) -> Path:
@@ -69,7 +71,9 @@ def render(study: Study, directory: Path, agreement_rows: int) -> str:
         gradient_norms=list(curves.gradient_norms()),
         throughput=list(curves.throughput()),
         pace=list(_pace(study)),
-        columns=[(metric, METRICS[metric]) for metric in _metrics(study)],
+        columns=[(metric, METRICS[metric]) for metric in _metrics(study) if metric in _FIRST],
+        glue=[(metric, METRICS[metric]) for metric in _metrics(study) if metric.startswith("glue/")],
+        glue_rows=list(_glue_rows(study)),
         rows=list(_rows(study)),
         comparisons=[(c, METRICS[c.metric], difference(c)) for c in study.results.comparisons],
         cells=[(cell, study.runs.get(cell.name)) for cell in study.results.cells],
@@ -86,7 +90,7 @@ def render(study: Study, directory: Path, agreement_rows: int) -> str:
 def _metrics(study: Study) -> list[str]:
     """All metrics of the study: held-out values first, then GLUE's average, then its tasks."""
     found = {m for c in study.results.conditions.values() for measured in c.peers.values() for m in measured}
-    first = [metric for metric in ("valid_loss", "valid_accuracy", "glue/average") if metric in found]
+    first = [metric for metric in _FIRST if metric in found]
     return first + sorted(found - set(first))
 
 
@@ -97,8 +101,25 @@ def _rows(study: Study) -> Iterator[dict[str, Any]]:
             known = study.cells[condition.cells[0]].peers.get(peer)
             seeds = max((len(spread.seeds) for spread in measured.values()), default=0)
             about = {"layers": known.layers, "parameters": known.parameters} if known else {}
-            yield {"condition": name, "peer": peer, "role": role_in(study, name, peer), "seeds": seeds,
+            run = study.example(name)
+            yield {"condition": name, "peer": peer, "role": role(run.graph, peer) if run else "", "seeds": seeds,
                    "measured": measured, "layers": None, "parameters": None, **about}  # fmt: skip
+
+
+def _glue_rows(study: Study) -> Iterator[dict[str, Any]]:
+    """One row of the GLUE table: a peer in a condition, against nothing or against one of those it is compared to."""
+    for name, condition in study.results.conditions.items():
+        for peer, measured in condition.peers.items():
+            if not any(metric.startswith("glue/") for metric in measured):
+                continue
+            compared: dict[tuple[str, str], dict[str, Comparison]] = {}
+            for c in study.results.comparisons:
+                if (c.condition, c.peer) == (name, peer) and c.metric.startswith("glue/"):
+                    compared.setdefault((c.against, c.against_peer), {})[c.metric] = c
+            for (against, other), differences in compared.items() or [(("", ""), {})]:
+                whom = study.title(against) if other in (peer, "") else f"{other} of {study.title(against)}"
+                yield {"peer": peer, "condition": name, "measured": measured, "against": whom,
+                       "differences": differences}  # fmt: skip
 
 
 def _pace(study: Study) -> Iterator[dict[str, Any]]:

@@ -61,7 +61,7 @@ def _against(study: Study, group: str, peer: str, metric: str) -> Iterator[tuple
             other = study.results.conditions[comparison.against].group
             found.setdefault((other, comparison.against_peer), {})[comparison.condition] = comparison
     for (other, their), comparisons in found.items():
-        yield f"{their} of {plain(other)}", comparisons
+        yield plain(other) if their == peer else f"the {their} of {plain(other)}", comparisons
 
 
 def _along(study: Study, group: str, axis: str) -> frozenset[str]:
@@ -115,9 +115,10 @@ def _heat(
     axes.pcolormesh(good, cmap=_MAP, vmin=-size, vmax=size, edgecolors="white", linewidth=1.5)
     for (y, x), value in np.ndenumerate(table):
         if not np.isnan(value):
-            strong = abs(value) > 0.62 * size
+            red, green, blue, _ = _MAP(0.5 + good[y, x] / (2 * size))
+            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
             axes.text(x + 0.5, y + 0.5, f"{shown.signed(value)}{'*' if sure[y, x] else ''}", ha="center",
-                      va="center", fontsize=8, color="#fffffe" if strong else "#010100")  # fmt: skip
+                      va="center", fontsize=8, color="#fffffe" if dark else "#010100")  # fmt: skip
     axes.set_xticks(np.arange(len(across)) + 0.5, [plain(value) for value in across])
     axes.set_yticks(np.arange(len(up)) + 0.5, [plain(value) for value in up])
     axes.tick_params(length=0)

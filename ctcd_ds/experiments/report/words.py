@@ -157,7 +157,9 @@ def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statem
             verdict = next(iter({*verdicts} - {"no evidence"}))
         elif len({*verdicts}) > 1:
             verdict = "mixed"
-        yield Statement(text, verdict, f"Furthest ahead: {study.title(best.condition)}. {difference(best)}")
+        ahead = (best.mean or 0.0) * (1 if best.lower_is_better else -1) < 0
+        detail = f"Furthest ahead: {study.title(best.condition)}. {difference(best)}" if ahead else "None ended ahead."
+        yield Statement(text, verdict, detail)
 
 
 def _ends(study: Study) -> Iterator[str]:
