@@ -30,7 +30,8 @@ test-faults: setup
 
 # The report in headless Chromium: installed from Debian's archive where apt can, else the tests skip and say so.
 test-report: setup
-	command -v chromium chromium-browser google-chrome || { apt-get update && apt-get install -y --no-install-recommends chromium; } || true
+	command -v chromium || command -v google-chrome || \
+		{ apt-get update && apt-get install -y --no-install-recommends chromium; } || true
 	$(BIN)/python -m pytest -m browser
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
