@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctcd_ds import cli
+from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.training.hardware import stated_peak
 from ctcd_ds.training.run_directory import environment
@@ -73,7 +74,7 @@ def write_row(arguments: argparse.Namespace, values: Mapping[str, Any], show: bo
 
 def where(device: str) -> dict[str, Any]:
     """Hardware, versions, commit and threads of this process, and how busy the machine was before."""
-    found = environment(1, torch.get_num_threads(), device)
+    found = environment(Ranks(0, 1, 0, 1, "alone"), device)
     return {
         "hardware": {
             "device": found["device"],

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, NoReturn
 
 EXIT_DONE, EXIT_FAILED, EXIT_MISTAKE, EXIT_SAVED = 0, 1, 2, 85
 
@@ -36,6 +37,32 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+
+
+@contextmanager
+def outlive_the_listener() -> Iterator[None]:
+    """What is printed within may be lost, and is no failure: a rank must save though pdsh or ssh no longer listens."""
+    with redirect_stdout(_Unheard(sys.stdout)), redirect_stderr(_Unheard(sys.stderr)):
+        yield
+
+
+class _Unheard:
+    """A stream that drops what it cannot write."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Co-trains the peers of a recipe under DeepSpeed. Start it with `deepspeed`, `torchrun`, or as it is (one process).
+"""Co-trains the peers of a recipe under DeepSpeed. Start it with `deepspeed`, `torchrun`, `srun`, or alone.
 
 deepspeed launchers/pretrain.py --recipe R.yaml --deepspeed_config D.json --output_dir RUN
 """
@@ -67,17 +67,26 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if run.is_finished(plan):
         if ranks.first:
             print(f"{run.path} is finished already: nothing to do")
+            run.write_exit("finished", plan.steps, f"all {plan.steps} steps are done")  # this start says so too
         return cli.EXIT_DONE
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         refuse_damage(plan.corpus.path)
     if ranks.first:
-        print(describe(plan), *(f"changed since: {line}" for line in different), sep="\n", flush=True)
+        print(
+            describe(plan),
+            f"ranks          {ranks.describe()}",
+            *(f"changed since: {line}" for line in different),
+            sep="\n",
+            flush=True,
+        )
 
     from ctcd_ds.training.trainer import start
 
-    stopped = start(plan, ranks, run)
-    if ranks.first:
-        print(f"saved ({stopped}): go on with --resume" if stopped else f"finished: {plan.steps} steps in {run.path}")
+    with cli.outlive_the_listener():
+        stopped = start(plan, ranks, run)
+        if ranks.first:
+            done = f"finished: {plan.steps} steps in {run.path}"
+            print(f"saved ({stopped}): go on with --resume" if stopped else done, flush=True)
     return cli.EXIT_SAVED if stopped else cli.EXIT_DONE
 
 

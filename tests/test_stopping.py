@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.hosts import Network, skip_without
 from commands import deepspeed_line, environment
 from runs import ROOT, bert, chain_corpus, final_weights, metrics, start_ranks
 
@@ -188,46 +188,18 @@ def test_a_signal_in_validation_or_saving_is_heard(corpus: Path, tmp_path: Path,
     assert not list(run.glob("checkpoints/.step-*.tmp"))
 
 
-@contextmanager
-def two_hosts() -> Iterator[tuple[list[list[str]], Callable[[], None]]]:
-    """Two network namespaces with a cable between them: how to start something in each, and how to cut the cable."""
-    names = [f"ctcd-{os.getpid()}-{side}" for side in "ab"]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for number, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "cable")
-            for device in ("cable", "lo"):
-                ip("-n", name, "link", "set", device, "up")
-        hosts = [["ip", "netns", "exec", name] for name in names]
-        yield hosts, lambda: ip("-n", names[0], "link", "set", "cable", "down")
-    except (OSError, subprocess.CalledProcessError) as problem:
-        pytest.skip(f"no network namespaces here: {problem}")
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
-
-def test_a_cut_link_ends_the_run_on_both_sides(corpus: Path, tmp_path: Path) -> None:
+def test_a_cut_link_ends_the_run_on_both_sides(corpus: Path, tmp_path: Path, tmp_path_factory: Any) -> None:
+    skip_without()
     limit = 4.0
     line = pretrain(corpus, tmp_path, f"training.step_timeout_s={limit}")
-    with two_hosts() as (hosts, cut):
-        where = {"MASTER_ADDR": "10.77.0.1", "LOCAL_SIZE": 1, "LOCAL_RANK": 0, "GLOO_SOCKET_IFNAME": "cable"}
-        ranks = start_ranks(line, 2, tmp_path / "log", before=hosts, **where)
-        try:
-            wait_for(lambda: logged(tmp_path / "run") > 3, ranks)
-            cut()
-            begun = time.monotonic()
-            assert [rank.wait(60) for rank in ranks] == [1, 1]
-            assert time.monotonic() - begun < limit + 5
-        finally:
-            for rank in ranks:
-                rank.kill()
+    with Network(tmp_path_factory.getbasetemp(), ["a", "b"]) as network:
+        where = {"MASTER_ADDR": "a", "LOCAL_SIZE": 1, "LOCAL_RANK": 0, "GLOO_SOCKET_IFNAME": "eth0"}
+        ranks = start_ranks(line, 2, tmp_path / "log", before=[network[name].enter for name in "ab"], **where)
+        wait_for(lambda: logged(tmp_path / "run") > 3, ranks)
+        network["b"].cut()
+        begun = time.monotonic()
+        assert [rank.wait(60) for rank in ranks] == [1, 1]
+        assert time.monotonic() - begun < limit + 5
     said = [(tmp_path / f"log-rank{rank}.log").read_text() for rank in (0, 1)]
     assert "rank 1 did not arrive" in said[0]
     assert "rank 0, which holds the store, does not answer" in said[1]
@@ -253,3 +225,22 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     from soak.kill_resume import soak
 
     assert soak(kills=4, ranks=2, steps=24, precision="bf16", seed=3, folder=tmp_path) == 4
+
+
+def test_sigterm_to_deepspeed_itself_saves_though_it_tells_nobody(corpus: Path, tmp_path: Path) -> None:
+    """`deepspeed` is a runner and its launch.py; the signal ends the first, and the second goes on."""
+    run = tmp_path / "run"
+    line = deepspeed_line(1, *pretrain(corpus, tmp_path))
+    with (tmp_path / "log").open("w") as file:
+        runner = subprocess.Popen(line, env=environment(), cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_for(lambda: logged(run) > 1, [runner])
+        runner.terminate()
+        runner.wait(10)
+        wait_for(lambda: not ranks_of(runner.pid), [], 30)
+    finally:
+        for pid in ranks_of(runner.pid):
+            os.kill(pid, signal.SIGKILL)
+    state = exit_state(run)
+    assert state["state"] == "saved" and state["reason"] == "the launcher died"
+    assert (run / "checkpoints" / f"step-{state['step']:08d}" / "manifest.json").exists()

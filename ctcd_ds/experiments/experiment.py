@@ -27,7 +27,7 @@ from ctcd_ds.experiments.specification import Experiment, base_recipe, load_expe
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes
 from ctcd_ds.training.engine import device_type
-from ctcd_ds.training.run_directory import environment
+from ctcd_ds.training.run_directory import git_commit
 from ctcd_ds.training.tensorboard import write_scores
 
 
@@ -73,7 +73,7 @@ def run_experiment(
         "recipe": experiment.recipe,
         "corpus": str(planned[0].recipe.corpus.path),
         "command": ["python", *sys.argv],
-        "git_commit": environment(1, 1, "cpu")["git_commit"],
+        "git_commit": git_commit(),
     }
     return _run(experiment, planned, machine, directory, about)
 

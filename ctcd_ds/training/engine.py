@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ctcd_ds.cluster.ranks import Ranks, meet_alone
+from ctcd_ds.cluster.network import set_interface
+from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.training.plan import Plan
@@ -25,19 +27,34 @@ def device_type() -> str:
     return str(get_accelerator().device_name()).split(":")[0]
 
 
+def device_number(ranks: Ranks) -> int:
+    """Which of the devices that this process sees is its own: with srun's --gpus-per-task it sees no other."""
+    from deepspeed.accelerator import get_accelerator
+
+    return 0 if ranks.source == "srun" and get_accelerator().device_count() == 1 else ranks.local_rank
+
+
+def communication_backend() -> str:
+    """'nccl' or 'gloo': what its process group runs on."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().communication_backend_name())
+
+
 def start_processes(ranks: Ranks) -> torch.device:
-    """Joins the process group and picks this rank's device. A process without a launcher meets only itself."""
+    """Joins the process group and picks this rank's device."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if ranks.source == "alone":
-        meet_alone()
+    ranks.announce()
+    set_interface(ranks)
+    # DeepSpeed builds its ops with ninja; over ssh the environment is not activated, and another ninja builds all anew.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     accelerator = get_accelerator()
     if device_type() != "cpu":
-        accelerator.set_device(ranks.local_rank)
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name(), timeout=INITIALISATION_TIMEOUT, verbose=False
-    )
+        os.environ["LOCAL_RANK"] = str(device_number(ranks))  # DeepSpeed reads this too
+        accelerator.set_device(device_number(ranks))
+    deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
     _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
 

@@ -5,10 +5,10 @@ Whatever would change a loss of the steps still to come, or would have changed o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ctcd_ds.recipe import Recipe, ScheduleSection
+from ctcd_ds.recipe import Recipe, ScheduleSection, flat
 from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.schedule import lr_factor
 
@@ -51,7 +51,7 @@ def changes(then: Mapping[str, Any], plan: Plan, step: int) -> tuple[list[str], 
     `then`: the identity of the run as it was saved; `step`: how many steps it has behind it.
     """
     now = identity(plan)
-    old, new = _flat(then["recipe"]), _flat(now["recipe"])
+    old, new = flat(then["recipe"]), flat(now["recipe"])
     refused: list[str] = []
     allowed: list[str] = []
     same_past = _same_past(then, plan, step)
@@ -91,18 +91,6 @@ def _proven_otherwise(key: str, recipe: Recipe) -> bool:
     section, _, field = key.rpartition(".")
     name = section.removeprefix("peers.")
     return field == "pretrained" and name in recipe.peers and recipe.peers[name].frozen
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    return dict(_leaves(tree, prefix))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _shown(value: object) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
@@ -47,7 +48,9 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
         if not self.holds_a_run():
-            if self.path.is_dir() and any(not path.name.startswith(".") for path in self.path.iterdir()):
+            # slurm/ is what launchers/submit.py and the job's script leave here before the run begins.
+            others = (p.name for p in self.path.iterdir()) if self.path.is_dir() else ()
+            if any(not name.startswith(".") and name != "slurm" for name in others):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
             return []
         if not resume:
@@ -75,13 +78,13 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def create(self, plan: Plan, threads: int, device: str) -> None:
+    def create(self, plan: Plan, ranks: Ranks, device: str) -> None:
         """Writes who this run is. The recipe comes first: with it, the directory holds a run that --resume begins."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.recipe, plan.recipe.to_yaml())
         (self.path / "exit.json").unlink(missing_ok=True)
         self.write_json("ds_config.json", plan.deepspeed.values)
-        self.write_json("environment.json", environment(plan.world, threads, device))
+        self.write_json("environment.json", environment(ranks, device))
         # Export needs the tokenizer and the configs, and the corpus may be gone by then.
         shutil.copytree(plan.corpus.tokenizer_path, self.tokenizer, dirs_exist_ok=True)
         for name, config in plan.configs.items():
@@ -103,16 +106,17 @@ class RunDirectory:
             self.write_exit("failed", -1, reason)
 
 
-def environment(world: int, threads: int, device: str) -> dict[str, Any]:
-    """Versions, commit and hardware of this process."""
+def environment(ranks: Ranks, device: str) -> dict[str, Any]:
+    """Versions, commit and hardware of this process, and who told it its rank."""
     packages = ("ctcd-ds", "torch", "deepspeed", "transformers", "datasets", "megatron-core", "numpy", "tokenizers")
     return {
         "command": [sys.executable, *sys.argv],
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
-        "git_commit": _git_commit(),
-        "world": world,
-        "threads_per_rank": threads,
+        "git_commit": git_commit(),
+        "world": ranks.world,
+        "ranks": ranks.describe(),
+        "threads_per_rank": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu: {_cpu_name()}",
         "cores": os.cpu_count(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -127,7 +131,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of this code, with -dirty where it was changed since; None outside a checkout."""
     here = Path(__file__).parent
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False

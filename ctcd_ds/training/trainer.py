@@ -49,7 +49,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     device = start_processes(ranks)
     watchdog = Watchdog(training.step_timeout_s, run.write_failure)
     ending.callback(watchdog.stop)
-    found, best = by_rank_0(lambda: _begin(plan, run, device), device)
+    found, best = by_rank_0(lambda: _begin(plan, run, ranks, device), device)
     engine = build_engine(plan, universal=found is not None and found[1]["world"] != ranks.world)
     step = first_step = loading.load(engine, *found) if found is not None else 0
     loader = TrainLoader(
@@ -155,7 +155,7 @@ def _write_end(
 
 
 def _begin(
-    plan: Plan, run: RunDirectory, device: torch.device
+    plan: Plan, run: RunDirectory, ranks: Ranks, device: torch.device
 ) -> tuple[tuple[Path, dict[str, Any]] | None, dict[str, float]]:
     """Rank 0's part of the start: makes the run directory, clears what a killed process left, looks for a checkpoint.
 
@@ -163,7 +163,7 @@ def _begin(
     """
     found = checkpoint.newest(run.checkpoints)
     checkpoint.clean(run.checkpoints)
-    run.create(plan, torch.get_num_threads(), device.type)
+    run.create(plan, ranks, device.type)
     if found is not None:
         world = found[1]["world"]
         then = "" if world == plan.world else f", saved by {world} ranks, now {plan.world}"

@@ -1,0 +1,273 @@
+"""Batch scripts for SLURM: pretraining, then export, then GLUE; what the cluster wants of them; how they are queued.
+
+A script is written once, into the run directory, beside a copy of the recipe it means: what waits in the queue does not
+change when a file is edited. Its body is that of launchers/pretrain.sbatch.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+from ruamel.yaml.error import YAMLError
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
+_MARK = "# --- the job ---\n"
+
+
+class Cluster(Section):
+    """What is the same for all jobs of a user on a cluster; the command line has the last word.
+
+    partition, account, qos, constraint, memory, time: as sbatch takes them; null is the cluster's default.
+    gpu: the GPU's name as a generic resource, e.g. gpu:a100. sbatch, srun: further options, one string each.
+    signal_seconds: how long before its time limit a job saves and is requeued.
+    setup: shell lines at the head of every script (module load …). environment: variables for all of them.
+    python: how Python is called, e.g. in a container; the default is the interpreter that submits.
+    preflight: whether a job looks at its nodes before it trains.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | Count | None = None
+    memory: str | None = None
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    tasks_per_node: Count | None = None
+    cpus_per_task: Count | None = None
+    gpu: str = "gpu"
+    signal_seconds: Count = 300
+    sbatch: list[str] = Field(default_factory=list)
+    srun: list[str] = Field(default_factory=list)
+    setup: list[str] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
+    python: str | None = None
+    preflight: bool = True
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One task per GPU; where there are none, as many as asked for."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+def load_cluster(path: Path | None) -> Cluster:
+    """Reads the cluster's file; without a path, the user's own where there is one. Raises UserError or Mistakes."""
+    found = DEFAULTS.expanduser() if path is None else path
+    if path is None and not found.exists():
+        return Cluster()
+    try:
+        raw = read_yaml(found.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, YAMLError) as problem:
+        raise UserError(f"cluster file {found} cannot be read: {problem}") from None
+    try:
+        cluster = Cluster.model_validate({} if raw is None else raw)
+    except ValidationError as problem:
+        raise Mistakes(f"cluster file {found}", [explain(error, Cluster) for error in problem.errors()]) from None
+    if cluster.tasks_per_node and cluster.gpus_per_node and cluster.tasks_per_node != cluster.gpus_per_node:
+        raise UserError(
+            f"cluster file {found}: tasks_per_node = {cluster.tasks_per_node} and gpus_per_node = "
+            f"{cluster.gpus_per_node}: there is one task per GPU; remove tasks_per_node"
+        )
+    return cluster
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run to be queued: its directory (absolute), its resolved recipe as YAML, its trained peers."""
+
+    path: Path
+    recipe: str
+    peers: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Glue:
+    """Options of tools/run_glue.py."""
+
+    data_dir: str
+    tasks: str
+    seeds: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is to be queued: one run, or several as a job array, in or below `folder` (absolute).
+
+    deepspeed: the JSON's text. then: what follows, 'export' and 'glue'.
+    """
+
+    cluster: Cluster
+    folder: Path
+    runs: Sequence[Run]
+    nodes: int
+    deepspeed: str
+    resume: bool
+    then: Sequence[str]
+    glue: Glue | None
+
+    @property
+    def many(self) -> bool:
+        """Whether the runs are the tasks of an array."""
+        return self.runs[0].path != self.folder
+
+    def scripts(self) -> dict[str, str]:
+        """Name → text of every script, in the order in which they run."""
+        made = {"pretrain": self._pretrain()}
+        if "export" in self.then:
+            made["export"] = self._export()
+        if "glue" in self.then:
+            made["glue"] = self._glue()
+        return made
+
+    def _pretrain(self) -> str:
+        cluster = self.cluster
+        options = {
+            "nodes": self.nodes,
+            "ntasks-per-node": cluster.ranks_per_node,
+            "gres": f"{cluster.gpu}:{cluster.gpus_per_node}" if cluster.gpus_per_node else None,
+            "signal": f"B:USR1@{cluster.signal_seconds}",
+            "time": cluster.time,
+        }
+        body = (ROOT / "launchers" / "pretrain.sbatch").read_text(encoding="utf-8").split(_MARK)[1]
+        resume = " --resume" if self.resume else ""
+        lines = [
+            *self._head("pretrain", options, array=self.many),
+            f"export PREFLIGHT={'yes' if cluster.preflight else 'no'}",
+            f"export SRUN_OPTIONS={shlex.quote(' '.join(cluster.srun))}",
+            *self._which_run(),
+            'set -- --recipe "$run/slurm/recipe.yaml" --deepspeed_config "$run/slurm/deepspeed.json" '
+            f'--output_dir "$run"{resume}',
+        ]
+        return "\n".join(lines) + "\n\n" + body
+
+    def _export(self) -> str:
+        lines = [
+            *self._head("export", {"ntasks": 1}, array=self.many),
+            *self._which_run(),
+            '$PYTHON -m ctcd_ds.cluster.job finished "$run" || exit',
+            '$PYTHON tools/export_hf.py --checkpoint "$run" --peer all --output_dir "$run/hf"',
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _glue(self) -> str:
+        assert self.glue is not None
+        models = [shlex.quote(str(run.path / "hf" / peer)) for run in self.runs for peer in run.peers]
+        gpu = f"{self.cluster.gpu}:1" if self.cluster.gpus_per_node else None
+        how = [("data_dir", self.glue.data_dir), ("tasks", self.glue.tasks), ("seeds", self.glue.seeds)]
+        how += [("output_dir", str(self.folder / "glue"))]
+        lines = [
+            *self._head("glue", {"ntasks": 1, "gres": gpu, "time": self.cluster.time}, array=False),
+            "$PYTHON tools/run_glue.py \\",
+            *(f"    {'--model ' if n == 0 else '        '}{model} \\" for n, model in enumerate(models)),
+            "    " + " ".join(f"--{key} {shlex.quote(value)}" for key, value in how),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _head(self, name: str, options: Mapping[str, object], array: bool) -> list[str]:
+        """Everything above a script's own work."""
+        cluster = self.cluster
+        options = {
+            "job-name": f"{name}-{self.folder.name}",
+            "output": self.folder / "slurm" / f"{name}-{'%A_%a' if array else '%j'}.log",
+            "open-mode": "append",
+            "array": f"0-{len(self.runs) - 1}" if array else None,
+            "partition": cluster.partition,
+            "account": cluster.account,
+            "qos": cluster.qos,
+            "constraint": cluster.constraint,
+            "mem": cluster.memory,
+            "cpus-per-task": cluster.cpus_per_task,
+            **options,
+        }
+        given = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
+        variables = [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
+        if cluster.python is None:
+            variables.insert(0, f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+        return [
+            "#!/usr/bin/env bash",
+            *given,
+            "#SBATCH --requeue",
+            *(f"#SBATCH {option}" for option in cluster.sbatch),
+            "# Written by launchers/submit.py.",
+            f"cd {shlex.quote(str(ROOT))} || exit",
+            *cluster.setup,
+            *variables,
+            f"export PYTHON={shlex.quote(cluster.python or 'python')}",
+        ]
+
+    def _which_run(self) -> list[str]:
+        paths = "".join(f"    {shlex.quote(str(run.path))}\n" for run in self.runs)
+        return [f"runs=(\n{paths})", "run=${runs[${SLURM_ARRAY_TASK_ID:-0}]}"]
+
+    def queue(self) -> dict[str, str]:
+        """Writes everything the jobs need and queues them. Returns name → job id.
+
+        Raises UserError where SLURM refuses one: then none is queued, and nothing is left behind.
+        """
+        if shutil.which("sbatch") is None:
+            raise UserError("sbatch is not here: submit on a login node of the cluster, or look at it with --print")
+        new = [path for path in (self.folder, *(run.path for run in self.runs)) if not path.exists()]
+        new += [path for path in (self.folder / "slurm", *(r.path / "slurm" for r in self.runs)) if not path.exists()]
+        ids: dict[str, str] = {}
+        try:
+            self._write()
+            for name in self.scripts():
+                # A task of the export array follows its own run; GLUE compares all models, and follows all exports.
+                before = ids.get("export") or ids.get("pretrain")
+                kind = "aftercorr" if self.many and name == "export" else "afterok"
+                wait = [f"--dependency={kind}:{before}", "--kill-on-invalid-dep=yes"] if before else []
+                ids[name] = _sbatch(self.folder / "slurm" / f"{name}.sbatch", wait)
+        except (UserError, OSError) as problem:
+            if ids:
+                subprocess.run(["scancel", *ids.values()], check=False)
+            for path in new:
+                shutil.rmtree(path, ignore_errors=True)
+            raise UserError(str(problem)) from None
+        return ids
+
+    def _write(self) -> None:
+        for run in self.runs:
+            (run.path / "slurm").mkdir(parents=True, exist_ok=True)
+            (run.path / "slurm" / "recipe.yaml").write_text(run.recipe, encoding="utf-8")
+            (run.path / "slurm" / "deepspeed.json").write_text(self.deepspeed, encoding="utf-8")
+        (self.folder / "slurm").mkdir(parents=True, exist_ok=True)
+        for name, text in self.scripts().items():
+            (self.folder / "slurm" / f"{name}.sbatch").write_text(text, encoding="utf-8")
+
+    def how_to_watch(self, ids: Mapping[str, str]) -> str:
+        """The job ids, where their words go, how to stop them."""
+        logs, first = self.folder / "slurm", ids["pretrain"]
+        each = "_*" if self.many else ""
+        run = self.runs[0].path
+        size = f"{self.nodes} nodes × {self.cluster.ranks_per_node} ranks"
+        size += f", {len(self.runs)} runs" if self.many else ""
+        lines = [f"{name:<10}job {number}{f'  ({size})' if name == 'pretrain' else ''}" for name, number in ids.items()]
+        lines += [
+            "",
+            f"queue     squeue --jobs={','.join(ids.values())}",
+            *(f"{name:<10}tail -F {logs}/{name}-{ids[name]}{each if name != 'glue' else ''}.log" for name in ids),
+            f"ranks     tail -F {run}/slurm/logs/{'*' if self.many else first}-0/rank-0.log",
+            f"curves    tensorboard --logdir {self.folder}",
+            f"the end   cat {run}/exit.json",
+            f"stop      scancel {' '.join(ids.values())}     (saves within SLURM's KillWait; --resume goes on)",
+        ]
+        return "\n".join(lines)
+
+
+def _sbatch(script: Path, options: Sequence[str]) -> str:
+    """Queues a script; its job id."""
+    done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"sbatch refused {script.name}: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]

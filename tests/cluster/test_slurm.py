@@ -1,0 +1,179 @@
+"""On a real SLURM: nodes are ranks, and whatever SLURM does to a job, the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.hosts import skip_without, wait_for
+from cluster.slurm import PROGRAMS, Slurm, exit_state
+from runs import bert, chain_corpus, final_weights
+from test_glue import write_glue
+
+pytestmark = pytest.mark.cluster
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Corpus, recipe, DeepSpeed config, GLUE files and the cluster's file, as a user has them."""
+    folder = tmp_path_factory.mktemp("slurm")
+    recipe = {
+        "corpus": {"path": str(chain_corpus(folder / "corpus")), "sequence_length": 32},
+        "peers": {
+            "teacher": {"model": bert(32, 2), "soft": {"student": 1.0}},
+            "student": {"model": bert(16, 1), "soft": {"teacher": 4.0}},
+        },
+        "training": {"global_batch_rows": 8, "steps": STEPS, "log_every": 1, "valid_every": STEPS,
+                     "checkpoint_every": 20, "step_timeout_s": 60.0},
+    }  # fmt: skip
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "d.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (folder / "cluster.yaml").write_text("partition: low\nenvironment: {DS_ACCELERATOR: cpu}\n")
+    (folder / "trusted.yaml").write_text((folder / "cluster.yaml").read_text() + "preflight: false\n")
+    write_glue(folder / "glue")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slurm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    skip_without(*PROGRAMS)
+    (place / "slurm").mkdir()
+    with Slurm(4, place / "slurm", tmp_path_factory.getbasetemp()) as cluster:
+        yield cluster
+
+
+def job(place: Path, name: str, *options: object) -> list[object]:
+    """The words after `python launchers/submit.py` for a run called `name`."""
+    words = ["--recipe", place / "recipe.json", "--deepspeed_config", place / "d.json", "--output_dir", place / name]
+    return [*words, "--cluster", place / "trusted.yaml", *options]
+
+
+@pytest.fixture(scope="module")
+def reference(slurm: Slurm, place: Path) -> dict[str, Any]:
+    """The weights of the run that nothing happens to: two ranks on one node, one for each of its GPUs."""
+    ids = slurm.submit(*job(place, "reference", "--gpus_per_node", 2))
+    slurm.wait(ids["pretrain"], "COMPLETED")
+    return final_weights(place / "reference")
+
+
+def assert_equal(expected: dict[str, Any], run: Path) -> None:
+    assert exit_state(run)["state"] == "finished"
+    found = final_weights(run)
+    assert all(bool((expected[peer][key] == found[peer][key]).all()) for peer in expected for key in expected[peer])
+
+
+def logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def starts(run: Path) -> list[int]:
+    """The steps that the job's starts began at."""
+    return [json.loads(line)["step"] for line in (run / "slurm" / "starts.jsonl").read_text().splitlines()]
+
+
+def under_way(slurm: Slurm, place: Path, name: str, *options: object, steps: int = 10) -> tuple[Path, str]:
+    """A run on two nodes that has done a few steps, and its job."""
+    ids = slurm.submit(*job(place, name, "--nodes", 2, *options))
+    wait_for(lambda: logged(place / name) > steps, 200, "first steps")
+    return place / name, ids["pretrain"]
+
+
+def test_a_chain_on_two_nodes_ends_with_the_table_and_the_weights_of_one_node(
+    slurm: Slurm, place: Path, reference: dict[str, Any]
+) -> None:
+    """Preflight, pretrain, export, GLUE; two nodes with one rank each are the two ranks of one node, bit for bit."""
+    glue = ("--cluster", place / "cluster.yaml", "--chain", "--glue_data", place / "glue", "--glue_tasks", "cola,rte")
+    ids = slurm.submit(*job(place, "chain", "--nodes", 2, *glue))
+    slurm.wait(ids["pretrain"], "COMPLETED", "FAILED")
+    run = place / "chain"
+    assert_equal(reference, run)
+    assert "2, 1 on this machine, as srun says" in json.loads((run / "environment.json").read_text())["ranks"]
+    looked = (run / "slurm" / f"pretrain-{ids['pretrain']}.log").read_text()
+    assert all(f"{name}  " in looked for name in ("node1", "node2")) and "all-reduce of" in looked, looked
+    slurm.wait(ids["glue"], "COMPLETED")
+    table = (run / "slurm" / f"glue-{ids['glue']}.log").read_text()
+    assert "teacher" in table and "student" in table and "average" in table
+    assert set(json.loads((run / "glue" / "results.json").read_text())["models"]) == {"teacher", "student"}
+
+
+def test_the_signal_before_the_time_limit_saves_requeues_and_goes_on(
+    slurm: Slurm, place: Path, reference: dict[str, Any]
+) -> None:
+    run, number = under_way(slurm, place, "limit")
+    slurm.client("scancel", "--batch", "--signal=USR1", number)
+    assert slurm.wait(number, "COMPLETED", "FAILED")["Restarts"] == "1"
+    assert len(starts(run)) == 2 and starts(run)[1] > 10
+    assert "saved" in next((run / "slurm").glob("pretrain-*.log")).read_text()
+    assert_equal(reference, run)
+
+
+def test_a_preempted_run_is_requeued_and_not_completed(slurm: Slurm, place: Path, reference: dict[str, Any]) -> None:
+    run, number = under_way(slurm, place, "preempted")
+    wrap = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+    urgent = slurm.client("sbatch", "--parsable", *wrap).strip()
+    slurm.wait(urgent, "RUNNING", "COMPLETED")
+    assert exit_state(run)["state"] == "saved" and slurm.job(number)["JobState"] == "PENDING"
+    assert slurm.wait(number, "COMPLETED", "FAILED")["Restarts"] == "1"
+    assert_equal(reference, run)
+
+
+def test_a_node_without_power_costs_the_steps_since_the_last_checkpoint(
+    slurm: Slurm, place: Path, reference: dict[str, Any]
+) -> None:
+    run, number = under_way(slurm, place, "power", steps=45)
+    [lost] = slurm.client("scontrol", "show", "hostnames", slurm.job(number)["NodeList"]).split()[1:]
+    slurm.network[lost].kill()
+    assert slurm.wait(number, "COMPLETED", "FAILED")["Restarts"] == "1"
+    assert lost not in slurm.job(number)["NodeList"]
+    assert starts(run)[0] == 0 and starts(run)[1] >= 40
+    assert_equal(reference, run)
+    slurm.network[lost].boot()
+    slurm.start_node(lost)
+
+
+def test_three_seeds_are_an_array(slurm: Slurm, place: Path) -> None:
+    ids = slurm.submit(*job(place, "seeds", "--seeds", "1,2,3", "--set", "training.steps=4"))
+    for task in range(3):
+        slurm.wait(f"{ids['pretrain']}_{task}", "COMPLETED")
+    losses = {
+        json.loads((place / "seeds" / f"seed-{n}" / "summary.json").read_text())["loss/teacher/hard"] for n in (1, 2, 3)
+    }
+    assert len(losses) == 3
+
+
+def test_a_run_that_always_fails_at_the_same_step_is_not_requeued_for_ever(slurm: Slurm, place: Path) -> None:
+    changes = ("optimizer.lr=1e30", "optimizer.max_grad_norm=0")
+    ids = slurm.submit(*job(place, "hopeless", "--set", *changes, "--then", "export"))
+    assert slurm.wait(ids["pretrain"], "COMPLETED", "FAILED")["Restarts"] == "1"
+    assert slurm.job(ids["pretrain"])["JobState"] == "FAILED" and exit_state(place / "hopeless")["state"] == "failed"
+    said = (place / "hopeless" / "slurm" / f"pretrain-{ids['pretrain']}.log").read_text()
+    assert "2 starts from this step" in said
+    slurm.wait(ids["export"], "CANCELLED")
+
+
+def test_a_cancelled_job_has_saved_and_stays_cancelled(slurm: Slurm, place: Path) -> None:
+    run, number = under_way(slurm, place, "cancelled", "--set", "training.steps=4000")
+    slurm.client("scancel", number)
+    slurm.wait(number, "CANCELLED")
+    wait_for(lambda: exit_state(run), 30, "exit.json")
+    assert exit_state(run)["state"] == "saved" and exit_state(run)["reason"] == "SIGTERM"
+    time.sleep(1)
+    assert slurm.job(number)["JobState"] == "CANCELLED"
+
+
+def test_what_cannot_run_is_refused_before_anything_is_queued(slurm: Slurm, place: Path) -> None:
+    before = slurm.client("squeue", "-h")
+    line = ("python", "launchers/submit.py", *job(place, "wrong", "--nodes", 3))
+    said = slurm.login.run("sh", "-c", '"$@" 2>&1', "sh", *line, check=False)
+    assert "global_batch_rows" in said and "3" in said and not (place / "wrong").exists()
+    assert slurm.client("squeue", "-h") == before
+    line = ("python", "launchers/submit.py", *job(place, "wrong", "--partition", "hihg"))
+    said = slurm.client("sh", "-c", '"$@" 2>&1', "sh", *line, check=False)
+    assert "sbatch refused pretrain.sbatch" in said and "invalid partition" in said and not (place / "wrong").exists()
