@@ -8,7 +8,7 @@ export PATH := $(BIN):$(PATH)
 # What a cluster on this one machine needs, by its names in Debian.
 CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iptables
 
-.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster check clean
+.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report check clean
 
 setup: $(VENV)/ready
 
@@ -25,7 +25,7 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not data and not benchmarks and not faults and not cluster"
+	$(BIN)/python -m pytest -m "not data and not benchmarks and not faults and not cluster and not browser"
 
 # Signals, dead launchers, hangs: real processes, real time.
 test-faults: setup
@@ -40,6 +40,14 @@ test-cluster: setup
 	        --no-install-recommends $(CLUSTER_PACKAGES) || echo "not all of $(CLUSTER_PACKAGES) could be installed"; \
 	fi
 	$(BIN)/python -m pytest -m cluster
+
+# The report in headless Chromium, which root on Debian gets; without it the tests skip and say why.
+test-report: setup
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! command -v chromium > /dev/null; then \
+	    apt-get -q -o DPkg::Lock::Timeout=120 update && apt-get -q -o DPkg::Lock::Timeout=120 install -y \
+	        --no-install-recommends chromium || echo "chromium could not be installed"; \
+	fi
+	$(BIN)/python -m pytest -m browser
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup

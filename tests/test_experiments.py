@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,27 @@ def test_a_cell_gives_losses_scores_exports_and_costs(real: tuple[Path, list[Any
     assert any("2 cells are not finished" in said for said in results.caveats)
     write_results(out.parent, results)
     assert read_results(out.parent) == results
+
+
+def test_its_report_shows_scores_and_what_failed(real: tuple[Path, list[Any]]) -> None:
+    out, _ = real
+    page = (out / "report" / "report.html").read_text()
+    (table,) = re.findall(r'<table id="table-glue">.*?</table>', page, flags=re.DOTALL)
+    score = read_results(out).conditions["alone"].peers["teacher"]["glue/rte"].median
+    assert f">{score:.1f}" in table and "rte" in table
+    assert "pretrain.py ended with 1" in page and "2 cells are not finished" in page
+
+
+def test_tensorboard_compares_cells_by_recipe_and_scores(real: tuple[Path, list[Any]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, _ = real
+    for cell, peer in (("alone-seed-1", "teacher"), ("frozen-seed-1", "student")):
+        events = EventAccumulator(str(out / "cells" / cell / "tensorboard"))
+        events.Reload()
+        (score,) = events.Scalars(f"GLUE rte/{peer}")
+        assert 0 <= score.value <= 100 and score.step == 6
+        assert events.PluginTagToContent("hparams")
 
 
 def test_resume_runs_no_finished_cell_again_and_tries_the_failed_one(real: tuple[Path, list[Any]]) -> None:

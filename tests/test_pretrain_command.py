@@ -264,7 +264,7 @@ def test_tensorboard_has_the_losses(finished: Path) -> None:
 
     events = EventAccumulator(str(finished / "run" / "tensorboard"))
     events.Reload()
-    found = {event.step: event.value for event in events.Scalars("loss/teacher/hard")}
+    found = {event.step: event.value for event in events.Scalars("Hard loss/teacher")}
     expected = {step: row["loss/teacher/hard"] for step, row in metrics(finished / "run").items()}
     assert found == pytest.approx(expected)
 

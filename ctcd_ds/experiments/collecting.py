@@ -84,13 +84,13 @@ def _peer(name: str, known: PeerResult, cell: Planned, summary: Mapping[str, Any
         update={
             "valid_loss": summary.get(f"valid/{name}/loss"),
             "valid_accuracy": summary.get(f"valid/{name}/accuracy"),
-            "glue": _glue(cell.run / "glue" / "results.json", place),
+            "glue": glue_scores(cell.run / "glue" / "results.json", place),
             "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
         }
     )
 
 
-def _glue(path: Path, model: Path) -> dict[str, GlueScore]:
+def glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
     """This model's scores from run_glue's results.json."""
     for entry in _json(path).get("models", {}).values():
         if Path(entry["path"]).resolve() == model.resolve():
@@ -114,13 +114,14 @@ def _conditions(planned: Sequence[Planned], cells: Sequence[Cell]) -> dict[str, 
             group=known[name].group,
             coordinates=dict(known[name].coordinates),
             cells=[cell.name for cell in own],
-            peers=_spreads([cell for cell in own if cell.state == "finished"]),
+            peers=spreads([cell for cell in own if cell.state == "finished"]),
         )
         for name, own in members.items()
     }
 
 
-def _spreads(cells: Sequence[Cell]) -> dict[str, dict[str, Spread]]:
+def spreads(cells: Sequence[Cell]) -> dict[str, dict[str, Spread]]:
+    """Trained peer → metric → values over these cells, which differ by their seed."""
     values: dict[str, dict[str, dict[int, float]]] = {}
     for cell in cells:
         for name, peer in cell.peers.items():

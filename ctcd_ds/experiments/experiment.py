@@ -21,13 +21,14 @@ from ctcd_ds.cli import EXIT_DONE, EXIT_FAILED, EXIT_SAVED, RunFailure, UserErro
 from ctcd_ds.experiments.collecting import collect
 from ctcd_ds.experiments.grid import expand
 from ctcd_ds.experiments.planning import Planned, plan_cells, structural_mistakes
-from ctcd_ds.experiments.results import FILE, Results, read_results, write_results
+from ctcd_ds.experiments.results import FILE, Cell, Results, read_results, write_results
 from ctcd_ds.experiments.running import ROOT, Ending, Machine, do_cell, is_finished, places, recipe_place, run_cells
 from ctcd_ds.experiments.specification import Experiment, base_recipe, load_experiment
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes
 from ctcd_ds.training.engine import device_type
 from ctcd_ds.training.run_directory import git_commit
+from ctcd_ds.training.tensorboard import write_scores
 
 
 def run_experiment(
@@ -189,7 +190,9 @@ def _run(experiment: Experiment, planned: Sequence[Planned], machine: Machine, d
         def told(cell: Planned, ending: Ending, running: list[Planned]) -> None:
             endings[cell.name] = ending
             results = write()
-            progress.say(cell, ending, next(c for c in results.cells if c.name == cell.name))
+            result = next(c for c in results.cells if c.name == cell.name)
+            progress.say(cell, ending, result)
+            show_scores(cell.run, result)
             progress.watch(running)
 
         write()
@@ -199,6 +202,15 @@ def _run(experiment: Experiment, planned: Sequence[Planned], machine: Machine, d
     if machine.stopping:
         return EXIT_SAVED
     return EXIT_DONE if all(cell.state == "finished" for cell in results.cells) else EXIT_FAILED
+
+
+def show_scores(run: Path, cell: Cell) -> None:
+    """GLUE's scores beside the run's curves: `tensorboard --logdir DIR` then compares cells by them too."""
+    scores = {
+        f"GLUE {task}/{name}": score.median for name, peer in cell.peers.items() for task, score in peer.glue.items()
+    }
+    if scores:
+        write_scores(run / "tensorboard", scores, cell.steps or 0)
 
 
 def _seconds_before(directory: Path) -> float:

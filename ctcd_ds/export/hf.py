@@ -85,10 +85,10 @@ def _export_one(
     tokenizer = load_tokenizer(run.tokenizer)
     if len(tokenizer) != vocab_size:
         raise Damage(f"{run.tokenizer} has {len(tokenizer)} tokens, the checkpoint's manifest says {vocab_size}")
-    _model(run, name, state, vocab_size).save_pretrained(place)
+    peer_model(run, name, state, vocab_size).save_pretrained(place)
     save_tokenizer(tokenizer, place)
 
-    reloaded, inside = AutoModelForMaskedLM.from_pretrained(place), _model(run, name, state)
+    reloaded, inside = AutoModelForMaskedLM.from_pretrained(place), peer_model(run, name, state)
     with torch.no_grad():
         found = reloaded.eval()(input_ids=input_ids).logits
         expected = inside.eval()(input_ids=input_ids).logits[..., :vocab_size]
@@ -99,7 +99,7 @@ def _export_one(
         raise RunFailure(f"peer {name}: the exported tokenizer does not give the ids of {run.tokenizer}")
 
 
-def _model(run: RunDirectory, name: str, state: Mapping[str, Tensor], vocab_size: int | None = None) -> Any:
+def peer_model(run: RunDirectory, name: str, state: Mapping[str, Tensor], vocab_size: int | None = None) -> Any:
     """The peer with these weights; with `vocab_size` its vocabulary is cut to that, else padded as in training."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 

@@ -11,6 +11,17 @@ from typing import Any
 from tqdm import tqdm
 
 from ctcd_ds.training.plan import Plan
+from ctcd_ds.training.tensorboard import write_hparams
+
+_OF_THE_RUN = {
+    "rows_per_s": "Pace/rows per second",
+    "tokens_per_s": "Pace/tokens per second",
+    "mfu": "Pace/share of the hardware's peak",
+    "data_wait_share": "Pace/share of time waiting for data",
+    "memory_gib": "Pace/memory of rank 0 in GiB",
+    "loss_scale": "Precision/loss scale",
+    "skipped_steps": "Precision/skipped steps",
+}
 
 
 class MetricsLog:
@@ -20,6 +31,8 @@ class MetricsLog:
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         self._monitor, self._plan, self._peak = monitor, plan, peak_flops
+        if (board := getattr(monitor, "tb_monitor", None)) is not None and board.enabled:
+            write_hparams(Path(board.output_path) / board.job_name, plan.recipe)
         self._logged_step, self._logged_at, self._logged_wait = start_step, 0.0, 0.0
         shown = sys.stderr.isatty()
         self._bar = tqdm(
@@ -56,8 +69,8 @@ class MetricsLog:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._monitor.enabled:
-            skipped = ("step", "consumed_rows", "tokens")
-            self._monitor.write_events([(k, v, step) for k, v in row.items() if v is not None and k not in skipped])
+            shown = [(shown_as(key), value, step) for key, value in row.items() if value is not None]
+            self._monitor.write_events([event for event in shown if event[0]])
         self._logged_step, self._logged_at, self._logged_wait = step, seconds, waited_s
         self._bar.set_postfix(self._beside_the_bar(row), refresh=False)
 
@@ -74,6 +87,28 @@ class MetricsLog:
         """Ends the bar and the file."""
         self._bar.close()
         self._file.close()
+
+
+def shown_as(key: str) -> str:
+    """A key of metrics.jsonl as TensorBoard and the other monitors show it, in words; "" where they need not.
+
+    The part before the slash is the group: one quantity, all peers.
+    """
+    match key.split("/"):
+        case ["loss", peer, "hard"]:
+            return f"Hard loss/{peer}"
+        case ["loss", peer, "soft", other]:
+            return f"Soft loss/{peer} learning from {other}"
+        case ["valid", "agreement", one, other]:
+            return f"Same answer on held-out rows/{one} and {other}"
+        case ["valid", peer, what]:
+            return f"Held-out {what}/{peer}"
+        case ["grad_norm", peer]:
+            return f"Gradient norm before clipping/{peer}"
+        case ["lr", peer]:
+            return f"Learning rate/{peer}"
+        case _:
+            return _OF_THE_RUN.get(key, "")
 
 
 def _cut_torn_line(path: Path) -> None:

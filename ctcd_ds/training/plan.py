@@ -110,7 +110,7 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         )
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
-    masking = _masking(recipe, corpus)
+    masking = masking_of(recipe, corpus)
     configs = {name: peer_config(section, corpus) for name, section in recipe.peers.items()}
     length = recipe.corpus.sequence_length
     costs = {}
@@ -128,7 +128,8 @@ def _steps(recipe: Recipe, rows: int) -> int:
     return int(recipe.training.epochs * rows // recipe.training.global_batch_rows)
 
 
-def _masking(recipe: Recipe, corpus: Corpus) -> Masking:
+def masking_of(recipe: Recipe, corpus: Corpus) -> Masking:
+    """How the recipe masks the rows of this corpus."""
     continuing = None
     if recipe.corpus.whole_word_masking:
         from ctcd_ds.corpus.tokenizer import continuations, load_tokenizer

@@ -132,7 +132,7 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of this program, "-dirty" where it was changed since; None outside a repository."""
+    """The commit of this code, with -dirty where it was changed since; None outside a checkout."""
     here = Path(__file__).parent
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False

@@ -1,0 +1,92 @@
+"""What a run directory holds that a report shows: its recipe and what it logged, as curves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.experiments.results import FILE
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.training.run_directory import RunDirectory
+
+Series = list[tuple[float, float]]  # (x, y), x ascending
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """One run directory, read. `rows`: metrics.jsonl by step, the later row of a step counts."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    rows: list[dict[str, Any]]
+    environment: dict[str, Any]
+    deepspeed: dict[str, Any]
+    summary: dict[str, Any]
+
+    @cached_property
+    def graph(self) -> DistillationGraph:
+        return self.recipe.graph()
+
+    def series(self, key: str) -> Series:
+        """The steps at which `key` was logged as a number, with its value."""
+        return [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
+
+
+def read_run(path: Path) -> LoggedRun:
+    """Reads a run directory, finished or not. Raises UserError where there is none."""
+    directory = RunDirectory(path)
+    if not directory.recipe.is_file():
+        raise UserError(f"{path} is neither a run directory (no recipe.yaml) nor an experiment (no {FILE})")
+    rows: dict[int, dict[str, Any]] = {}
+    lines = directory.metrics.read_text(encoding="utf-8").splitlines() if directory.metrics.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows[row["step"]] = row
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # the last line may be half written: the run goes on
+                raise UserError(f"{directory.metrics}:{number} is no row of metrics: {line[:80]!r}") from None
+    return LoggedRun(
+        directory,
+        load_recipe(directory.recipe),
+        [rows[step] for step in sorted(rows)],
+        *(read_json(path / name) for name in ("environment.json", "ds_config.json", "summary.json")),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def over_seeds(curves: Sequence[Series]) -> list[tuple[float, float, float, float]]:
+    """(x, median, smallest, largest) over the curves, at every x that any has."""
+    values: dict[float, list[float]] = {}
+    for curve in curves:
+        for x, y in curve:
+            values.setdefault(x, []).append(y)
+    return [(x, median(ys), min(ys), max(ys)) for x, ys in sorted(values.items())]
+
+
+def windows(curve: Series, count: int = 60) -> Series:
+    """At most `count` points: the means of as many equal windows of a curve, each at its windows' mean x."""
+    size = -(-len(curve) // count)
+    parts = [curve[start : start + size] for start in range(0, len(curve), max(1, size))]
+    return [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
+
+
+def slug(text: str) -> str:
+    """A name that is a file's and an HTML id."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()

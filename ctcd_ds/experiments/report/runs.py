@@ -1,0 +1,140 @@
+"""Run directories that no experiment planned, in the shape of one: runs that differ by their seed are one condition."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctcd_ds.experiments.collecting import glue_scores, spreads
+from ctcd_ds.experiments.report.logs import LoggedRun, read_json
+from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult, Results
+from ctcd_ds.experiments.statistics import MINIMUM_PAIRS, caveats, compare
+from ctcd_ds.manifest import canonical_sha256
+from ctcd_ds.peers.accounting import Cost, cost
+from ctcd_ds.peers.heads import TRANSFORMS
+
+QUESTION = "How did the models learn, alone and together?"
+
+
+def runs_as_results(runs: Sequence[LoggedRun]) -> Results:
+    """The runs as cells, with each peer compared to itself alone where such a run is among them."""
+    groups: dict[str, list[LoggedRun]] = {}
+    for run in runs:
+        meaning = {key: value for key, value in run.recipe.resolved().items() if key != "seed"}
+        groups.setdefault(canonical_sha256(meaning), []).append(run)
+    members = dict(zip(_names([group[0].directory.path for group in groups.values()]), groups.values(), strict=True))
+    cells = {name: [_cell(name, run) for run in group] for name, group in members.items()}
+    conditions = {
+        name: Condition(group=name, cells=[cell.name for cell in own], peers=spreads(own))
+        for name, own in cells.items()
+    }
+    comparisons = [
+        comparison
+        for (name, peer), (against, other) in _pairings({name: group[0] for name, group in members.items()})
+        for comparison in _compared(conditions, name, peer, against, other)
+    ]
+    seeds = sorted({run.recipe.seed for run in runs})
+    unfinished = sum(cell.state != "finished" for own in cells.values() for cell in own)
+    first = runs[0].environment
+    fewest = min(len(own) for own in cells.values())
+    return Results(
+        experiment=" and ".join(members) if len(members) < 4 else f"{len(members)} runs",
+        question=QUESTION,
+        size="full",
+        recipe=str(runs[0].directory.recipe),
+        corpus=runs[0].recipe.corpus.path,
+        command=first.get("command", []),
+        git_commit=first.get("git_commit"),
+        hardware={key: first.get(key) for key in ("device", "cores", "world", "threads_per_rank", "host")},
+        seeds=seeds,
+        cells=[cell for own in cells.values() for cell in own],
+        conditions=conditions,
+        comparisons=comparisons,
+        caveats=caveats(comparisons, fewest if comparisons else MINIMUM_PAIRS, unfinished, ""),
+        seconds=sum(run.summary.get("seconds", 0.0) for run in runs),
+    )
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The folders' own names without a seed; with their parents where two are alike."""
+    short = [re.sub(r"[-_]seed[-_]?\d+$", "", place.name) for place in places]
+    names = [n if short.count(n) == 1 else f"{p.parent.name}/{p.name}" for n, p in zip(short, places, strict=True)]
+    return [n if names.count(n) == 1 else str(p) for n, p in zip(names, places, strict=True)]
+
+
+def _cell(condition: str, run: LoggedRun) -> Cell:
+    recipe, ending = run.recipe, read_json(run.directory.path / "exit.json")
+    finished = ending.get("state") == "finished"
+    done = int(run.rows[-1]["step"]) if run.rows else 0
+    costs = _costs(run)
+    tokens = done * recipe.training.global_batch_rows * recipe.corpus.sequence_length
+    flops = tokens * sum(c.forward_flops * (1 if recipe.peers[n].frozen else 3) for n, c in costs.items())
+    reason = ending.get("reason") or f"not ended; step {done} is the last that was logged"
+    states = {"finished": "finished", "failed": "failed"}
+    return Cell(
+        name=str(run.directory.path),
+        condition=condition,
+        seed=recipe.seed,
+        run=str(run.directory.path),
+        state=states.get(ending.get("state", ""), "waiting"),  # type: ignore[arg-type]
+        reason="" if finished else reason,
+        steps=done,
+        rows=done * recipe.training.global_batch_rows,
+        tokens=tokens,
+        flops=flops or None,
+        total_flops=flops or None,
+        seconds=run.summary.get("seconds"),
+        peers={name: _peer(name, run, costs) for name in recipe.peers} if finished else {},
+    )
+
+
+def _costs(run: LoggedRun) -> dict[str, Cost]:
+    """What each peer costs, from the configs that every run keeps; nothing where they are gone."""
+    from transformers import AutoConfig
+
+    recipe, found = run.recipe, {}
+    length = recipe.corpus.sequence_length
+    for name, peer in recipe.peers.items():
+        place = run.directory.peers / name
+        if not (place / "config.json").is_file():
+            return {}
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        everywhere = recipe.objective.soft_positions == "all" or config.model_type not in TRANSFORMS
+        targets = round((peer.mask_fraction or recipe.corpus.mask_fraction) * (length - 2))
+        found[name] = cost(config, length, 1.0 if everywhere else targets / length)
+    return found
+
+
+def _peer(name: str, run: LoggedRun, costs: Mapping[str, Cost]) -> PeerResult:
+    config = read_json(run.directory.peers / name / "config.json")
+    return PeerResult(
+        frozen=run.recipe.peers[name].frozen,
+        layers=config.get("num_hidden_layers"),
+        hidden_size=config.get("hidden_size"),
+        parameters=costs[name].parameters if name in costs else None,
+        valid_loss=run.summary.get(f"valid/{name}/loss"),
+        valid_accuracy=run.summary.get(f"valid/{name}/accuracy"),
+        glue=glue_scores(run.directory.path / "glue" / "results.json", run.directory.path / "hf" / name),
+    )
+
+
+def _pairings(runs: Mapping[str, LoggedRun]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Each peer that shares its run with others, against itself alone and against each larger model alone."""
+    alone = {name: next(iter(run.recipe.peers)) for name, run in runs.items() if len(run.recipe.peers) == 1}
+    sizes = {(name, peer): c.parameters for name, run in runs.items() for peer, c in _costs(run).items()}
+    for name, run in runs.items():
+        for peer in [] if name in alone else [n for n, p in run.recipe.peers.items() if not p.frozen]:
+            for against, other in alone.items():
+                if other == peer or sizes.get((against, other), 0) > sizes.get((name, peer), 0):
+                    yield (name, peer), (against, other)
+
+
+def _compared(
+    conditions: Mapping[str, Condition], name: str, peer: str, against: str, other: str
+) -> Iterator[Comparison]:
+    ours: dict[str, Any] = conditions[name].peers.get(peer, {})
+    theirs: dict[str, Any] = conditions[against].peers.get(other, {})
+    for metric in (metric for metric in ours if metric in theirs):
+        yield compare(name, peer, against, other, metric, ours[metric], theirs[metric])

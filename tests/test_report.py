@@ -1,0 +1,349 @@
+"""The report: made from real runs, read as people read it (in a browser, on a phone, in the dark, on paper)."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from commands import ROOT, command, environment
+from ctcd_ds.experiments.report.curves import Curves
+from ctcd_ds.experiments.report.drawing import draw
+from ctcd_ds.experiments.report.grids import grid_pictures
+from ctcd_ds.experiments.report.study import Study
+from ctcd_ds.experiments.report.words import role, statements
+from ctcd_ds.experiments.results import Condition, Results, write_results
+from ctcd_ds.experiments.statistics import compare, spread
+from ctcd_ds.objective.graph import DistillationGraph
+from runs import Job, bert, chain_corpus, run_jobs
+
+SEEDS, STEPS = (1, 2, 3), 20
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+# --- real runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Each model alone and both together, three seeds each. A name is what a careless user may give."""
+    place = tmp_path_factory.mktemp("runs")
+    corpus = {"path": str(chain_corpus(place / "corpus")), "sequence_length": 32}
+    teacher, student = {"model": bert(32, 2)}, {"model": bert(16, 1)}
+    together = {"teacher": {**teacher, "soft": {"student": 1.0}}, "student": {**student, "soft": {"teacher": 4.0}}}
+    kinds = {"together <b>$1": together, "teacher_alone": {"teacher": teacher}, "student_alone": {"student": student}}
+    training = {"global_batch_rows": 16, "steps": STEPS, "log_every": 1, "valid_every": 5, "valid_rows": 32}
+    common = {"corpus": corpus, "optimizer": {"lr": 3e-3}, "training": training}
+    jobs = {
+        place / f"{name}-seed-{seed}": {"seed": seed, "peers": peers, **common}
+        for name, peers in kinds.items()
+        for seed in SEEDS
+    }
+    run_jobs([Job(recipe, output) for output, recipe in jobs.items()], 1, place)
+    return list(jobs)
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of these runs, by the command."""
+    place = tmp_path_factory.mktemp("report")
+    line = [sys.executable, "tools/report.py", *runs, "--output_dir", place, "--agreement_rows", 32]
+    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return place / "report.html"
+
+
+def test_the_first_screen_says_what_came_out(page: Path) -> None:
+    text = re.sub(r"<[^>]+>", "", page.read_text().split("<nav")[0])
+    for peer in ("teacher", "student"):
+        name = r"\(together &lt;b&gt;\$1\)"
+        said = re.search(
+            rf"The {peer}, taught and teaching {name}, ends at a median held-out loss of (\S+); alone, at (\S+)\.", text
+        )
+        assert said and 0 < float(said[1]) < 10 and 0 < float(said[2]) < 10, text
+    assert "the teacher, alone, at" in text, "the student is held against the larger model too"
+    assert len(re.findall(r"(Better|Worse|No evidence of a difference): mean difference [+−]\d", text)) == 3, text
+    assert "3 seeds: only large differences can be told from chance" in text
+
+
+def test_the_page_needs_nothing_else(page: Path) -> None:
+    text = page.read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text), "a link to another file"
+    assert "default-src 'none'" in text and "<b>$1" not in text, "what users wrote is text, never markup"
+    assert len(text) < 3_000_000
+
+
+def test_every_picture_is_drawn_inline_and_as_png(page: Path) -> None:
+    found = re.findall(r'<figure id="([^"]+)">.*?(<svg.*?</svg>)', page.read_text(), flags=re.DOTALL)
+    names = {name for name, _ in found}
+    wanted = {f"learning-{peer}-by-{axis}" for peer in ("teacher", "student") for axis in ("step", "compute")}
+    wanted |= {"soft-student-learning-from-teacher", "agreement-teacher-student", "gradient-norm-student"}
+    assert names >= wanted | {"throughput", "ends-valid-loss-teacher", "ends-valid-loss-student"}
+    assert {path.stem for path in page.parent.glob("*.png")} == names
+    for name, svg in found:
+        ElementTree.fromstring(svg.replace("xlink:", ""))
+        assert "var(--ink)" in svg and not re.search("#22211f", svg, re.IGNORECASE), "colours follow the page"
+        colours = Image.open(page.parent / f"{name}.png").convert("RGB").getcolors(10**6)
+        assert colours is not None and len(colours) > 20, name
+    ids = re.findall(r'\bid="([^"]+)"', page.read_text())
+    assert len(ids) == len(set(ids)), "ids of different pictures do not meet"
+
+
+def test_alone_and_together_share_their_axes(page: Path) -> None:
+    svg = re.search(r'<figure id="learning-student-by-compute">.*?</svg>', page.read_text(), flags=re.DOTALL)
+    assert svg is not None
+    assert "student alone" in svg[0] and "together" in svg[0] and "training FLOPs" in svg[0]
+
+
+def test_common_mistakes_are_held_against_each_alone(page: Path) -> None:
+    text = page.read_text()
+    table = re.search(r'<table id="table-mistakes">.*?</table>', text, flags=re.DOTALL)
+    assert table is not None
+    rows = [re.findall(r'data-value="([^"]*)"', row) for row in table[0].split("<tr>")[2:]]
+    assert len(rows) == 2 and "each alone" in table[0]
+    for seeds, *shares in rows:
+        assert seeds == "3"
+        assert sum(map(float, shares[:5])) == pytest.approx(100, abs=25), "five medians: near the whole"
+    assert re.search(r"same wrong answer in [\d.]+ % of the cases when trained as “together", text)
+
+
+def test_mistakes_are_named(tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "experiment").mkdir()
+    write_results(tmp_path / "experiment", _grid())
+    for words, expected in (
+        ((tmp_path,), "neither a run directory"),
+        ((runs[0], tmp_path / "experiment"), "is an experiment: give it alone"),
+        ((tmp_path / "experiment",), "no run has logged a step yet"),
+        ((runs[0], "--agreement_rows", "-1"), "must be 0 or more"),
+        ((runs[0], "--output_dir", tmp_path / "file"), "cannot be made"),
+    ):
+        line = ("tools/report.py", *words, *(() if "--output_dir" in words else ("--output_dir", tmp_path / "out")))
+        code, _, error = command(monkeypatch, capsys, *line)
+        assert code == 2 and expected in error, error
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_its_corpus_still_has_a_report(
+    tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(re.sub(r"path: .*corpus", "path: /gone", recipe.read_text()))
+    (tmp_path / "run" / "exit.json").write_text('{"state": "finished", "step": 20, "reason": ""}')
+    line = ("tools/report.py", tmp_path / "run", "--output_dir", tmp_path / "out")
+    code, _, error = command(monkeypatch, capsys, *line)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert code == 0, error
+    assert "Not compared" in text and "/gone" in text
+
+
+# --- words ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("soft", "trained", "said"),
+    [
+        (((0, 1), (4, 0)), (True, True), ["taught and teaching", "taught and teaching"]),
+        (((0, 0), (4, 0)), (True, True), ["teaching", "taught"]),
+        (((0, 0), (4, 0)), (False, True), ["teaching", "taught by the finished a"]),
+        (((0, 0), (0, 0)), (True, True), ["beside the others, untaught"] * 2),
+        (((0,),), (True,), ["alone"]),
+    ],
+)
+def test_roles_are_read_off_the_graph(soft: Any, trained: tuple[bool, ...], said: list[str]) -> None:
+    names = ("a", "b")[: len(trained)]
+    graph = DistillationGraph(names=names, hard=tuple(map(float, trained)), soft=soft, trained=trained)
+    assert [role(graph, name) for name in names] == said
+
+
+# --- grids, with numbers made by hand ------------------------------------------------------------------
+
+NOISE = {"0.1": (0.0, 0.02, -0.01), "0.4": (0.1, 0.12, 0.11), "0.8": (0.3, 0.33, 0.31)}  # teacher's harm, three seeds
+
+
+def _grid() -> Results:
+    """Nine weightings, of which one helps for certain, and three strengths of label noise, of which two harm."""
+    base = {1: 5.0, 2: 5.1, 3: 4.9}
+    values: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {"alone": ("alone", {}, (0.0, 0.0, 0.0))}
+    for teacher in (0, 1, 4):
+        for student in (0, 1, 4):
+            gain = (-0.5, -0.51, -0.49) if (teacher, student) == (1, 4) else (0.2, -0.1, -0.2)
+            at = {"teacher_soft": teacher, "student_soft": student}
+            values[f"weights/{teacher}-{student}"] = ("weights", at, gain)
+    values |= {f"label_noise/{noise}": ("label_noise", {"noise": float(noise)}, d) for noise, d in NOISE.items()}
+    measured = {
+        name: spread({seed: base[seed] + more for seed, more in zip(SEEDS, by, strict=True)})
+        for name, (_, _, by) in values.items()
+    }
+    conditions = {
+        name: Condition(group=group, coordinates=at, cells=[], peers={"teacher": {"valid_loss": measured[name]}})
+        for name, (group, at, _) in values.items()
+    }
+    comparisons = [
+        compare(name, "teacher", "alone", "teacher", "valid_loss", measured[name], measured["alone"])
+        for name in values
+        if name != "alone"
+    ]
+    return Results(
+        experiment="grid", question="How much?", size="full", recipe="r.yaml", corpus="c", command=[], seeds=[1, 2, 3],
+        cells=[], conditions=conditions, comparisons=comparisons,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("grids")
+    study = Study(_grid(), place, {}, True)
+    return {p.title: p for p in grid_pictures(study, Curves(study, place).looks, place, "valid_loss")}
+
+
+def test_each_grid_has_its_picture(grids: dict[str, Any]) -> None:
+    assert list(grids) == [
+        "teacher: weights against alone",
+        "teacher: label noise",
+        "teacher: label noise against alone",
+    ]
+
+
+def test_a_heat_map_has_every_cell_and_stars_what_is_certain(grids: dict[str, Any]) -> None:
+    svg = grids["teacher: weights against alone"].svg
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert texts.count("−0.033") == 8 and texts.count("−0.500*") == 1
+    assert {"teacher soft", "student soft"} <= set(texts)
+
+
+def test_the_threshold_of_harm_is_said(grids: dict[str, Any]) -> None:
+    caption = grids["teacher: label noise against alone"].caption
+    assert "Worse than that with noise = 0.4, 0.8." in caption
+
+
+def test_many_comparisons_are_counted_on_the_first_screen(tmp_path: Path) -> None:
+    (said,) = statements(Study(_grid(), tmp_path, {}, True))
+    assert "better in 1, worse in 2, no evidence of a difference in 9" in said.text
+    assert said.detail.startswith(
+        "Furthest ahead: weights (teacher soft 1, student soft 4). Better: mean difference −0.500"
+    )
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    picture = draw(tmp_path, "odd", "odd", 'a "quoted" <caption>', lambda axes: axes.set_title("$x_1 & <y>") and None)
+    ElementTree.fromstring(picture.svg.replace("xlink:", ""))
+    assert "$x_1 &amp; &lt;y&gt;" in picture.svg
+
+
+# --- in a browser --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (make test-report installs Debian's)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def opened(browser: Any, page: Path, **context: Any) -> tuple[Any, list[str]]:
+    """The page in a fresh window, and what went wrong or was asked of a network."""
+    tab = browser.new_context(**context).new_page()
+    trouble: list[str] = []
+    tab.on("pageerror", lambda error: trouble.append(f"error: {error}"))
+    tab.on("console", lambda said: trouble.append(f"console: {said.text}"))
+    tab.on("request", lambda r: trouble.append(f"request: {r.url}") if r.url != page.as_uri() else None)
+    tab.goto(page.as_uri())
+    return tab, [entry for entry in trouble if not entry.startswith("request: data:")]
+
+
+def shot(tab: Any) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB"))
+
+
+@pytest.mark.browser
+def test_it_opens_without_errors_and_without_a_network(browser: Any, page: Path) -> None:
+    tab, trouble = opened(browser, page)
+    assert trouble == []
+    assert "report" in tab.title() and tab.locator("figure svg").count() >= 9
+
+
+@pytest.mark.browser
+def test_pictures_are_drawn_in_their_colours(browser: Any, page: Path) -> None:
+    tab, _ = opened(browser, page)
+    figure = tab.locator("#learning-student-by-step svg")
+    pixels = np.asarray(Image.open(io.BytesIO(figure.screenshot())).convert("RGB")).reshape(-1, 3).astype(int)
+    for colour in ((0, 0x72, 0xB2), (0x00, 0x9E, 0x73)):  # together's and the student's own
+        assert (np.abs(pixels - colour).sum(axis=1) < 12).sum() > 50, f"no line in {colour}"
+
+
+@pytest.mark.browser
+def test_a_table_sorts_on_a_click_and_back_on_the_next(browser: Any, page: Path) -> None:
+    tab, _ = opened(browser, page)
+    table = tab.locator("#table-results")
+    heads = table.locator("th").all_inner_texts()
+    column = next(n for n, text in enumerate(heads) if "held-out loss" in text)
+    cells = table.locator(f"tbody td:nth-child({column + 1})")
+
+    def shown() -> list[float]:
+        return [float(value.split()[0]) for value in cells.all_inner_texts()]
+
+    head = table.locator("th").nth(column)
+    head.locator("button").click()
+    assert shown() == sorted(shown()) and head.get_attribute("aria-sort") == "ascending"
+    head.locator("button").click()
+    assert shown() == sorted(shown(), reverse=True) and len(set(shown())) > 1
+    table.locator("th button").first.click()
+    assert shown() != sorted(shown(), reverse=True) or head.get_attribute("aria-sort") is None
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [320, 390, 768])
+def test_no_screen_scrolls_sideways(browser: Any, page: Path, width: int) -> None:
+    tab, _ = opened(browser, page, viewport={"width": width, "height": 800})
+    tab.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator("figure svg").first.bounding_box()["width"] > 0.8 * width - 60 or width == 768
+
+
+@pytest.mark.browser
+def test_the_dark_page_is_dark_with_readable_text(browser: Any, page: Path) -> None:
+    tab, _ = opened(browser, page, color_scheme="dark")
+    assert np.median(shot(tab)) < 60
+    ink, paper = (tab.evaluate(f"getComputedStyle(document.body).{key}") for key in ("color", "backgroundColor"))
+    assert contrast(ink, paper) > 7
+    label = tab.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+    assert contrast(label, paper) > 7, "text in pictures too"
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio of two colours as the browser states them."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.browser
+def test_paper_is_white_with_all_folds_open(browser: Any, page: Path) -> None:
+    tab, _ = opened(browser, page, color_scheme="dark")
+    tab.emulate_media(media="print")
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.locator("details:not([open])").count() == 0 and not tab.locator("nav").is_visible()
+    assert tab.pdf(format="A4").startswith(b"%PDF")
