@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import connection, get_context, parent_process
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ctcd_ds.cli import RunFailure
 
 AHEAD = 8  # blocks per worker that are read ahead: enough for the seconds in which the main process loads megatron
 
@@ -109,6 +112,11 @@ def encode_in_order(blocks: Iterable[Block], encoding: Encoding, workers: int) -
                     yield first, future.result()
             for block, future in pending:
                 yield block, future.result()
+        except BrokenProcessPool:
+            raise RunFailure(
+                "a worker process was ended from outside, most often for want of memory (see dmesg): the same command "
+                "goes on behind the shards that are finished; take fewer --workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)  # after a mistake in the text nobody waits for what was read ahead
 
