@@ -138,6 +138,24 @@ def test_a_second_interrupt_after_a_second_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_stopped_watchdog_leaves_no_thread() -> None:
+    """One inside the store's C++ at the interpreter's end aborted a rank that had done all its work (exit code -6)."""
+    program = (
+        "import threading, time\n"
+        "import torch.distributed as dist\n"
+        "from ctcd_ds.training.watchdog import Watchdog\n"
+        "dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
+        "before = threading.active_count()\n"
+        "watchdog = Watchdog(60, print)\n"
+        "time.sleep(1.2)\n"
+        "assert threading.active_count() == before + 2\n"
+        "watchdog.stop()\n"
+        "assert threading.active_count() == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Path, victim: int) -> None:
     """SIGSTOP: the other rank leaves within the time + 5 s, names it, and dumps its stacks."""

@@ -37,8 +37,9 @@ class Watchdog:
         self._deadline = time.monotonic() + LONG_PHASE_S["start"]
         self._stopped = threading.Event()
         # Two threads: the beat goes through the store, and a store that does not answer must not stop the watch.
-        for work in (self._watch, self._beat):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._beat)]
+        for thread in self._threads:
+            thread.start()
 
     def enter(self, phase: str) -> None:
         """A new phase begins: 'step N', or one of LONG_PHASE_S. All ranks enter the same phases in the same order."""
@@ -48,8 +49,10 @@ class Watchdog:
         self._phase = phase
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Ends the watch. A thread that is inside the store when the interpreter ends would abort the process."""
         self._stopped.set()
+        for thread in self._threads:
+            thread.join(_ASK_S)
 
     def _watch(self) -> None:
         while not self._stopped.wait(_LOOK_EVERY_S):
