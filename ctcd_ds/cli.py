@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_DONE, EXIT_FAILED, EXIT_MISTAKE, EXIT_SAVED = 0, 1, 2, 85
@@ -63,6 +64,16 @@ class _Unheard:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say which run is meant: the same for training and for what looks at its hosts before."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run directory")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the recipe")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

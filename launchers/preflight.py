@@ -7,9 +7,7 @@ Exit code 0: all good. 1: a host is not fit; the table names it and the cure. 2:
 
 from __future__ import annotations
 
-import argparse
 import os
-from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a host that does not answer is ours to report
 
@@ -20,15 +18,10 @@ from ctcd_ds.cluster.ranks import find_ranks
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
-    parser.add_argument("--output_dir", type=Path, required=True, help="the run directory")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the recipe")
+    cli.add_run_options(parser)
     parser.add_argument(
         "--patience_s", type=float, default=15.0, help="how long a host may take to start (default: 15 seconds)"
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_args()
 
     ranks = find_ranks()

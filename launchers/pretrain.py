@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.options import add_cluster_options, cluster_of
@@ -17,15 +16,10 @@ from ctcd_ds.recipe import load_recipe
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
-    parser.add_argument("--output_dir", type=Path, required=True, help="the run directory")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the recipe")
+    cli.add_run_options(parser)
     parser.add_argument("--resume", action="store_true", help="goes on from the newest good checkpoint in output_dir")
     parser.add_argument("--dry_run", action="store_true", help="prints peers, graph, cost and length, and stops")
     add_cluster_options(parser)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     arguments = parser.parse_args()
 
     ranks = find_ranks()

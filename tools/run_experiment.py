@@ -24,7 +24,7 @@ def main() -> int:
     add = parser.add_argument
     add("--experiment", type=Path, required=True, help="the experiment file, YAML or JSON")
     add("--output_dir", type=Path, required=True, help="for cells/, results.json and the report")
-    add("--size", default="full", help="full, or tiny: what 2 cores finish in 15 minutes")
+    add("--size", default="full", help="full, or tiny: a rehearsal for 2 cores on the demo text")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the base recipe")
     add("--data_dir", metavar="DIR|hub", help="GLUE's files, instead of the experiment's glue.data_dir")
     add("--seeds", help="comma-separated, instead of the experiment's")
