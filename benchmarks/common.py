@@ -27,6 +27,7 @@ from ctcd_ds.measuring import interleaved as interleaved
 from ctcd_ds.measuring import peak_bytes as peak_bytes
 from ctcd_ds.measuring import ratio as ratio
 from ctcd_ds.measuring import synchronise as synchronise
+from ctcd_ds.memory import keep_freed_memory
 from ctcd_ds.training.hardware import stated_peak
 from ctcd_ds.training.run_directory import environment
 
@@ -53,13 +54,18 @@ def positive(text: str) -> int:
 
 
 def begin(arguments: argparse.Namespace) -> torch.device:
-    """Sets the threads and gives the device. Raises UserError where there is none, or no place for the output."""
+    """Sets threads and memory as training does, and gives the device.
+
+    Raises UserError where there is none, or no place for the output.
+    """
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise cli.UserError("--device cuda: torch sees no GPU here; use --device cpu")
     if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
         raise cli.UserError(f"--output {arguments.output}: there is no directory {arguments.output.resolve().parent}")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.device == "cpu":
+        keep_freed_memory()
     return torch.device(arguments.device)
 
 

@@ -22,7 +22,7 @@ from ctcd_ds.manifest import write_atomic
 
 THREE = ["--peers", "6x768,4x768,4x768", "--ways", "ours,alone"]
 COMMANDS: dict[str, list[str]] = {
-    "two peers": ["step.py", "--ways", "naive,naive_selected,ours,alone"],
+    "two peers": ["step.py", "--ways", "naive,naive_kept,naive_selected,ours,alone"],
     "three peers": ["step.py", *THREE],
     "objective": ["objective.py"],
     "loader": ["loader.py"],

@@ -1,7 +1,9 @@
 """Times one training step (forward, backward, optimizer) in several ways that compute the same thing.
 
-naive           Hugging Face models as they come: logits at every position, F.cross_entropy and F.kl_div, AdamW
-naive_selected  the same, but logits are selected at the targets before the softmax
+naive           Hugging Face models as they come: logits at every position, F.cross_entropy and F.kl_div, AdamW;
+                on the CPU in a process of its own, where freed memory goes back to the system as glibc does it
+naive_kept      the same with freed memory kept, as CTCD-DS keeps it (ctcd_ds/memory.py)
+naive_selected  the same as naive_kept, but logits are selected at the targets before the softmax
 ours            CTCD-DS: heads at the targets, the fused objective, fused AdamW
 alone           CTCD-DS with each peer by itself, hard loss only; their sum
 """
@@ -9,7 +11,10 @@ alone           CTCD-DS with each peer by itself, hard loss only; their sum
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
@@ -25,7 +30,7 @@ from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.cotrain import Batch, CoTraining
 from ctcd_ds.recipe import OptimizerSection
 
-WAYS = ("naive", "naive_selected", "ours", "alone")
+WAYS = ("naive", "naive_kept", "naive_selected", "ours", "alone")
 TOLERANCE = 1e-4
 
 
@@ -104,10 +109,55 @@ def our_step(module: CoTraining, batch: Batch) -> common.Step:
     return optimised(lambda: module(batch, 0, 0).total, torch.optim.AdamW(groups, fused=True))
 
 
+def naive_step(
+    models: Mapping[str, Any], graph: DistillationGraph, collated: Mapping[str, Tensor], select: bool = False
+) -> common.Step:
+    """A whole step of the naive way, with AdamW as it comes."""
+    optimizer = torch.optim.AdamW([p for model in models.values() for p in model.parameters()], lr=5e-4)
+    return optimised(lambda: naive_loss(models, graph, collated, select), optimizer)
+
+
+class OwnProcess:
+    """The naive step in a process of its own, which asks nothing special of the C library's memory; a `Step`."""
+
+    def __init__(self, shape: Shape, dtype: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._asking, answering = context.Pipe()
+        arguments = (shape, dtype, torch.get_num_threads(), answering)
+        self._process = context.Process(target=_naive_elsewhere, args=arguments, daemon=True)
+        self._process.start()
+        answering.close()
+        self.peak_bytes: int = self._asking.recv()
+
+    def __call__(self) -> None:
+        self._asking.send("step")
+        self._asking.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._asking.close()
+        self._process.join()
+
+
+def _naive_elsewhere(shape: Shape, dtype: str, threads: int, answering: Connection) -> None:
+    """Says its peak bytes, then takes one step for each thing that comes, until the other end is closed."""
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    models = {name: model.to(common.DTYPES[dtype]).train() for name, model in workload.build_models(shape).items()}
+    step = naive_step(models, workload.full_graph(shape.names), workload.random_batch(shape, device)[1])
+    answering.send(common.peak_bytes(step, device))
+    while True:
+        try:
+            answering.recv()
+        except EOFError:
+            return
+        answering.send(step())
+
+
 def make_ways(
     wanted: list[str], module: CoTraining, batch: Batch, collated: Mapping[str, Tensor]
 ) -> dict[str, common.Step]:
-    """The steps to time. All work on the same models; `alone` is one way for each peer, 'alone/NAME'."""
+    """The steps to time in this process. All work on the same models; `alone` is one way a peer, 'alone/NAME'."""
     graph, models, ways = module.graph, module.peers, {}
     for name in wanted:
         if name == "alone":
@@ -117,9 +167,7 @@ def make_ways(
         elif name == "ours":
             ways[name] = our_step(module, batch)
         else:
-            select = name == "naive_selected"
-            optimizer = torch.optim.AdamW(module.parameters(), lr=5e-4)
-            ways[name] = optimised(lambda select=select: naive_loss(models, graph, collated, select), optimizer)
+            ways[name] = naive_step(dict(models.items()), graph, collated, select=name == "naive_selected")
     return ways
 
 
@@ -132,8 +180,12 @@ def measure(shape: Shape, wanted: list[str], repetitions: int, device: torch.dev
     module.to(common.DTYPES[dtype])
 
     ways, gemm = make_ways(wanted, module, batch, collated), common.Gemm(device, common.DTYPES[dtype])
-    peaks = {name: common.peak_bytes(step, device) for name, step in ways.items()}
-    seconds = common.interleaved({**ways, "gemm": gemm}, repetitions, device)
+    with ExitStack() as ending:
+        if "naive" in wanted and device.type == "cpu":
+            ways["naive"] = naive = OwnProcess(shape, dtype)
+            ending.callback(naive.close)
+        peaks = {name: _peak_bytes(step, device) for name, step in ways.items()}
+        seconds = common.interleaved({**ways, "gemm": gemm}, repetitions, device)
     rate = gemm.rate(seconds.pop("gemm"))
     if "alone" in wanted:
         alone = [name for name in ways if name.startswith("alone/")]
@@ -142,11 +194,15 @@ def measure(shape: Shape, wanted: list[str], repetitions: int, device: torch.dev
     return {**_summary(shape, seconds, rate, device, dtype), **_peaks(peaks, wanted), **apart}
 
 
+def _peak_bytes(step: common.Step, device: torch.device) -> int:
+    return step.peak_bytes if isinstance(step, OwnProcess) else common.peak_bytes(step, device)
+
+
 def _summary(
     shape: Shape, seconds: dict[str, list[float]], rate: float, device: torch.device, dtype: str
 ) -> dict[str, Any]:
     values: dict[str, Any] = {f"{name}_s": median(rounds) for name, rounds in seconds.items()}
-    for above, below in (("naive", "ours"), ("naive_selected", "ours"), ("ours", "alone")):
+    for above, below in (("naive", "ours"), ("naive_kept", "ours"), ("naive_selected", "ours"), ("ours", "alone")):
         if above in seconds and below in seconds:
             values[f"{above}_over_{below}"] = common.ratio(seconds[above], seconds[below])
     values |= {"flops_per_step": shape.flops(), "gemm_flops_per_s": rate}

@@ -52,8 +52,8 @@ def assert_positive(row: dict[str, Any], *keys: str) -> None:
 
 
 def test_step_times_all_ways(row: Any) -> None:
-    found = row("step", *SHAPE, "--ways", "naive,naive_selected,ours,alone")
-    assert_positive(found, "naive_s", "ours_s", "alone_s", "naive_over_ours", "naive_selected_over_ours")
+    found = row("step", *SHAPE, "--ways", "naive,naive_kept,naive_selected,ours,alone")
+    assert_positive(found, "naive_s", "ours_s", "alone_s", "naive_over_ours", "naive_kept_over_ours")
     assert_positive(found, "ours_over_alone", "peak_bytes", "naive_peak_bytes", "gemm_share", "tokens_per_s")
     assert found["peak_bytes"] < found["naive_peak_bytes"]
     assert found["loss_difference"] < 1e-4 and found["gradient_difference"] < 1e-4
@@ -191,7 +191,7 @@ def test_the_gpu_suite_is_ready(row: Any) -> None:
     ("arguments", "said"),
     [
         (["--peers", "6-768"], "write LAYERSxWIDTH"),
-        (["--ways", "ours,fast"], "the ways are naive, naive_selected, ours, alone"),
+        (["--ways", "ours,fast"], "the ways are naive, naive_kept, naive_selected, ours, alone"),
         (["--output", "nowhere/row.json"], "there is no directory"),
         (["--rows", "0"], "not a whole number from 1"),
     ],

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "ctcd_ds"
 # From the ground up: a room may import from floors below its own. On its own floor it may too, as long as the
 # rooms form no circle. `cluster` stands beside `training`; `demo` is a user of all the others.
 FLOORS = [
-    {"ctcd_ds", "cli", "manifest", "measuring"},
+    {"ctcd_ds", "cli", "manifest", "measuring", "memory"},
     {"recipe", "objective"},
     {"peers", "corpus"},
     {"training", "cluster"},

@@ -21,6 +21,7 @@ from ctcd_ds.evaluation.metrics import Array
 from ctcd_ds.evaluation.tables import Rows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import file_entry
+from ctcd_ds.memory import keep_freed_memory
 
 Feature = dict[str, Any]
 
@@ -195,6 +196,7 @@ def finetune(
 
     `bar`, a tqdm bar, advances with every optimiser step and shows the training loss.
     """
+    import torch
     from transformers import (
         AutoModelForSequenceClassification,
         DataCollatorWithPadding,
@@ -204,6 +206,8 @@ def finetune(
     )
 
     started = time.monotonic()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     set_seed(seed)  # the head's initial weights
     kind: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if task.labels:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ctcd_ds.cluster.network import set_interface
 from ctcd_ds.cluster.ranks import Ranks
+from ctcd_ds.memory import keep_freed_memory
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.training.plan import Plan
@@ -51,7 +52,9 @@ def start_processes(ranks: Ranks) -> torch.device:
     # DeepSpeed builds its ops with ninja; over ssh the environment is not activated, and another ninja builds all anew.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
     accelerator = get_accelerator()
-    if device_type() != "cpu":
+    if device_type() == "cpu":
+        keep_freed_memory()
+    else:
         os.environ["LOCAL_RANK"] = str(device_number(ranks))  # DeepSpeed reads this too
         accelerator.set_device(device_number(ranks))
     deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
