@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctcd_ds import cli
-from ctcd_ds.cluster.slurm import DEFAULTS, Cluster, Glue, Run, Submission, load_cluster
+from ctcd_ds.cluster.slurm import DEFAULTS, Cluster, Run, Submission, load_cluster
 from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
 
 STAGES = ("export", "glue")
@@ -127,11 +127,10 @@ def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Pa
     from ctcd_ds.training.run_directory import RunDirectory
 
     config, world = read_json(given.deepspeed_config), given.nodes * cluster.ranks_per_node
-    device = "cuda" if cluster.gpus_per_node and cluster.environment.get("DS_ACCELERATOR") != "cpu" else "cpu"
     runs, mistakes = [], []
     for path, recipe in recipes:
         try:
-            plan = make_plan(recipe, config, world, device, path)
+            plan = make_plan(recipe, config, world, cluster.device, path)
             RunDirectory(path).refuse_or_resume(plan, given.resume)
         except cli.UserError as mistake:
             mistakes.append(str(mistake) if len(recipes) == 1 else f"{path.name}: {mistake}")
@@ -145,7 +144,7 @@ def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Pa
     return runs
 
 
-def _checked_glue(given: argparse.Namespace) -> Glue:
+def _checked_glue(given: argparse.Namespace) -> dict[str, str]:
     """GLUE's options, with the data looked at where it is a folder."""
     data, tasks = given.glue_data, given.glue_tasks
     if not all(seed.isdigit() for seed in given.glue_seeds.split(",")):
@@ -159,7 +158,7 @@ def _checked_glue(given: argparse.Namespace) -> Glue:
         from ctcd_ds.evaluation.tasks import named
 
         named(tasks.split(","))
-    return Glue(data, tasks, given.glue_seeds)
+    return {"data_dir": data, "tasks": tasks, "seeds": given.glue_seeds}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 
 from commands import ROOT, command, environment
+from ctcd_ds.evaluation.speed import ModelSpeed, Speed, Timing, write_speed
+from ctcd_ds.experiments.report.build import write_report
 from ctcd_ds.experiments.report.curves import Curves
 from ctcd_ds.experiments.report.drawing import draw
 from ctcd_ds.experiments.report.grids import grid_pictures
@@ -115,6 +117,30 @@ def test_common_mistakes_are_held_against_each_alone(page: Path) -> None:
         assert seeds == "3"
         assert sum(map(float, shares[:5])) == pytest.approx(100, abs=25), "five medians: near the whole"
     assert re.search(r"same wrong answer in [\d.]+ % of the cases when trained as “together", text)
+
+
+def test_speed_has_its_table_and_a_sentence(runs: list[Path], tmp_path: Path) -> None:
+    def model(name: str, layers: int, parameters: int, latency: float) -> ModelSpeed:
+        timings = [
+            Timing(batch_size=size, sequence_length=32, rounds=5, latency_ms=size * latency, latency_p95_ms=None,
+                   rows_per_s=1000 / latency, tokens_per_s=32000 / latency, speedup=30.0 / latency,
+                   peak_memory_bytes=2**20)
+            for size in (1, 8)
+        ]  # fmt: skip
+        return ModelSpeed(name=name, path=f"/{name}", sha256="0", layers=layers, hidden_size=32, parameters=parameters,
+                          bytes_on_disk=4 * parameters, timings=timings)  # fmt: skip
+
+    hardware = {"device": "a <machine>", "cores": 2, "threads": 2, "host": "h"}
+    models = [model("large", 4, 1000, 30.0), model("small", 2, 500, 12.0)]
+    measured = Speed(command=[], hardware=hardware, versions={}, git_commit=None, dtype="float32",
+                     sizes=[(1, 32), (8, 32)], models=models)  # fmt: skip
+    write_speed(tmp_path / "speed", measured)
+    page = write_report(runs[:1], tmp_path / "report", 0, tmp_path / "speed").read_text()
+    said = "Against large, small is 2.50 times as fast (1 row at once) and 2.50 times as fast (8 rows at once)"
+    assert said in page and "has 50% of the size on disk" in page and "a &lt;machine&gt;" in page
+    (table,) = re.findall(r'<table id="table-speed">.*?</table>', page, flags=re.DOTALL)
+    assert table.count("<tr>") == 1 + 4 and 'data-value="2.5"' in table
+    assert "table-speed" not in write_report(runs[:1], tmp_path / "report", 0).read_text()
 
 
 def test_mistakes_are_named(tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

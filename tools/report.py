@@ -28,13 +28,14 @@ def main() -> int:
         metavar="N",
         help="held-out rows on which the peers' answers are compared (default: 256); 0 leaves it out",
     )
+    add("--speed", type=Path, metavar="DIR", help="what tools/speed.py wrote (default: EXPERIMENT/speed, if there)")
     options = parser.parse_args()
     if options.agreement_rows < 0:
         raise cli.UserError(f"--agreement_rows {options.agreement_rows}: must be 0 or more")
 
     from ctcd_ds.experiments.report.build import write_report
 
-    page = write_report(options.paths, options.output_dir, options.agreement_rows)
+    page = write_report(options.paths, options.output_dir, options.agreement_rows, options.speed)
     print(f"report in {page}")
     return cli.EXIT_DONE
 

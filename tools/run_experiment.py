@@ -3,7 +3,8 @@
 
 python tools/run_experiment.py --experiment ds_configs/experiments/weights.yaml --size tiny --output_dir runs/weights
 
-Cells that are finished are not run again with --resume; a cell that fails does not stop the others.
+Cells that are finished are not run again with --resume; a cell that fails does not stop the others. With --slurm every
+cell is a chain of jobs (pretraining, export, GLUE), and the last job collects them and writes the report.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import sys
 from pathlib import Path
 
 from ctcd_ds import cli
+from ctcd_ds.cluster.slurm import DEFAULTS, load_cluster
 
-REPORT = Path(__file__).with_name("report.py")
+TOOLS = Path(__file__).resolve().parent
 
 
 def main() -> int:
@@ -30,8 +32,18 @@ def main() -> int:
     add("--seeds", help="comma-separated, instead of the experiment's")
     add("--max_parallel", type=int, metavar="N", help="cells at once; left out: one-rank cells fill GPUs or cores")
     add("--resume", action="store_true", help="goes on with the experiment in output_dir")
+    add("--slurm", action="store_true", help="queues the cells as jobs and returns; on a login node")
+    add("--nodes", type=int, default=1, help="of each cell's run, with --slurm (default: 1)")
+    add("--cluster", type=Path, metavar="FILE", help=f"for --slurm (default: {DEFAULTS}, if there)")
+    add("--collect", action="store_true", help="runs nothing: results.json and report from what is in output_dir")
     add("--dry_run", action="store_true", help="checks all cells, prints them and their cost, and stops")
     options = parser.parse_args()
+    if options.nodes < 1:
+        raise cli.UserError(f"--nodes {options.nodes}: at least 1")
+    if not options.slurm and (options.nodes > 1 or options.cluster):
+        raise cli.UserError("--nodes and --cluster are for --slurm")
+    if options.slurm and options.collect:
+        raise cli.UserError("--slurm queues a job that collects; --collect alone does so now")
     if options.max_parallel is not None and options.max_parallel < 1:
         raise cli.UserError(f"--max_parallel {options.max_parallel}: must be a whole number from 1")
 
@@ -40,8 +52,9 @@ def main() -> int:
     except ValueError:
         raise cli.UserError(f"--seeds: {options.seeds!r} is no comma-separated list of whole numbers") from None
 
-    from ctcd_ds.experiments.experiment import run_experiment
+    from ctcd_ds.experiments.experiment import Slurm, run_experiment
 
+    slurm = Slurm(load_cluster(options.cluster), options.nodes, collecting(options)) if options.slurm else None
     directory = options.output_dir.resolve()
     code = run_experiment(
         options.experiment,
@@ -53,11 +66,36 @@ def main() -> int:
         options.max_parallel,
         options.resume,
         options.dry_run,
+        slurm,
+        options.collect,
     )
-    if REPORT.exists() and not options.dry_run and code != cli.EXIT_SAVED:
-        words = [sys.executable, REPORT, directory, "--output_dir", directory / "report"]
-        code = max(code, min(1, subprocess.run(list(map(str, words)), check=False).returncode))
+    if not options.slurm and not options.dry_run and code != cli.EXIT_SAVED:
+        code = max(code, show(directory))
     return code
+
+
+def show(directory: Path) -> int:
+    """The speed of each size of model, once, and the report: by the commands that a user types."""
+    from ctcd_ds.experiments.collecting import shapes
+    from ctcd_ds.experiments.results import read_results
+
+    lines: list[list[object]] = []
+    models, place = [directory / export for export in shapes(read_results(directory))], directory / "speed"
+    if models and not (place / "speed.json").exists():
+        lines.append([TOOLS / "speed.py", "--model", *models, "--seconds", 5, "--output_dir", place])
+    lines.append([TOOLS / "report.py", directory, "--output_dir", directory / "report"])
+    codes = [subprocess.run([sys.executable, *map(str, line)], check=False).returncode for line in lines]
+    return min(1, max(codes))
+
+
+def collecting(options: argparse.Namespace) -> list[str]:
+    """The words after `python` that collect this experiment, from the folder where this was typed."""
+    words: list[object] = [Path(__file__).resolve(), "--collect", "--experiment", options.experiment]
+    words += ["--output_dir", options.output_dir, "--size", options.size]
+    words += ["--set", *options.set] if options.set else []
+    words += ["--data_dir", options.data_dir] if options.data_dir else []
+    words += ["--seeds", options.seeds] if options.seeds else []
+    return list(map(str, words))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +56,11 @@ class Cluster(Section):
     preflight: bool = True
 
     @property
+    def device(self) -> str:
+        """'cuda' or 'cpu': what its jobs train on."""
+        return "cuda" if self.gpus_per_node and self.environment.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+    @property
     def ranks_per_node(self) -> int:
         """One task per GPU; where there are none, as many as asked for."""
         return self.tasks_per_node or self.gpus_per_node or 1
@@ -82,6 +87,37 @@ def load_cluster(path: Path | None) -> Cluster:
     return cluster
 
 
+def head(cluster: Cluster, folder: Path, name: str, options: Mapping[str, object], log: str) -> list[str]:
+    """Everything above a script's own work; the script stands in `folder`/slurm, and so does its log."""
+    options = {
+        "job-name": f"{name}-{folder.name}",
+        "output": folder / "slurm" / log,
+        "open-mode": "append",
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "mem": cluster.memory,
+        "cpus-per-task": cluster.cpus_per_task,
+        **options,
+    }
+    given = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
+    variables = [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
+    if cluster.python is None:
+        variables.insert(0, f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    return [
+        "#!/usr/bin/env bash",
+        *given,
+        "#SBATCH --requeue",
+        *(f"#SBATCH {option}" for option in cluster.sbatch),
+        "# Written by ctcd_ds/cluster/slurm.py.",
+        f"cd {shlex.quote(str(ROOT))} || exit",
+        *cluster.setup,
+        *variables,
+        f"export PYTHON={shlex.quote(cluster.python or 'python')}",
+    ]
+
+
 @dataclass(frozen=True)
 class Run:
     """One run to be queued: its directory (absolute), its resolved recipe as YAML, its trained peers."""
@@ -92,19 +128,11 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Glue:
-    """Options of tools/run_glue.py."""
-
-    data_dir: str
-    tasks: str
-    seeds: str
-
-
-@dataclass(frozen=True)
 class Submission:
     """What is to be queued: one run, or several as a job array, in or below `folder` (absolute).
 
-    deepspeed: the JSON's text. then: what follows, 'export' and 'glue'.
+    deepspeed: the JSON's text. then: what follows, 'export' and 'glue'. glue: tools/run_glue.py's options.
+    after: jobs that must end well before these runs start. closing: a shell line for the end of GLUE's script.
     """
 
     cluster: Cluster
@@ -114,7 +142,9 @@ class Submission:
     deepspeed: str
     resume: bool
     then: Sequence[str]
-    glue: Glue | None
+    glue: Mapping[str, str] | None
+    after: Sequence[str] = ()
+    closing: str = ""
 
     @property
     def many(self) -> bool:
@@ -156,7 +186,7 @@ class Submission:
             *self._head("export", {"ntasks": 1}, array=self.many),
             *self._which_run(),
             '$PYTHON -m ctcd_ds.cluster.job finished "$run" || exit',
-            '$PYTHON tools/export_hf.py --checkpoint "$run" --peer all --output_dir "$run/hf"',
+            '[ -d "$run/hf" ] || $PYTHON tools/export_hf.py --checkpoint "$run" --peer all --output_dir "$run/hf"',
         ]
         return "\n".join(lines) + "\n"
 
@@ -164,47 +194,20 @@ class Submission:
         assert self.glue is not None
         models = [shlex.quote(str(run.path / "hf" / peer)) for run in self.runs for peer in run.peers]
         gpu = f"{self.cluster.gpu}:1" if self.cluster.gpus_per_node else None
-        how = [("data_dir", self.glue.data_dir), ("tasks", self.glue.tasks), ("seeds", self.glue.seeds)]
-        how += [("output_dir", str(self.folder / "glue"))]
+        how = {**self.glue, "output_dir": str(self.folder / "glue")}
         lines = [
             *self._head("glue", {"ntasks": 1, "gres": gpu, "time": self.cluster.time}, array=False),
             "$PYTHON tools/run_glue.py \\",
             *(f"    {'--model ' if n == 0 else '        '}{model} \\" for n, model in enumerate(models)),
-            "    " + " ".join(f"--{key} {shlex.quote(value)}" for key, value in how),
+            "    " + " ".join(f"--{key} {shlex.quote(value)}" for key, value in how.items()),
+            *([self.closing] if self.closing else []),
         ]
         return "\n".join(lines) + "\n"
 
     def _head(self, name: str, options: Mapping[str, object], array: bool) -> list[str]:
-        """Everything above a script's own work."""
-        cluster = self.cluster
-        options = {
-            "job-name": f"{name}-{self.folder.name}",
-            "output": self.folder / "slurm" / f"{name}-{'%A_%a' if array else '%j'}.log",
-            "open-mode": "append",
-            "array": f"0-{len(self.runs) - 1}" if array else None,
-            "partition": cluster.partition,
-            "account": cluster.account,
-            "qos": cluster.qos,
-            "constraint": cluster.constraint,
-            "mem": cluster.memory,
-            "cpus-per-task": cluster.cpus_per_task,
-            **options,
-        }
-        given = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
-        variables = [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
-        if cluster.python is None:
-            variables.insert(0, f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
-        return [
-            "#!/usr/bin/env bash",
-            *given,
-            "#SBATCH --requeue",
-            *(f"#SBATCH {option}" for option in cluster.sbatch),
-            "# Written by launchers/submit.py.",
-            f"cd {shlex.quote(str(ROOT))} || exit",
-            *cluster.setup,
-            *variables,
-            f"export PYTHON={shlex.quote(cluster.python or 'python')}",
-        ]
+        log = f"{name}-{'%A_%a' if array else '%j'}.log"
+        tasks = f"0-{len(self.runs) - 1}" if array else None
+        return head(self.cluster, self.folder, name, {"array": tasks, **options}, log)
 
     def _which_run(self) -> list[str]:
         paths = "".join(f"    {shlex.quote(str(run.path))}\n" for run in self.runs)
@@ -215,8 +218,7 @@ class Submission:
 
         Raises UserError where SLURM refuses one: then none is queued, and nothing is left behind.
         """
-        if shutil.which("sbatch") is None:
-            raise UserError("sbatch is not here: submit on a login node of the cluster, or look at it with --print")
+        require_sbatch()
         new = [path for path in (self.folder, *(run.path for run in self.runs)) if not path.exists()]
         new += [path for path in (self.folder / "slurm", *(r.path / "slurm" for r in self.runs)) if not path.exists()]
         ids: dict[str, str] = {}
@@ -224,13 +226,11 @@ class Submission:
             self._write()
             for name in self.scripts():
                 # A task of the export array follows its own run; GLUE compares all models, and follows all exports.
-                before = ids.get("export") or ids.get("pretrain")
+                before = [number for stage in ("export", "pretrain") if (number := ids.get(stage))][:1] or self.after
                 kind = "aftercorr" if self.many and name == "export" else "afterok"
-                wait = [f"--dependency={kind}:{before}", "--kill-on-invalid-dep=yes"] if before else []
-                ids[name] = _sbatch(self.folder / "slurm" / f"{name}.sbatch", wait)
+                ids[name] = sbatch(self.folder / "slurm" / f"{name}.sbatch", before, kind)
         except (UserError, OSError) as problem:
-            if ids:
-                subprocess.run(["scancel", *ids.values()], check=False)
+            cancel(ids.values())
             for path in new:
                 shutil.rmtree(path, ignore_errors=True)
             raise UserError(str(problem)) from None
@@ -265,9 +265,31 @@ class Submission:
         return "\n".join(lines)
 
 
-def _sbatch(script: Path, options: Sequence[str]) -> str:
-    """Queues a script; its job id."""
-    done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True, check=False)
+def require_sbatch() -> None:
+    """Raises UserError where jobs cannot be queued."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not here: submit on a login node of the cluster, or look at it with --print")
+
+
+def sbatch(script: Path, before: Sequence[str] = (), kind: str = "afterok") -> str:
+    """Queues a script behind the jobs `before`; its job id. Raises UserError where SLURM refuses it."""
+    wait = [f"--dependency={kind}:{':'.join(before)}", "--kill-on-invalid-dep=yes"] if before else []
+    done = subprocess.run(["sbatch", "--parsable", *wait, str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"sbatch refused {script.name}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Takes jobs out of the queue."""
+    if listed := list(jobs):
+        subprocess.run(["scancel", *listed], check=False)
+
+
+def still_queued(jobs: Iterable[str]) -> list[str]:
+    """Those of the jobs that wait or run. Raises UserError where SLURM does not answer."""
+    line = ["squeue", "--noheader", "--me", "--format=%A"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"squeue does not answer: {done.stderr.strip()}")
+    return [job for job in jobs if job in set(done.stdout.split())]

@@ -104,6 +104,16 @@ def glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
     return {}
 
 
+def shapes(results: Results) -> list[str]:
+    """One export (relative to the experiment) of each size of model, the largest first: speed is a matter of size."""
+    found: dict[tuple[int | None, ...], str] = {}
+    for cell in results.cells:
+        for peer in cell.peers.values():
+            if peer.export is not None:
+                found.setdefault((peer.parameters, peer.layers, peer.hidden_size), peer.export)
+    return [found[size] for size in sorted(found, key=lambda size: size[0] or 0, reverse=True)]
+
+
 def _conditions(planned: Sequence[Planned], cells: Sequence[Cell]) -> dict[str, Condition]:
     members: dict[str, list[Cell]] = {}
     for cell in cells:

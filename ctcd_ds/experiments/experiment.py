@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,23 +13,46 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ctcd_ds.cli import EXIT_DONE, EXIT_FAILED, EXIT_SAVED, RunFailure, UserError
+from ctcd_ds.cluster.slurm import Cluster, require_sbatch
 from ctcd_ds.experiments.collecting import collect
 from ctcd_ds.experiments.grid import expand
 from ctcd_ds.experiments.planning import Planned, plan_cells, structural_mistakes
+from ctcd_ds.experiments.queueing import queue_cells, refuse_while_queued
 from ctcd_ds.experiments.results import FILE, Cell, Results, read_results, write_results
-from ctcd_ds.experiments.running import ROOT, Ending, Machine, do_cell, is_finished, places, recipe_place, run_cells
+from ctcd_ds.experiments.running import (
+    ROOT,
+    Ending,
+    Machine,
+    do_cell,
+    found_ending,
+    is_done,
+    is_finished,
+    places,
+    recipe_place,
+    run_cells,
+)
 from ctcd_ds.experiments.specification import Experiment, base_recipe, load_experiment
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes
 from ctcd_ds.training.engine import device_type
 from ctcd_ds.training.run_directory import git_commit
 from ctcd_ds.training.tensorboard import write_scores
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Where cells are queued; `collecting`: the words that collect this experiment, after the interpreter."""
+
+    cluster: Cluster
+    nodes: int
+    collecting: Sequence[str]
 
 
 def run_experiment(
@@ -41,17 +65,27 @@ def run_experiment(
     max_parallel: int | None,
     resume: bool,
     dry_run: bool,
+    slurm: Slurm | None = None,
+    only_collect: bool = False,
 ) -> int:
     """Runs all cells of an experiment file that are not finished yet, and writes DIR/results.json after each.
 
-    Raises UserError before anything starts where file, recipes, data or directory cannot serve. Returns the exit code:
-    0 all cells are finished, 1 some failed, 85 stopped with everything saved.
+    `slurm`: the cells are queued instead, and nothing is waited for. `only_collect`: nothing is run, results.json is
+    written from what is there. Raises UserError before anything starts where file, recipes, data or directory cannot
+    serve. Returns the exit code: 0 all cells are finished (or queued), 1 some are not, 85 stopped with all saved.
     """
     experiment = load_experiment(path, size)
     if seeds is not None:
         experiment = experiment.model_copy(update={"seeds": seeds})
-    _refuse_or_resume(directory, resume)
+    fresh = not directory.exists()
+    _refuse_or_resume(directory, resume or only_collect)
+    if slurm is not None and not dry_run:
+        require_sbatch()
+        refuse_while_queued(directory)
     gpus = _gpus()
+    device, world = device_type(), experiment.ranks or max(1, gpus)
+    if slurm is not None:
+        device, world = slurm.cluster.device, slurm.nodes * slurm.cluster.ranks_per_node
     with tempfile.TemporaryDirectory() as passing:
         place = Path(passing) / "data" if dry_run else directory / "data"
         experiment, overrides = with_data(experiment, place, overrides, data_dir)
@@ -60,13 +94,12 @@ def run_experiment(
             raise Mistakes("the cells' recipes", mistakes)
         if experiment.demo_data:
             make_demo_data(place)
-        planned = plan_cells(experiment, cells, directory, experiment.ranks or max(1, gpus))
+        planned = plan_cells(experiment, cells, directory, world, device)
         _check_glue(experiment)
     print(describe(path.stem, experiment, size, planned), flush=True)
     if dry_run:
         return EXIT_DONE
     _write_recipes(planned, directory)
-    machine = Machine(places(experiment.ranks, max_parallel, gpus, len(os.sched_getaffinity(0))), directory)
     about = {
         "experiment": path.stem,
         "size": size,
@@ -75,7 +108,41 @@ def run_experiment(
         "command": ["python", *sys.argv],
         "git_commit": git_commit(),
     }
+    if only_collect:
+        return _collect(experiment, planned, directory, about)
+    if slurm is not None:
+        return _queue(experiment, planned, directory, about, slurm, fresh)
+    machine = Machine(places(experiment.ranks, max_parallel, gpus, len(os.sched_getaffinity(0))), directory)
     return _run(experiment, planned, machine, directory, about)
+
+
+def _queue(
+    experiment: Experiment, planned: Sequence[Planned], directory: Path, about: Any, slurm: Slurm, fresh: bool
+) -> int:
+    """All cells into the queue; a first results.json, in which they wait, keeps the command."""
+    waiting = {cell.name: Ending("finished" if is_done(cell, experiment) else "waiting", "queued") for cell in planned}
+    write_results(directory, collect(experiment, planned, waiting, directory, {**about, "seconds": 0.0}))
+    try:
+        print(queue_cells(experiment, planned, directory, slurm.cluster, slurm.nodes, slurm.collecting))
+    except UserError:
+        if fresh:
+            shutil.rmtree(directory)
+        raise
+    return EXIT_DONE
+
+
+def _collect(experiment: Experiment, planned: Sequence[Planned], directory: Path, about: Any) -> int:
+    """results.json from what is there, and what stands in the way of the rest."""
+    if (directory / FILE).exists():
+        about = {**about, "command": read_results(directory).command}  # the one that repeats it
+    endings = {cell.name: found_ending(cell, experiment) for cell in planned if cell.owner == cell.name}
+    results = collect(experiment, planned, endings, directory, {**about, "seconds": _seconds_before(directory)})
+    write_results(directory, results)
+    for cell in planned:
+        if cell.owner == cell.name:
+            show_scores(cell.run, next(c for c in results.cells if c.name == cell.name))
+    print(summary(results, directory), flush=True)
+    return EXIT_DONE if all(cell.state == "finished" for cell in results.cells) else EXIT_FAILED
 
 
 def _refuse_or_resume(directory: Path, resume: bool) -> None:
@@ -107,7 +174,8 @@ def with_data(
         if demo and given:  # a stand-in made from the demo's text says nothing about models of another text
             changes["glue"] = None
         else:
-            changes["glue"] = experiment.glue.model_copy(update={"data_dir": where})
+            found = where if where == "hub" else str(Path(where).resolve())  # --resume may be said from anywhere
+            changes["glue"] = experiment.glue.model_copy(update={"data_dir": found})
     return experiment.model_copy(update=changes), list(overrides)
 
 

@@ -14,7 +14,6 @@ from ctcd_ds.experiments.specification import Experiment, prerequisites
 from ctcd_ds.manifest import canonical_sha256
 from ctcd_ds.recipe import Mistakes, Recipe, recipe_mistakes
 from ctcd_ds.training.deepspeed_config import read_json
-from ctcd_ds.training.engine import device_type
 from ctcd_ds.training.plan import Plan, make_plan
 
 
@@ -66,15 +65,18 @@ class _Size:
         return self.needed_flops + self.steps * self.flops_per_step
 
 
-def plan_cells(experiment: Experiment, cells: Sequence[CellPlan], directory: Path, world: int) -> list[Planned]:
+def plan_cells(
+    experiment: Experiment, cells: Sequence[CellPlan], directory: Path, world: int, device: str
+) -> list[Planned]:
     """Every cell with its recipe and cost, in the order in which they are to be run: what others need comes first.
 
+    `world`, `device` ('cuda' or 'cpu'): of the runs to be, which may be on other machines.
     Raises Mistakes with what is wrong in any cell's recipe, corpus or model; nothing was started or written then.
     """
     if mistakes := structural_mistakes(cells):
         raise Mistakes("the cells' recipes", mistakes)
     first_seed = {cell.point.name: cell for cell in reversed(cells)}
-    sizes = _sizes(experiment, first_seed, directory, world)
+    sizes = _sizes(experiment, first_seed, directory, world, device)
     owners: dict[str, str] = {}
     owner_of: dict[str, str] = {}
     planned = []
@@ -130,13 +132,15 @@ def _in_order(experiment: Experiment) -> Any:
     return lambda cell: (seeds.index(cell.seed), level[cell.point.group], file_order.index(cell.point.group))
 
 
-def _sizes(experiment: Experiment, cells: Mapping[str, CellPlan], directory: Path, world: int) -> dict[str, _Size]:
+def _sizes(
+    experiment: Experiment, cells: Mapping[str, CellPlan], directory: Path, world: int, device: str
+) -> dict[str, _Size]:
     """Condition → cost, from a plan of its first cell."""
     conditions: dict[str, list[Point]] = points(experiment)
     sizes: dict[str, _Size] = {}
     mistakes: dict[str, str] = {}
     by_name = {cell.name: cell for cell in cells.values()}
-    config, device = read_json(Path(experiment.deepspeed_config)), device_type()
+    config = read_json(Path(experiment.deepspeed_config))
     for group in TopologicalSorter(prerequisites(experiment.cells)).static_order():
         for point in conditions[group]:
             cell = cells[point.name]

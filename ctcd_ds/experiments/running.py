@@ -29,6 +29,7 @@ from ctcd_ds.experiments.specification import Experiment, Glue
 from ctcd_ds.manifest import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]  # where launchers/ and tools/ stand
+ASKED = Path("glue", "asked.json")  # in a run directory
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def do_cell(cell: Planned, experiment: Experiment, machine: Machine, directory: 
                 machine.call(cell.name, [sys.executable, ROOT / "tools/export_hf.py", *words], environment)
             if experiment.glue is not None and not _is_scored(cell, experiment.glue):
                 machine.call(cell.name, _run_glue(cell, experiment.glue), environment)
-                write_atomic(cell.run / "glue" / "asked.json", experiment.glue.model_dump_json(indent=1) + "\n")
+                write_atomic(cell.run / ASKED, asked(experiment.glue))
     except Stopped:
         return Ending("waiting", "stopped early; go on with --resume")
     except (RunFailure, OSError) as failure:
@@ -174,12 +175,42 @@ def is_finished(run: Path) -> bool:
         return False
 
 
+def found_ending(cell: Planned, experiment: Experiment) -> Ending:
+    """How a run stands by the files it left: for runs that others started."""
+    if is_done(cell, experiment):
+        return Ending("finished")
+    if is_finished(cell.run):
+        return Ending("waiting", f"trained, but not yet exported and scored; logs in {cell.run / 'slurm'}")
+    try:
+        ending = json.loads((cell.run / "exit.json").read_text())
+        return Ending("failed" if ending["state"] == "failed" else "waiting", f"{ending['state']}: {ending['reason']}")
+    except (OSError, ValueError, KeyError, TypeError):
+        return Ending("waiting", "not finished")
+
+
+def is_done(cell: Planned, experiment: Experiment) -> bool:
+    """Whether a run is finished, exported and scored as asked for: nothing is left to do."""
+    scored = experiment.glue is None or _is_scored(cell, experiment.glue)
+    return is_finished(cell.run) and (cell.run / "hf").exists() and scored
+
+
 def _is_scored(cell: Planned, glue: Glue) -> bool:
     """Whether this run's exports were fine-tuned as asked for: run_glue would do nothing, after long imports."""
     try:
-        return (cell.run / "glue" / "asked.json").read_text(encoding="utf-8") == glue.model_dump_json(indent=1) + "\n"
+        return (cell.run / ASKED).read_text(encoding="utf-8") == asked(glue)
     except OSError:
         return False
+
+
+def asked(glue: Glue) -> str:
+    """The content of the file CELL/glue/asked.json, which is there when GLUE is done."""
+    return glue.model_dump_json(indent=1) + "\n"
+
+
+def glue_options(glue: Glue) -> dict[str, str]:
+    """tools/run_glue.py's options, but for its models and its output."""
+    given: dict[str, Any] = glue.model_dump(exclude_none=True)
+    return {key: ",".join(map(str, value)) if key == "seeds" else str(value) for key, value in given.items()}
 
 
 def recipe_place(directory: Path, cell: str) -> Path:
@@ -202,10 +233,9 @@ def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[ob
 def _run_glue(cell: Planned, glue: Glue) -> list[object]:
     words: list[object] = [sys.executable, ROOT / "tools/run_glue.py"]
     words += ["--model", *(cell.run / "hf" / peer for peer in cell.exports), "--output_dir", cell.run / "glue"]
-    options: dict[str, Any] = glue.model_dump(exclude_none=True, exclude={"seeds"})
-    for option, value in options.items():
+    for option, value in glue_options(glue).items():
         words += [f"--{option}", value]
-    return [*words, "--seeds", ",".join(map(str, glue.seeds))]
+    return words
 
 
 def places(ranks: int | None, max_parallel: int | None, gpus: int, cores: int) -> list[dict[str, str]]:

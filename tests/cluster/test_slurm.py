@@ -177,3 +177,49 @@ def test_what_cannot_run_is_refused_before_anything_is_queued(slurm: Slurm, plac
     line = ("python", "launchers/submit.py", *job(place, "wrong", "--partition", "hihg"))
     said = slurm.client("sh", "-c", '"$@" 2>&1', "sh", *line, check=False)
     assert "sbatch refused pretrain.sbatch" in said and "invalid partition" in said and not (place / "wrong").exists()
+
+
+def test_an_experiment_is_a_chain_for_every_cell_and_a_job_that_collects(slurm: Slurm, place: Path) -> None:
+    """A cell waits for the export of its teacher; one that fails takes with it only the cell that needs it."""
+    short = {"training.steps": 6, "training.valid_every": 6}
+
+    def frozen(cell: str) -> dict[str, Any]:
+        return {"peers.teacher": {"pretrained": {"cell": cell, "peer": "teacher"}, "frozen": True}}
+
+    hopeless = {"optimizer.lr": 1e30, "optimizer.max_grad_norm": 0, "training.steps": 40, "training.valid_every": 40}
+    alone = {"peers.student": None, "peers.teacher.soft": None}
+    experiment = {
+        "question": "Does it run?", "recipe": "recipe.json", "deepspeed_config": "d.json", "seeds": [1], "set": short,
+        "cells": {"alone": {"set": alone}, "kd": {"set": frozen("alone")},
+                  "hopeless": {"set": {**alone, **hopeless}}, "without": {"set": frozen("hopeless")}},
+        "compare": [{"peer": "student", "against": "kd"}],
+        "glue": {"tasks": "rte", "epochs": 1.0, "data_dir": str(place / "glue")},
+    }  # fmt: skip
+    (place / "e.json").write_text(json.dumps(experiment))
+    out = place / "experiment"
+    words = ["python", "tools/run_experiment.py", "--experiment", place / "e.json", "--output_dir", out]
+    queued = [*words, "--slurm", "--nodes", 2, "--cluster", place / "trusted.yaml"]
+    said = slurm.client(*queued)
+    jobs = json.loads((out / "slurm" / "jobs.json").read_text())
+    assert list(jobs) == ["alone-seed-1", "hopeless-seed-1", "kd-seed-1", "without-seed-1", "collect"]
+    assert all(number in said for stages in jobs.values() for number in stages.values())
+    again = slurm.client("sh", "-c", '"$@" 2>&1', "sh", *queued, "--resume", check=False)
+    assert "are still in the queue" in again
+
+    slurm.wait(jobs["collect"]["collect"], "COMPLETED", "FAILED")
+    results = json.loads((out / "results.json").read_text())
+    cells = {cell["condition"]: cell for cell in results["cells"]}
+    states = {name: cell["state"] for name, cell in cells.items()}
+    assert states == {"alone": "finished", "kd": "finished", "hopeless": "failed", "without": "waiting"}
+    assert cells["kd"]["peers"]["teacher"]["frozen"] and "rte" in cells["kd"]["peers"]["student"]["glue"]
+    assert "--slurm" in results["command"], "the report tells the command that repeats it"
+    assert (out / "report" / "report.html").exists()
+    environment = json.loads((out / cells["kd"]["run"] / "environment.json").read_text())
+    assert environment["world"] == 2
+
+    before = (out / cells["kd"]["run"] / "glue" / "results.json").stat().st_mtime_ns
+    slurm.client(*queued, "--resume")
+    jobs = json.loads((out / "slurm" / "jobs.json").read_text())
+    assert list(jobs) == ["hopeless-seed-1", "without-seed-1", "collect"], "what is done is not queued again"
+    slurm.wait(jobs["collect"]["collect"], "COMPLETED", "FAILED")
+    assert (out / cells["kd"]["run"] / "glue" / "results.json").stat().st_mtime_ns == before

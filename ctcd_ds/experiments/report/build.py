@@ -17,34 +17,39 @@ from ruamel.yaml import YAML
 
 from ctcd_ds import __version__
 from ctcd_ds.cli import UserError
+from ctcd_ds.evaluation.speed import FILE as SPEED_FILE
+from ctcd_ds.evaluation.speed import Speed, read_speed
 from ctcd_ds.experiments.report import copying
 from ctcd_ds.experiments.report.curves import Curves
 from ctcd_ds.experiments.report.grids import grid_pictures
 from ctcd_ds.experiments.report.study import Study, plain, read_study
-from ctcd_ds.experiments.report.words import METRICS, difference, opening, role, statements
+from ctcd_ds.experiments.report.words import METRICS, difference, opening, role, speed_reading, statements
 from ctcd_ds.experiments.results import Comparison
 
 PAGE = "report.html"
 _FIRST = ("valid_loss", "valid_accuracy", "glue/average")
 
 
-def write_report(paths: Sequence[Path], output_dir: Path, agreement_rows: int) -> Path:
+def write_report(paths: Sequence[Path], output_dir: Path, agreement_rows: int, speed: Path | None = None) -> Path:
     """Writes OUTPUT_DIR/report.html and a PNG for each picture; returns the page's path.
 
-    `agreement_rows`: held-out rows on which peers' answers are compared; with 0 that part is left out. Raises
-    UserError where `paths` are neither runs nor one experiment, or where the directory cannot be written.
+    `agreement_rows`: held-out rows on which peers' answers are compared; with 0 that part is left out. `speed`: where
+    tools/speed.py wrote; left out, an experiment's own DIR/speed. Raises UserError where `paths` are neither runs nor
+    one experiment, or where the directory cannot be written.
     """
     study = read_study(paths)
+    own = study.directory / "speed"
+    measured = read_speed(speed or own) if speed or (study.is_experiment and (own / SPEED_FILE).exists()) else None
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"--output_dir {output_dir} cannot be made: {problem.strerror}") from None
     page = output_dir / PAGE
-    page.write_text(render(study, output_dir, agreement_rows), encoding="utf-8")
+    page.write_text(render(study, output_dir, agreement_rows, measured), encoding="utf-8")
     return page
 
 
-def render(study: Study, directory: Path, agreement_rows: int) -> str:
+def render(study: Study, directory: Path, agreement_rows: int, speed: Speed | None = None) -> str:
     """The page's text; its pictures are also written into the directory."""
     curves = Curves(study, directory)
     pairs, missing = copying.all_pairs(study, agreement_rows) if agreement_rows else ([], [])
@@ -71,6 +76,8 @@ def render(study: Study, directory: Path, agreement_rows: int) -> str:
         gradient_norms=list(curves.gradient_norms()),
         throughput=list(curves.throughput()),
         pace=list(_pace(study)),
+        speed=speed,
+        speed_reading=speed_reading(speed) if speed else "",
         columns=[(metric, METRICS[metric]) for metric in _metrics(study) if metric in _FIRST],
         glue=[(metric, METRICS[metric]) for metric in _metrics(study) if metric.startswith("glue/")],
         glue_rows=list(_glue_rows(study)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ctcd_ds.evaluation.speed import Speed
 from ctcd_ds.experiments.report.study import Study, plain
 from ctcd_ds.experiments.results import Comparison
 from ctcd_ds.objective.graph import DistillationGraph
@@ -174,3 +175,17 @@ def _ends(study: Study) -> Iterator[str]:
                     f"The {peer}, {role_in(study, name, peer)}, ends at a {metric.name} of "
                     f"{metric.shown(spread.median)} ({seeds})."
                 )
+
+
+def speed_reading(speed: Speed) -> str:
+    """What the smallest model saves against the largest, at each size of batch."""
+    ordered = sorted(speed.models, key=lambda model: model.parameters)
+    small, large = ordered[0], ordered[-1]
+    if small.parameters == large.parameters:
+        return "All models have the same size."
+    paces = []
+    for own, theirs in zip(small.timings, large.timings, strict=True):
+        rows = "1 row" if own.batch_size == 1 else f"{own.batch_size} rows"
+        paces.append(f"{theirs.latency_ms / own.latency_ms:.2f} times as fast ({rows} at once)")
+    size = f"{small.bytes_on_disk / large.bytes_on_disk:.0%} of the size on disk"
+    return f"Against {large.name}, {small.name} is {' and '.join(paces)}, and has {size}."

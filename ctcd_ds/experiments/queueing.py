@@ -1,0 +1,113 @@
+"""An experiment on SLURM: every run a chain of jobs behind the runs it needs, and one job at the end that collects."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.cluster.slurm import Cluster, Run, Submission, cancel, head, sbatch, still_queued
+from ctcd_ds.experiments.planning import Planned
+from ctcd_ds.experiments.running import ASKED, asked, glue_options, is_done
+from ctcd_ds.experiments.specification import Experiment
+from ctcd_ds.manifest import write_atomic
+
+JOBS = Path("slurm", "jobs.json")  # in the experiment's directory: run or 'collect' → stage → job id
+
+
+def refuse_while_queued(directory: Path) -> None:
+    """Raises UserError where jobs of this experiment still wait or run: two of them must not share a run."""
+    try:
+        queued: dict[str, dict[str, str]] = json.loads((directory / JOBS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if there := still_queued(number for jobs in queued.values() for number in jobs.values()):
+        raise UserError(
+            f"output_dir {directory}: jobs {', '.join(there)} of this experiment are still in the queue: "
+            f"wait for them, or `scancel {' '.join(there)}`"
+        )
+
+
+def queue_cells(
+    experiment: Experiment,
+    planned: Sequence[Planned],
+    directory: Path,
+    cluster: Cluster,
+    nodes: int,
+    collecting: Sequence[str],
+) -> str:
+    """Queues all runs that are not done, and the command `collecting` behind the last of them. Returns what to say.
+
+    A run's first job waits for the exports that it needs; where one of those fails, SLURM takes the run from the queue
+    and the others go on. The collecting job runs whatever became of them. Raises UserError where SLURM refuses
+    one: then none is queued.
+    """
+    owner_of = {cell.name: cell.owner for cell in planned}
+    deepspeed = Path(experiment.deepspeed_config).read_text(encoding="utf-8")
+    queued: dict[str, dict[str, str]] = {}
+    try:
+        for cell in planned:
+            if cell.owner == cell.name and not is_done(cell, experiment):
+                needs = [queued[owner]["export"] for name in cell.cell.needs if (owner := owner_of[name]) in queued]
+                queued[cell.name] = _submission(cell, experiment, cluster, nodes, deepspeed, needs).queue()
+        last = [list(jobs.values())[-1] for jobs in queued.values()]
+        queued["collect"] = {"collect": _collect(directory, cluster, collecting, last)}
+    except (UserError, OSError) as problem:
+        cancel(number for jobs in queued.values() for number in jobs.values())
+        raise UserError(f"{problem}; nothing is queued") from None
+    write_atomic(directory / JOBS, json.dumps(queued, indent=1) + "\n")
+    return _how_to_watch(queued, directory)
+
+
+def _submission(
+    cell: Planned, experiment: Experiment, cluster: Cluster, nodes: int, deepspeed: str, after: Sequence[str]
+) -> Submission:
+    glue = experiment.glue
+    if glue is not None:
+        (cell.run / "slurm").mkdir(parents=True, exist_ok=True)
+        (cell.run / "slurm" / ASKED.name).write_text(asked(glue), encoding="utf-8")
+    places = (shlex.quote(str(cell.run / place)) for place in (Path("slurm", ASKED.name), ASKED))
+    return Submission(
+        cluster=cluster,
+        folder=cell.run,
+        runs=[Run(cell.run, cell.recipe.to_yaml(), cell.exports)],
+        nodes=nodes,
+        deepspeed=deepspeed,
+        resume=True,
+        then=["export", *(["glue"] if glue is not None else [])],
+        glue=glue_options(glue) if glue is not None else None,
+        after=after,
+        closing=f"[ $? = 0 ] && cp {' '.join(places)}" if glue is not None else "",
+    )
+
+
+def _collect(directory: Path, cluster: Cluster, words: Sequence[str], last: Sequence[str]) -> str:
+    here = f"cd {shlex.quote(str(Path.cwd()))} || exit"  # paths mean what they meant where they were typed
+    lines = [
+        *head(cluster, directory, "collect", {"ntasks": 1}, "collect-%j.log"),
+        here,
+        f"$PYTHON {shlex.join(words)}",
+    ]
+    script = directory / "slurm" / "collect.sbatch"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return sbatch(script, last, "afterany")
+
+
+def _how_to_watch(queued: Mapping[str, Mapping[str, str]], directory: Path) -> str:
+    numbers = [number for jobs in queued.values() for number in jobs.values()]
+    width = max(map(len, queued))
+    lines = [
+        f"{name:<{width}}  {', '.join(f'{stage} {number}' for stage, number in jobs.items())}"
+        for name, jobs in queued.items()
+    ]
+    lines += [
+        "",
+        f"queue     squeue --jobs={','.join(numbers)}",
+        f"curves    tensorboard --logdir {directory / 'cells'}",
+        f"so far    the command again with --collect in place of --slurm writes {directory / 'results.json'}",
+        f"stop      scancel {' '.join(numbers)}     (runs save; --slurm --resume goes on)",
+    ]
+    return "\n".join(lines)
