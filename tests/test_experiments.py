@@ -87,7 +87,8 @@ def test_every_shipped_experiment_builds(path: Path, size: str, corpus: Path, tm
     cells = expand(one_seed, base_recipe(one_seed, [f"corpus.path={corpus}"]), tmp_path)
     planned = plan_cells(one_seed, cells, tmp_path, 1, "cpu")
     assert len(planned) == len(cells) and all(cell.steps >= 1 and cell.flops > 0 for cell in planned)
-    assert len(experiment.seeds) >= (2 if size == "tiny" else 3) and experiment.question.endswith("?") and experiment.compare
+    assert len(experiment.seeds) >= (2 if size == "tiny" else 3)
+    assert experiment.question.endswith("?") and experiment.compare
     small = size == "tiny" or path.stem == "paper_cpu"
     assert bool(experiment.note) == small, "results of a small size say so"
     if size == "tiny":
