@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_plugin
 
-from ctcd_ds.experiments.experiment import show_scores
+from ctcd_ds.experiments.local import show_scores
 from ctcd_ds.experiments.results import Cell, GlueScore, PeerResult
 from ctcd_ds.training.metrics import shown_as
 from runs import Job, bert, chain_corpus, drop_checkpoint, metrics, run_jobs

@@ -52,22 +52,23 @@ def main() -> int:
     except ValueError:
         raise cli.UserError(f"--seeds: {options.seeds!r} is no comma-separated list of whole numbers") from None
 
-    from ctcd_ds.experiments.experiment import Slurm, run_experiment
+    from ctcd_ds.experiments.experiment import Request, Slurm, run_experiment
 
-    slurm = Slurm(load_cluster(options.cluster), options.nodes, collecting(options)) if options.slurm else None
     directory = options.output_dir.resolve()
     code = run_experiment(
-        options.experiment,
-        directory,
-        options.size,
-        options.set,
-        options.data_dir,
-        seeds,
-        options.max_parallel,
-        options.resume,
-        options.dry_run,
-        slurm,
-        options.collect,
+        Request(
+            path=options.experiment,
+            directory=directory,
+            size=options.size,
+            overrides=options.set,
+            data_dir=options.data_dir,
+            seeds=seeds,
+            max_parallel=options.max_parallel,
+            resume=options.resume,
+            dry_run=options.dry_run,
+            only_collect=options.collect,
+            slurm=Slurm(load_cluster(options.cluster), options.nodes, collecting(options)) if options.slurm else None,
+        )
     )
     if not options.slurm and not options.dry_run and code != cli.EXIT_SAVED:
         code = max(code, show(directory))
@@ -76,12 +77,14 @@ def main() -> int:
 
 def show(directory: Path) -> int:
     """The speed of each size of model, once, and the report: by the commands that a user types."""
+    from ctcd_ds.evaluation.speed import read_speed
     from ctcd_ds.experiments.collecting import shapes
     from ctcd_ds.experiments.results import read_results
 
     lines: list[list[object]] = []
     models, place = [directory / export for export in shapes(read_results(directory))], directory / "speed"
-    if models and not (place / "speed.json").exists():
+    known = read_speed(place).models if (place / "speed.json").exists() else []
+    if models and [Path(model.path) for model in known] != models:
         lines.append([TOOLS / "speed.py", "--model", *models, "--seconds", 5, "--output_dir", place])
     lines.append([TOOLS / "report.py", directory, "--output_dir", directory / "report"])
     codes = [subprocess.run([sys.executable, *map(str, line)], check=False).returncode for line in lines]

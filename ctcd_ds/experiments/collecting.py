@@ -9,21 +9,16 @@ from typing import Any
 
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.experiments.grid import partner, points
-from ctcd_ds.experiments.planning import Planned
+from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
 from ctcd_ds.experiments.running import Ending
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 
 
-def collect(
-    experiment: Experiment,
-    planned: Sequence[Planned],
-    endings: Mapping[str, Ending],
-    directory: Path,
-    about: Mapping[str, Any],
-) -> Results:
-    """The content of results.json. `endings`: by the run's owner; `about`: Results' fields that the command knows."""
+def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Results:
+    """The content of results.json. `endings`: by the run's owner; `seconds`: wall time so far."""
+    experiment, planned, directory = whole.experiment, whole.planned, whole.directory
     cells = [_cell(cell, endings.get(cell.owner, Ending("waiting", "not started")), directory) for cell in planned]
     conditions = _conditions(planned, cells)
     comparisons = list(_comparisons(experiment, conditions))
@@ -46,7 +41,8 @@ def collect(
         conditions=conditions,
         comparisons=comparisons,
         caveats=caveats(comparisons, len(experiment.seeds), unfinished, experiment.note),
-        **about,
+        seconds=seconds,
+        **whole.about,
     )
 
 

@@ -46,6 +46,24 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """An experiment checked and counted: all cells, in the order in which they are to be run.
+
+    `directory`: absolute, where all of it goes. `about`: the fields of results.json that only the command knows.
+    """
+
+    experiment: Experiment
+    planned: Sequence[Planned]
+    directory: Path
+    about: Mapping[str, Any]
+
+    @property
+    def runs(self) -> list[Planned]:
+        """The cells that are runs of their own; the others share one of these."""
+        return [cell for cell in self.planned if cell.owner == cell.name]
+
+
+@dataclass(frozen=True)
 class _Size:
     """What a condition's run costs: the same for all seeds."""
 

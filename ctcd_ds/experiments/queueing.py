@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.slurm import Cluster, Run, Submission, cancel, head, sbatch, still_queued
-from ctcd_ds.experiments.planning import Planned
+from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.running import ASKED, asked, glue_options, is_done
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.manifest import write_atomic
@@ -30,26 +30,20 @@ def refuse_while_queued(directory: Path) -> None:
         )
 
 
-def queue_cells(
-    experiment: Experiment,
-    planned: Sequence[Planned],
-    directory: Path,
-    cluster: Cluster,
-    nodes: int,
-    collecting: Sequence[str],
-) -> str:
+def queue_cells(whole: Whole, cluster: Cluster, nodes: int, collecting: Sequence[str]) -> str:
     """Queues all runs that are not done, and the command `collecting` behind the last of them. Returns what to say.
 
     A run's first job waits for the exports that it needs; where one of those fails, SLURM takes the run from the queue
     and the others go on. The collecting job runs whatever became of them. Raises UserError where SLURM refuses
     one: then none is queued.
     """
-    owner_of = {cell.name: cell.owner for cell in planned}
+    experiment, directory = whole.experiment, whole.directory
+    owner_of = {cell.name: cell.owner for cell in whole.planned}
     deepspeed = Path(experiment.deepspeed_config).read_text(encoding="utf-8")
     queued: dict[str, dict[str, str]] = {}
     try:
-        for cell in planned:
-            if cell.owner == cell.name and not is_done(cell, experiment):
+        for cell in whole.runs:
+            if not is_done(cell, experiment):
                 needs = [queued[owner]["export"] for name in cell.cell.needs if (owner := owner_of[name]) in queued]
                 queued[cell.name] = _submission(cell, experiment, cluster, nodes, deepspeed, needs).queue()
         last = [list(jobs.values())[-1] for jobs in queued.values()]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import EXIT_SAVED, RunFailure
-from ctcd_ds.experiments.planning import Planned
+from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.specification import Experiment, Glue
 from ctcd_ds.manifest import write_atomic
 
@@ -148,8 +148,9 @@ def run_cells(
     return endings
 
 
-def do_cell(cell: Planned, experiment: Experiment, machine: Machine, directory: Path) -> Ending:
+def do_cell(cell: Planned, whole: Whole, machine: Machine) -> Ending:
     """Pretrains, exports and fine-tunes one cell; what is finished already is left."""
+    experiment, directory = whole.experiment, whole.directory
     try:
         with machine.place() as environment:
             if not is_finished(cell.run):
