@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import Damage
-
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-Rows = Mapping[int, Mapping[str, Any]]
-
-
-def read_metrics(path: Path, last_step: int) -> dict[int, dict[str, Any]]:
-    """The rows of a metrics.jsonl by step, up to `last_step`; of a step that was run again the later row counts.
-
-    Only numbers are kept. A missing file holds no rows. Raises Damage where a line is none of training's.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = {row["step"]: row for row in map(json.loads, lines) if row["step"] <= last_step}
-        return {
-            step: {key: value for key, value in row.items() if isinstance(value, int | float)}
-            for step, row in sorted(rows.items())
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as problem:
-        raise Damage(f"{path} has a line that is no row of metrics: {problem}") from None
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, by step
 
 
 def draw(path: Path, rows: Rows, name: str, peers: Iterable[str]) -> bool:
@@ -36,7 +17,7 @@ def draw(path: Path, rows: Rows, name: str, peers: Iterable[str]) -> bool:
 
     others = [peer for peer in peers if peer != name]
     order = [name, *others]
-    soft = sorted({key for row in rows.values() for key in row if key.startswith("loss/") and "/soft/" in key})
+    soft = sorted({key for row in rows for key in row if key.startswith("loss/") and "/soft/" in key})
     if not any(_series(rows, f"loss/{peer}/hard") or _series(rows, f"valid/{peer}/loss") for peer in order):
         return False
     panels = 2 if soft else 1
@@ -67,4 +48,4 @@ def draw(path: Path, rows: Rows, name: str, peers: Iterable[str]) -> bool:
 
 
 def _series(rows: Rows, key: str) -> list[tuple[int, float]]:
-    return [(step, row[key]) for step, row in rows.items() if row.get(key) is not None]
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]

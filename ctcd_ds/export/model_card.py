@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ctcd_ds import __version__
-from ctcd_ds.export.curves import Rows, draw, read_metrics
+from ctcd_ds.export.curves import Rows, draw
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.run_directory import RunDirectory
@@ -72,7 +72,7 @@ def write_card(
     `data_license`: the licence of the training text in the user's words; without it the card says it was not stated.
     """
     config = json.loads((run.peers / name / "config.json").read_text())
-    rows = read_metrics(run.metrics, manifest["step"])
+    rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
     section = recipe.peers[name]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
     terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
@@ -141,7 +141,7 @@ def _held_out(rows: Rows, name: str, corpus: str) -> list[EvalResult]:
     """The peer's last held-out values, as results."""
     prefix = f"valid/{name}/"
     found: dict[str, float] = {}
-    for row in rows.values():
+    for row in rows:
         found |= {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v is not None}
     return [
         EvalResult(

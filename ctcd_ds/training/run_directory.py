@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes, load_recipe
@@ -38,6 +38,22 @@ class RunDirectory:
     def holds_a_run(self) -> bool:
         """Whether a run was started here."""
         return self.recipe.exists() or self.checkpoints.exists() or self.metrics.exists()
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl in the order of steps; of a step that was run again the later row counts.
+
+        A half-written last line is left out: the run may still go on. Raises Damage where a line is none of training's.
+        """
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        rows: dict[int, dict[str, Any]] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                rows[int(row["step"])] = {key: value for key, value in row.items() if isinstance(value, int | float)}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                if number < len(lines):
+                    raise Damage(f"{self.metrics}:{number} is no row of metrics: {line[:80]!r}") from None
+        return [rows[step] for step in sorted(rows)]
 
     def refuse_or_resume(self, plan: Plan, resume: bool) -> list[str]:
         """What is different from the run that is here, and harmless, one line each.

@@ -45,19 +45,10 @@ def read_run(path: Path) -> LoggedRun:
     directory = RunDirectory(path)
     if not directory.recipe.is_file():
         raise UserError(f"{path} is neither a run directory (no recipe.yaml) nor an experiment (no {FILE})")
-    rows: dict[int, dict[str, Any]] = {}
-    lines = directory.metrics.read_text(encoding="utf-8").splitlines() if directory.metrics.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows[row["step"]] = row
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # the last line may be half written: the run goes on
-                raise UserError(f"{directory.metrics}:{number} is no row of metrics: {line[:80]!r}") from None
     return LoggedRun(
         directory,
         load_recipe(directory.recipe),
-        [rows[step] for step in sorted(rows)],
+        directory.logged(),
         *(read_json(path / name) for name in ("environment.json", "ds_config.json", "summary.json")),
     )
 
