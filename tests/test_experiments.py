@@ -338,3 +338,16 @@ def test_resume_runs_no_finished_cell_again_and_tries_the_failed_one(real: tuple
     logs = {path.stem: path.read_text() for path in (out / "logs").iterdir()}
     assert logs["alone-seed-1"].count("launchers/pretrain.py") == logs["alone-seed-1"].count("export_hf.py") == 1
     assert logs["diverging-seed-1"].count("$ ") == 2
+
+
+def test_cells_of_several_ranks_start_through_the_launcher(tmp_path: Path, corpus: Path) -> None:
+    path = written(tmp_path, corpus, cells={"ctcd": {}}, compare=[], ranks=2)
+    line = [sys.executable, "tools/run_experiment.py", "--experiment", path, "--output_dir", tmp_path / "out"]
+    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [cell] = read_results(tmp_path / "out").cells
+    assert cell.state == "finished" and set(cell.peers) == {"teacher", "student"}
+    known = json.loads((tmp_path / "out" / cell.run / "environment.json").read_text())
+    assert known["world"] == 2 and "deepspeed" in known["ranks"]
+    page = (tmp_path / "out" / "report" / "report.html").read_text()
+    assert 'id="table-speed"' in page, "an experiment measures the speed of its models"

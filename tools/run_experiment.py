@@ -81,11 +81,14 @@ def show(directory: Path) -> int:
     from ctcd_ds.experiments.collecting import shapes
     from ctcd_ds.experiments.results import read_results
 
+    results, place = read_results(directory), directory / "speed"
     lines: list[list[object]] = []
-    models, place = [directory / export for export in shapes(read_results(directory))], directory / "speed"
+    models = [directory / export for export in shapes(results)]
     known = read_speed(place).models if (place / "speed.json").exists() else []
     if models and [Path(model.path) for model in known] != models:
-        lines.append([TOOLS / "speed.py", "--model", *models, "--seconds", 5, "--output_dir", place])
+        length = min(cell.tokens // cell.rows for cell in results.cells if cell.tokens and cell.rows)
+        size = ["--sequence_lengths", length, "--seconds", 5]
+        lines.append([TOOLS / "speed.py", "--model", *models, *size, "--output_dir", place])
     lines.append([TOOLS / "report.py", directory, "--output_dir", directory / "report"])
     codes = [subprocess.run([sys.executable, *map(str, line)], check=False).returncode for line in lines]
     return min(1, max(codes))
