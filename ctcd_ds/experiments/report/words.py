@@ -147,11 +147,12 @@ def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statem
         metric = METRICS[name]
         verdicts = [c.verdict for c in own]
         best = min(own, key=lambda c: (c.mean or 0.0) * (1 if c.lower_is_better else -1))
-        whom = f"{plain(against)}" if peer == against_peer else f"the {against_peer} of {plain(against)}"
+        whom = "itself" if peer == against_peer else f"the {against_peer}"
         conditions = "one condition" if len(own) == 1 else f"{len(own)} conditions"
         text = (
-            f"The {peer} in {conditions} against {whom} ({metric.name}): better in {verdicts.count('better')}, "
-            f"worse in {verdicts.count('worse')}, no evidence of a difference in {verdicts.count('no evidence')}."
+            f"The {peer} against {whom} of “{plain(against)}” ({metric.name}), in {conditions}: better in "
+            f"{verdicts.count('better')}, worse in {verdicts.count('worse')}, "
+            f"no evidence of a difference in {verdicts.count('no evidence')}."
         )
         verdict = "no evidence"
         if len({*verdicts} - {"no evidence"}) == 1:
