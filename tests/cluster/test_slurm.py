@@ -199,6 +199,11 @@ def test_an_experiment_is_a_chain_for_every_cell_and_a_job_that_collects(slurm: 
     out = place / "experiment"
     words = ["python", "tools/run_experiment.py", "--experiment", place / "e.json", "--output_dir", out]
     queued = [*words, "--slurm", "--nodes", 2, "--cluster", place / "trusted.yaml"]
+    (place / "wrong.yaml").write_text("partition: hihg\n")
+    refused = [*words, "--slurm", "--cluster", place / "wrong.yaml"]
+    said = slurm.client("sh", "-c", '"$@" 2>&1', "sh", *refused, check=False)
+    assert "invalid partition" in said and "nothing is queued" in said and not out.exists()
+
     said = slurm.client(*queued)
     jobs = json.loads((out / "slurm" / "jobs.json").read_text())
     assert list(jobs) == ["alone-seed-1", "hopeless-seed-1", "kd-seed-1", "without-seed-1", "collect"]
