@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,7 +105,12 @@ def encode_in_order(blocks: Iterable[Block], encoding: Encoding, workers: int) -
             yield block, encoder(block.texts)
         return
     context = get_context("spawn")  # forking a process that holds threads (Rust, Arrow) can hang
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(encoding,)) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="ctcd-") as folder,
+        # By a file: what goes to a new process through its pipe must fit into the pipe, else the main process waits
+        # for ever where that process is ended before it has read all (CPython keeps the reading end open meanwhile).
+        ProcessPoolExecutor(workers, context, _start, (_handed_over(encoding, Path(folder)),)) as pool,
+    ):
         pending: deque[tuple[Block, Future[Encoded]]] = deque()
         try:
             for block in blocks:
@@ -121,16 +129,22 @@ def encode_in_order(blocks: Iterable[Block], encoding: Encoding, workers: int) -
             pool.shutdown(cancel_futures=True)  # after a mistake in the text nobody waits for what was read ahead
 
 
+def _handed_over(encoding: Encoding, folder: Path) -> Path:
+    place = folder / "encoding.pickle"
+    place.write_bytes(pickle.dumps(encoding))
+    return place
+
+
 _encoder: Encoder | None = None  # one in each worker process
 
 
-def _start(encoding: Encoding) -> None:
+def _start(encoding: Path) -> None:
     import signal
 
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(encoding)
+    _encoder = Encoder(pickle.loads(encoding.read_bytes()))
 
 
 def _end_with_parent() -> None:
