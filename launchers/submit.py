@@ -44,7 +44,12 @@ def options() -> argparse.Namespace:
     add("--glue_tasks", default="all", help="comma-separated (default: all there are)")
     add("--glue_seeds", default="1", help="comma-separated (default: 1)")
     add("--cluster", type=Path, metavar="FILE", help=f"defaults for this cluster (default: {DEFAULTS}, if there)")
-    add("--print", action="store_true", dest="show", help="shows the scripts, writes and submits nothing")
+    add(
+        "--print",
+        action="store_true",
+        dest="show",
+        help="shows the scripts, here or anywhere; writes and submits nothing",
+    )
     return parser.parse_args()
 
 

@@ -186,7 +186,7 @@ class Submission:
             *self._head("export", {"ntasks": 1}, array=self.many),
             *self._which_run(),
             '$PYTHON -m ctcd_ds.cluster.job finished "$run" || exit',
-            '[ -d "$run/hf" ] || $PYTHON tools/export_hf.py --checkpoint "$run" --peer all --output_dir "$run/hf"',
+            '$PYTHON tools/export_hf.py --checkpoint "$run" --peer all --output_dir "$run/hf"',
         ]
         return "\n".join(lines) + "\n"
 
@@ -268,7 +268,7 @@ class Submission:
 def require_sbatch() -> None:
     """Raises UserError where jobs cannot be queued."""
     if shutil.which("sbatch") is None:
-        raise UserError("sbatch is not here: submit on a login node of the cluster, or look at it with --print")
+        raise UserError("sbatch is not here: submit on a login node of the cluster")
 
 
 def sbatch(script: Path, before: Sequence[str] = (), kind: str = "afterok") -> str:

@@ -44,7 +44,8 @@ def queue_cells(whole: Whole, cluster: Cluster, nodes: int, collecting: Sequence
     try:
         for cell in whole.runs:
             if not is_done(cell, experiment):
-                needs = [queued[owner]["export"] for name in cell.cell.needs if (owner := owner_of[name]) in queued]
+                needed = [queued[owner] for name in cell.cell.needs if (owner := owner_of[name]) in queued]
+                needs = [jobs.get("export", jobs["pretrain"]) for jobs in needed]
                 queued[cell.name] = _submission(cell, experiment, cluster, nodes, deepspeed, needs).queue()
         last = [list(jobs.values())[-1] for jobs in queued.values()]
         queued["collect"] = {"collect": _collect(directory, cluster, collecting, last)}
@@ -58,7 +59,7 @@ def queue_cells(whole: Whole, cluster: Cluster, nodes: int, collecting: Sequence
 def _submission(
     cell: Planned, experiment: Experiment, cluster: Cluster, nodes: int, deepspeed: str, after: Sequence[str]
 ) -> Submission:
-    glue = experiment.glue
+    glue, exported = experiment.glue, (cell.run / "hf").exists()
     if glue is not None:
         (cell.run / "slurm").mkdir(parents=True, exist_ok=True)
         (cell.run / "slurm" / ASKED.name).write_text(asked(glue), encoding="utf-8")
@@ -70,7 +71,7 @@ def _submission(
         nodes=nodes,
         deepspeed=deepspeed,
         resume=True,
-        then=["export", *(["glue"] if glue is not None else [])],
+        then=[*([] if exported else ["export"]), *(["glue"] if glue is not None else [])],
         glue=glue_options(glue) if glue is not None else None,
         after=after,
         closing=f"[ $? = 0 ] && cp {' '.join(places)}" if glue is not None else "",

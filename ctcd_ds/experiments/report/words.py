@@ -150,7 +150,7 @@ def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statem
         whom = "itself" if peer == against_peer else f"the {against_peer}"
         conditions = "one condition" if len(own) == 1 else f"{len(own)} conditions"
         text = (
-            f"The {peer} against {whom} of “{plain(against)}” ({metric.name}), in {conditions}: better in "
+            f"The {peer} against {whom} in “{plain(against)}” ({metric.name}), in {conditions}: better in "
             f"{verdicts.count('better')}, worse in {verdicts.count('worse')}, "
             f"no evidence of a difference in {verdicts.count('no evidence')}."
         )
