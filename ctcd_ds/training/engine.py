@@ -16,6 +16,7 @@ from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.memory import keep_freed_memory
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
+from ctcd_ds.training.ops import load_collectives
 from ctcd_ds.training.plan import Plan
 
 INITIALISATION_TIMEOUT = timedelta(minutes=30)
@@ -54,6 +55,7 @@ def start_processes(ranks: Ranks) -> torch.device:
     accelerator = get_accelerator()
     if device_type() == "cpu":
         keep_freed_memory()
+        load_collectives()
     else:
         os.environ["LOCAL_RANK"] = str(device_number(ranks))  # DeepSpeed reads this too
         accelerator.set_device(device_number(ranks))
