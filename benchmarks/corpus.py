@@ -62,7 +62,7 @@ def library_rate(encode: Callable[[list[str]], int], texts: list[str]) -> tuple[
 
 
 def our_rate(inputs: list[str], tokenizer: str, lowercase: bool | None, workers: int, folder: Path) -> float:
-    """Tokens a second of the whole `prepare` call, its worker processes' start included."""
+    """Tokens a second of the whole `prepare` call; the first one loads the libraries too."""
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         prepare(inputs, tokenizer, folder, Settings(), Reading(), lowercase=lowercase, workers=workers)

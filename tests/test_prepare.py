@@ -187,29 +187,6 @@ def command(*arguments: Any) -> list[str]:
     return [sys.executable, str(ROOT / "tools/prepare_corpus.py"), *map(str, arguments)]
 
 
-def test_a_killed_worker_is_one_message_and_the_work_goes_on_later(tokenizer: Path, tmp_path: Path) -> None:
-    """As the kernel does where memory runs out."""
-    (tmp_path / "text.txt").write_text("\n\n".join(TEXT * 20), encoding="utf-8")
-    words = ("--input", tmp_path / "text.txt", "--tokenizer", tokenizer, "--output_dir", tmp_path / "out")
-    process = subprocess.Popen(command(*words, "--workers", 2), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
-    while process.poll() is None and not workers:
-        workers = [pid for pid in children.read_text().split() if b"spawn_main" in _command_line(pid)]
-        time.sleep(0.002)
-    os.kill(int(workers[0]), signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and b"failed: a worker process was ended" in said and b"Traceback" not in said
-    subprocess.run(command(*words, "--workers", 1), check=True, capture_output=True)
-    assert (tmp_path / "out" / "manifest.json").exists()
-
-
-def _command_line(pid: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it is gone already
-        return b""
-
-
 def test_a_killed_run_goes_on_behind_its_finished_shards(
     make: Callable[..., Path], tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ def main() -> None:
         help="for a vocab.txt; left out: true where it holds no capital letter",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="the corpus directory to make")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes that tokenise")
+    parser.add_argument("--workers", type=int, default=cores(), help="threads that tokenise")
     parser.add_argument("--fraction", type=float, default=default.fraction, help="share of the documents to take")
     parser.add_argument("--valid_fraction", type=float, default=default.valid_fraction, help="share of those held out")
     parser.add_argument("--seed", type=int, default=default.seed, help="decides which documents these are")

@@ -1,4 +1,4 @@
-"""Text to a corpus directory: documents are chosen, tokenised by many processes, and written in order.
+"""Text to a corpus directory: documents are chosen, tokenised by several threads, and written in order.
 
 What a corpus holds depends on the text, the tokenizer and the settings alone: not on the number of workers, and
 not on how often the work was interrupted. Documents are numbered over the whole input, and a hash of (seed,
@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.encode import Block, Encoding, encode_in_order
+from ctcd_ds.corpus.encode import Block, Encoder, encode_in_order
 from ctcd_ds.corpus.shards import Step
 from ctcd_ds.corpus.sources import Reading, Source, documents, find_sources, sample_lines
-from ctcd_ds.corpus.tokenizer import bring_tokenizer, lowercases, save_tokenizer, special_ids, tokenizer_identity
+from ctcd_ds.corpus.tokenizer import bring_tokenizer, lowercases, save_tokenizer, tokenizer_identity
 from ctcd_ds.corpus.workplace import Workplace, workplace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BLOCK_CHARACTERS = 500_000  # what a worker takes at once: a third of a second
+BLOCK_CHARACTERS = 500_000  # what a thread takes at once: a third of a second
 SAMPLE = 5000  # lines of text on which a SentencePiece .model is compared with native SentencePiece
 ROW = 128  # the sequence length for which the summary counts rows
 
@@ -154,12 +154,14 @@ def _tokenise(
     workers: int,
 ) -> None:
     """Reads what `place` has not got yet, and records a step (one shard a split) whenever its text is long enough."""
-    encoding = _encoding(tokenizer, tokenizer_source)
+    dtype = dtype_for(len(tokenizer))
+    native = Path(tokenizer_source).read_bytes() if tokenizer_source.endswith(".model") else None
+    encoder = Encoder(tokenizer, native, dtype)
     shard_characters = int(settings.shard_megabytes * 2**20)
     held_out = partial(share, settings.seed, "hold out")
 
     def new_step() -> tuple[Step, Counter[str]]:
-        return Step(place.folder, encoding.dtype, place.shards, settings.valid_fraction, held_out), Counter()
+        return Step(place.folder, dtype, place.shards, settings.valid_fraction, held_out), Counter()
 
     with _bar("tokenising", sources) as bar:
         blocks = _blocks(
@@ -167,7 +169,7 @@ def _tokenise(
         )
         step, counts = new_step()
         tokens = 0
-        for block, encoded in encode_in_order(blocks, encoding, workers):
+        for block, encoded in encode_in_order(blocks, encoder, workers):
             start = 0
             for number, length in zip(block.numbers, encoded.lengths.tolist(), strict=True):
                 if length > 1:  # nothing but characters that the tokenizer drops: no document
@@ -198,18 +200,6 @@ def _blocks(texts: Iterator[str], first: int, settings: Settings, size: int) -> 
             yield Block(numbers, chosen, characters, number)
             numbers, chosen, characters = [], [], 0
     yield Block(numbers, chosen, characters, number)
-
-
-def _encoding(tokenizer: PreTrainedTokenizerBase, source: str) -> Encoding:
-    ids = special_ids(tokenizer)
-    return Encoding(
-        tokenizer=tokenizer.backend_tokenizer.to_str(),
-        sentencepiece=Path(source).read_bytes() if source.endswith(".model") else None,
-        dtype=dtype_for(len(tokenizer)),
-        sep=ids["sep"],
-        unk=ids["unk"],
-        reserved=tuple(ids[role] for role in ("cls", "sep", "mask", "pad")),
-    )
 
 
 def _check_splits(place: Workplace, settings: dict[str, Any]) -> None:
