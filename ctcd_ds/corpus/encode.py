@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -86,7 +87,6 @@ def _native(model: bytes) -> Joined:
 def _rust(tokenizer: str) -> Joined:
     from tokenizers import Tokenizer
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our threads share the cores, the library's would fight for them
     rust = Tokenizer.from_str(tokenizer)
     rust.encode_special_tokens = True
     rust.no_truncation()
@@ -106,7 +106,7 @@ def encode_in_order(
     blocks: Iterable[Block], encoder: Callable[[list[str]], Encoded], workers: int
 ) -> Iterator[tuple[Block, Encoded]]:
     """Every block with its ids, in order; at most a few blocks per thread are in memory at once."""
-    with ThreadPoolExecutor(workers) as pool:
+    with _no_threads_of_the_library(), ThreadPoolExecutor(workers) as pool:
         pending: deque[tuple[Block, Future[Encoded]]] = deque()
         try:
             for block in blocks:
@@ -118,3 +118,18 @@ def encode_in_order(
                 yield block, future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # after a mistake in the text nobody waits for what was read ahead
+
+
+@contextmanager
+def _no_threads_of_the_library() -> Iterator[None]:
+    """`tokenizers` reads this at each call; its own threads would take all cores, whatever `workers` says."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
