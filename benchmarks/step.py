@@ -2,7 +2,8 @@
 
 naive           Hugging Face models as they come: logits at every position, F.cross_entropy and F.kl_div, AdamW;
                 on the CPU in a process of its own, where freed memory goes back to the system as glibc does it
-naive_kept      the same with freed memory kept, as CTCD-DS keeps it (ctcd_ds/memory.py)
+naive_kept      the same with what CTCD-DS does for the CPU beside its mathematics: freed memory is kept
+                (ctcd_ds/memory.py), dropout draws its masks faster (ctcd_ds/peers/dropout.py)
 naive_selected  the same as naive_kept, but logits are selected at the targets before the softmax
 ours            CTCD-DS: heads at the targets, the fused objective, fused AdamW
 alone           CTCD-DS with each peer by itself, hard loss only; their sum

@@ -12,6 +12,7 @@ from ctcd_ds.corpus.views import View
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
+from ctcd_ds.peers.dropout import quicken_dropout
 from ctcd_ds.peers.heads import TRANSFORMS, project_positions
 
 
@@ -46,6 +47,7 @@ class CoTraining(nn.Module):
     ) -> None:
         super().__init__()
         self.peers = nn.ModuleDict(peers)
+        quicken_dropout(self)
         self.graph = graph
         self.vocab_size, self.temperature, self.seed = vocab_size, temperature, seed
 
