@@ -5,6 +5,9 @@ BIN := $(CURDIR)/$(VENV)/bin
 # ninja and the compiler must be found when DeepSpeed builds an op, activated environment or not.
 export PATH := $(BIN):$(PATH)
 
+# Two tests at a time, each file's in order: most of a test is one process that imports.
+TWO_AT_A_TIME := -n 2 --dist loadfile
+
 # What a cluster on this one machine needs, by its names in Debian.
 CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iptables
 
@@ -25,11 +28,11 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not data and not benchmarks and not faults and not cluster and not browser"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not data and not benchmarks and not faults and not cluster and not browser"
 
 # Signals, dead launchers, hangs: real processes, real time.
 test-faults: setup
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m faults
 
 # A real SLURM and real ssh on hosts in namespaces. Root on Debian gets what they need (no service is started); without
 # it the tests skip and say why.
@@ -55,7 +58,7 @@ test-benchmarks: setup
 
 # What needs the real text and GLUE files of ../shared/data; skips, and says so, where they are not there.
 test-data: setup
-	$(BIN)/python -m pytest -m data
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m data
 
 check: setup
 	$(BIN)/ruff check .
