@@ -58,7 +58,7 @@ test-benchmarks: setup
 
 # What needs the real text and GLUE files of ../shared/data; skips, and says so, where they are not there.
 test-data: setup
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m data
+	$(BIN)/python -m pytest -m data
 
 check: setup
 	$(BIN)/ruff check .
