@@ -40,7 +40,7 @@ def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", port, *arguments)]
 
 
-def deepspeed(ranks: int, *arguments: object, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def deepspeed(ranks: int, *arguments: object, timeout: int = 500) -> subprocess.CompletedProcess[str]:
     """Runs `deepspeed_line` to its end."""
     line = deepspeed_line(ranks, *arguments)
     return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)

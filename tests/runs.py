@@ -89,7 +89,7 @@ def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
     listed = folder / f"jobs-{os.urandom(4).hex()}.json"
     listed.write_text(json.dumps([{**asdict(job), "output_dir": str(job.output_dir)} for job in jobs]))
     processes = start_ranks([__file__, str(listed)], world, folder / listed.stem)
-    codes = [process.wait(timeout=280) for process in processes]
+    codes = [process.wait(timeout=500) for process in processes]
     if any(codes):
         logs = "\n".join(p.read_text()[-3000:] for p in sorted(folder.glob(f"{listed.stem}-rank*.log")))
         raise AssertionError(f"exit codes {codes}\n{logs}")

@@ -103,10 +103,12 @@ def test_the_manifest_tells_the_truth(make: Callable[..., Path]) -> None:
     assert str(corpus.parent) not in (corpus / "manifest.json").read_text()
 
 
-def test_workers_change_nothing(make: Callable[..., Path]) -> None:
+def test_workers_change_nothing(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     settings = Settings(valid_fraction=0.1, fraction=0.7, shard_megabytes=0.03)
     one, three = (make(DOCUMENTS, settings, f"with-{n}", workers=n) for n in (1, 3))
     assert contents(one) == contents(three)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true", "set while it works, and put back"
 
 
 def write_all_forms(folder: Path) -> dict[str, tuple[list[Path], Reading]]:

@@ -75,7 +75,7 @@ def test_the_main_job_runs_as_written(workplace: Path) -> None:
     said = ""
     for line in map(smaller, main_job()):
         done = subprocess.run(
-            ["bash", "-c", line], cwd=workplace, env=environment(), capture_output=True, text=True, timeout=280
+            ["bash", "-c", line], cwd=workplace, env=environment(), capture_output=True, text=True, timeout=500
         )
         said += f"$ {line}\n{done.stdout}{done.stderr}"
         assert done.returncode == 0, said[-4000:]

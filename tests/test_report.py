@@ -60,7 +60,7 @@ def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of these runs, by the command."""
     place = tmp_path_factory.mktemp("report")
     line = [sys.executable, "tools/report.py", *runs, "--output_dir", place, "--agreement_rows", 32]
-    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250)
+    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return place / "report.html"
 

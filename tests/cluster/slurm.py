@@ -123,7 +123,7 @@ class Slurm:
         said = self.client("scontrol", "show", "job", "-o", number).strip().splitlines()[-1]
         return dict(re.findall(r"(\w+)=(\S*)", said))
 
-    def wait(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
+    def wait(self, number: str, *states: str, seconds: float = 500) -> dict[str, str]:
         """Waits until a job is in one of the states, and says all about it."""
         end, found = time.monotonic() + seconds, self.job(number)
         while found["JobState"] not in states:
