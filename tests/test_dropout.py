@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ctcd_ds.peers.dropout import Dropout, quicken_dropout
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.peers.cotrain import CoTraining
+from ctcd_ds.peers.dropout import Dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1 / 65536])
@@ -53,10 +55,10 @@ def test_at_the_ends_it_is_torchs(p: float) -> None:
     assert torch.equal(Dropout(p)(x), nn.Dropout(p)(x))
 
 
-def test_every_dropout_of_a_model_is_quickened() -> None:
+def test_every_dropout_of_a_peer_that_trains_is_ours() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.2)))
     before = list(model.state_dict())
-    quicken_dropout(model)
+    CoTraining({"only": model}, DistillationGraph(("only",), (1.0,), ((0.0,),), (True,)), 10, 1.0, 0)
     found = [part for part in model.modules() if isinstance(part, nn.Dropout)]
     assert [type(part) for part in found] == [Dropout, Dropout] and [part.p for part in found] == [0.1, 0.2]
     assert list(model.state_dict()) == before

@@ -14,7 +14,7 @@ from commands import environment
 
 pytestmark = pytest.mark.faults
 LOAD = "from ctcd_ds.training.ops import load_collectives; load_collectives()"
-BUILD = """import sys, time
+BUILD = """import sys
 from torch.utils.file_baton import FileBaton
 baton = FileBaton(sys.argv[1])
 assert baton.try_acquire()

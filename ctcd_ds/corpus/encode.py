@@ -19,7 +19,7 @@ from ctcd_ds.corpus.tokenizer import special_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AHEAD = 8  # blocks per thread that are read ahead: enough for the seconds in which the main thread loads megatron
+AHEAD = 8  # blocks per thread that are read ahead: with WordPiece the seconds in which the main thread loads megatron
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """`input` of any shape and floating dtype."""
         dropped = round(self.p * STEPS)
-        torchs = input.device.type != "cpu" or torch.compiler.is_compiling() or self.inplace
+        torchs = input.device.type != "cpu" or torch.compiler.is_compiling()
         if torchs or not self.training or not 0 < dropped < STEPS:
             return super().forward(input)
         draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -10,7 +10,7 @@ import psutil
 
 
 def load_collectives() -> None:
-    """Builds where needed and loads the op that `deepspeed.init_distributed` will ask for; nothing on a GPU.
+    """Builds where needed and loads the op that `deepspeed.init_distributed` will ask for on the CPU.
 
     torch guards each load by a file `lock` in the op's build folder. A process that is killed there leaves the file,
     and every later start on that account waits for it for ever, without a word. Ours therefore wait for each other
@@ -20,7 +20,7 @@ def load_collectives() -> None:
     from torch.utils import cpp_extension
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not builder.is_compatible():
+    if not builder.is_compatible():  # then DeepSpeed goes without it
         return
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
     with (folder / "ctcd_ds.lock").open("w") as ours:
