@@ -102,7 +102,7 @@ def measure(shape: Shape, steps: int, repetitions: int, device: torch.device, fo
 def main() -> None:
     parser = common.parser(__doc__)
     workload.add_shape_options(parser)
-    parser.add_argument("--steps", type=common.positive, default=6, help="steps of a block; the first is not counted")
+    parser.add_argument("--steps", type=cli.positive, default=6, help="steps of a block; the first is not counted")
     parser.set_defaults(repetitions=3)
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:

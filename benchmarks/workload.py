@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctcd_ds import cli
 from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
@@ -60,9 +61,9 @@ def sizes(text: str) -> list[Size]:
 def add_shape_options(parser: argparse.ArgumentParser, peers: str = "6x768,4x768") -> None:
     """The options that say how large the measured step is."""
     parser.add_argument("--peers", type=sizes, default=peers, help="LAYERSxWIDTH of each peer")
-    parser.add_argument("--sequence_length", type=common.positive, default=128)
-    parser.add_argument("--rows", type=common.positive, default=16, help="rows in a step")
-    parser.add_argument("--vocab_size", type=common.positive, default=30522, help="rounded up to a multiple of 64")
+    parser.add_argument("--sequence_length", type=cli.positive, default=128)
+    parser.add_argument("--rows", type=cli.positive, default=16, help="rows in a step")
+    parser.add_argument("--vocab_size", type=cli.positive, default=30522, help="rounded up to a multiple of 64")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="of weights and activations")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ctcd_ds.cluster.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,10 +35,7 @@ def environment() -> dict[str, str]:
 
 def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     """`deepspeed --num_accelerators RANKS …` as a user types it, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", port, *arguments)]
+    return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *arguments)]
 
 
 def deepspeed(ranks: int, *arguments: object, timeout: int = 500) -> subprocess.CompletedProcess[str]:

@@ -208,7 +208,7 @@ def test_sizes_seeds_and_directories_are_checked(tmp_path: Path, corpus: Path, m
     for options, said in (
         (("--size", "tini"), "--size tini: allowed: full"),
         (("--seeds", "1,x"), "no comma-separated list"),
-        (("--max_parallel", "0"), "must be a whole number from 1"),
+        (("--max_parallel", "0"), "is not a whole number from 1"),
         (("--set", "training.steps"), "write key=value"),
         (("--output_dir", tmp_path / "full"), "holds other files"),
         (("--experiment", tmp_path / "no.yaml"), "cannot be read"),

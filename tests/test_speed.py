@@ -100,7 +100,7 @@ def test_the_command_prints_a_table_and_names_mistakes(
     assert speed.table(speed.read_speed(tmp_path / "out")) in out
     for wrong, said in (
         (("--sequence_lengths", "65"), "teacher reads at most 64 tokens"),
-        (("--batch_sizes", "0"), "'0' is no comma-separated list"),
+        (("--batch_sizes", "0"), "--batch_sizes: whole numbers from 1"),
         (("--model", tmp_path), "has no config.json"),
         (("--model", models[0], models[0]), "given twice"),
     ):

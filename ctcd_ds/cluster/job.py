@@ -11,7 +11,6 @@ lost, preempted before it could save) is started five times from the same step.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -113,7 +112,6 @@ def _written(path: Path) -> int:
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("question", choices=("begin", "end", "finished"))
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--asked_to_stop", action="store_true", help="the job was told to end")

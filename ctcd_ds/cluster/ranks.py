@@ -67,14 +67,16 @@ class Ranks:
 
     def announce(self) -> None:
         """Says it in the variables that torch.distributed and DeepSpeed read, whoever this was learned from."""
-        port = self.port
-        if port == 0:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
         said = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank}
-        said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": port}
+        said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": self.port or free_port()}
         os.environ.update({key: str(value) for key, value in said.items()}, MASTER_ADDR=self.address)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:

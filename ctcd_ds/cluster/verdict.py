@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctcd_ds.cli import aligned
 from ctcd_ds.cluster.checks import CHECKS, Finding, Hosts, counted
 
 _SHOWN = 16
@@ -19,8 +20,7 @@ def table(hosts: Hosts, findings: list[Finding]) -> str:
     ]
     if len(good) > _SHOWN:
         rows.append((f"{len(good) - _SHOWN} more", "", *_cells(hosts, good[-1], findings)))
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     for finding in findings:
         lines += ["", f"{finding.host}: {finding.check}: {finding.problem}", f"  cure: {finding.cure}"]
     return "\n".join(lines)

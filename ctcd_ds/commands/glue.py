@@ -24,6 +24,7 @@ def main() -> int:
     )
     add(
         "--tasks",
+        type=cli.names,
         default="all",
         help="comma-separated: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax, or 'all' there are",
     )
@@ -31,12 +32,13 @@ def main() -> int:
     add("--task_files", nargs="+", default=[], metavar="PATH", help="task.yaml, its folder, or AdvGLUE's dev.json")
     add(
         "--no_finetune_on",
+        type=cli.names,
         default="",
         metavar="NAMES",
         help="comma-separated tasks of files: only score their base's models",
     )
     add("--output_dir", required=True, metavar="DIR", help="for results.json, submissions/ and models/")
-    add("--seeds", default="1", help="comma-separated")
+    add("--seeds", type=cli.whole_numbers, default="1", help="comma-separated")
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
     add("--learning_rate", type=float, default=5e-5, help="its peak, after 10 %% of the steps; then linear to 0")
     add("--batch_size", type=int, default=32, help="training rows of a step")
@@ -50,16 +52,12 @@ def main() -> int:
     from ctcd_ds.evaluation import glue, results
     from ctcd_ds.evaluation.finetune import Settings
 
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise cli.UserError(f"--seeds: {options.seeds!r} is no comma-separated list of whole numbers") from None
     content = glue.run(
         models=[Path(model) for model in options.model],
-        tasks=tuple(options.tasks.split(",")),
+        tasks=tuple(options.tasks),
         data_dir=options.data_dir,
         output_dir=Path(options.output_dir),
-        seeds=seeds,
+        seeds=options.seeds,
         settings=Settings(
             epochs=options.epochs,
             learning_rate=options.learning_rate,
@@ -70,7 +68,7 @@ def main() -> int:
         ),
         keep_models=options.keep_models,
         task_files=[Path(path) for path in options.task_files],
-        no_finetune_on=[name.strip() for name in options.no_finetune_on.split(",") if name.strip()],
+        no_finetune_on=options.no_finetune_on,
     )
     print(results.table(content))
     print(f"\nresults in {options.output_dir}/results.json")

@@ -8,7 +8,6 @@ taken together; each peer is compared to itself alone where such a run is given.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from ctcd_ds import cli
@@ -16,7 +15,6 @@ from ctcd_ds import cli
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="RUN|EXPERIMENT", help="run directories, or one experiment's directory")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="for report.html and the pictures")

@@ -6,18 +6,10 @@ are OMP_NUM_THREADS, else torch's choice.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 from ctcd_ds import cli
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Comma-separated whole numbers from 1, as an option's type."""
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of whole numbers from 1")
-    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def main() -> None:
@@ -28,11 +20,11 @@ def main() -> None:
     )
     add(
         "--batch_sizes",
-        type=whole_numbers,
+        type=cli.whole_numbers,
         default="1,32",
         help="rows of a batch; 1 is the latency of a single request",
     )
-    add("--sequence_lengths", type=whole_numbers, default="128", help="tokens of a row")
+    add("--sequence_lengths", type=cli.whole_numbers, default="128", help="tokens of a row")
     add("--device", choices=("cpu", "cuda"), help="left out: cuda where torch sees a GPU")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation")
     add("--seconds", type=float, default=20.0, help="how long each size of batch is measured (at least 5 rounds)")
@@ -46,6 +38,9 @@ def main() -> None:
 
     from ctcd_ds.evaluation import speed
 
+    for option in ("batch_sizes", "sequence_lengths"):
+        if min(getattr(options, option)) < 1:
+            raise cli.UserError(f"--{option}: whole numbers from 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise cli.UserError("--device cuda: torch sees no GPU here; use --device cpu")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -12,10 +12,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.evaluation.tables import parse_json
 from ctcd_ds.evaluation.tasks import MNLI, QNLI, QQP, RTE, SST2, Table, Task
-from ctcd_ds.recipe import did_you_mean
 
 _BASES = (SST2, QQP, MNLI, QNLI, RTE)
 _DEV_KEYS = {"sst2": {"": "sst2"}, "qqp": {"": "qqp"}, "mnli": {"matched": "mnli", "mismatched": "mnli-mm"}} | {

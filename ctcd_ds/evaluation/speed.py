@@ -20,11 +20,10 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, aligned
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.evaluation.finetune import open_checkpoint, quiet_libraries
 from ctcd_ds.evaluation.glue import model_names
-from ctcd_ds.evaluation.results import aligned
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.measuring import Step, interleaved, peak_bytes, ratio, synchronise
 from ctcd_ds.peers.accounting import cost

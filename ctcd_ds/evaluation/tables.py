@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.evaluation.tasks import Table, Task
-from ctcd_ds.recipe import did_you_mean
 
 Label = int | float
 SUFFIXES = (".tsv", ".jsonl", ".json")

@@ -21,12 +21,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.evaluation import advglue
 from ctcd_ds.evaluation.metrics import METRICS, OF_LABELS, OF_SCORES
 from ctcd_ds.evaluation.tables import SUFFIXES, spelt
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task, plain_name
-from ctcd_ds.recipe import Mistakes, did_you_mean, explain, read_file
+from ctcd_ds.recipe import Mistakes, explain, read_file
 
 FILE = "task.yaml"  # in a folder given instead of a file
 

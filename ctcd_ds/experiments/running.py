@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import EXIT_SAVED, RunFailure, command
+from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.specification import Experiment, Glue
 from ctcd_ds.manifest import write_atomic
@@ -222,12 +222,9 @@ def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[st
     line = command("pretrain", "--recipe", recipe, "--deepspeed_config", config, "--output_dir", cell.run, "--resume")
     if experiment.ranks == 1:
         return line
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = [] if experiment.ranks is None else ["--num_accelerators", str(experiment.ranks)]
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), *ranks, "--master_port", str(port), "--module"]
-    return [*deepspeed, *line[2:]]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), *ranks, "--master_port", str(free_port())]
+    return [*launcher, "--module", *line[2:]]
 
 
 def _run_glue(cell: Planned, glue: Glue) -> list[str]:

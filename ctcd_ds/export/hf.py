@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctcd_ds.cli import Damage, RunFailure, UserError
+from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
 from ctcd_ds.corpus.loader import valid_batches
 from ctcd_ds.corpus.masking import VALID_SEED, Masking
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.peers.build import load_fitted
-from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
+from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.training import checkpoint as checkpoints
 from ctcd_ds.training.loading import consolidated
 from ctcd_ds.training.run_directory import RunDirectory

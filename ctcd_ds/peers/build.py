@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.recipe import PeerSection, did_you_mean
+from ctcd_ds.recipe import PeerSection
 
 VOCABULARY_MULTIPLE = 64  # GEMMs with an odd inner size run at a fraction of their rate
 

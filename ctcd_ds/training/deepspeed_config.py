@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
-from ctcd_ds.recipe import Recipe, did_you_mean
+from ctcd_ds.cli import UserError, did_you_mean
+from ctcd_ds.recipe import Recipe
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.cluster.scaling import Cluster, Work
 from ctcd_ds.cluster.scaling_table import improve, table
-from ctcd_ds.recipe import Recipe, did_you_mean
+from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.deepspeed_config import resolve
 from ctcd_ds.training.hardware import PEAKS, stated_peak
 from ctcd_ds.training.plan import Plan, describe, make_plan
