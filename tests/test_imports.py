@@ -21,7 +21,7 @@ FLOORS = [
     {"recipe", "objective"},
     {"peers", "corpus"},
     {"training", "cluster"},
-    {"export", "evaluation"},
+    {"export", "evaluation", "preflight"},
     {"experiments", "demo"},
     {"commands"},
 ]

@@ -10,19 +10,24 @@ from typing import Any
 
 import pytest
 
-from ctcd_ds.cluster.bandwidth import AllReduce, as_cluster
-from ctcd_ds.cluster.checks import Facts, Hosts, Job, common_mistake, judge
-from ctcd_ds.cluster.probes import PACKAGES, OutputProbe
-from ctcd_ds.cluster.verdict import table
+from ctcd_ds.preflight.bandwidth import AllReduce, as_cluster
+from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
+from ctcd_ds.preflight.probes import PACKAGES, OutputProbe
+from ctcd_ds.preflight.verdict import table
 from runs import ROOT, bert, chain_corpus, start_ranks
 
 VERSIONS = dict.fromkeys(("python", "ctcd_ds", *PACKAGES), "1.0")
-JOB = Job(settings={"recipe.seed": 1}, corpus="c" * 64, checkpoint_bytes=10, checkpoints=4)
+JOB: dict[str, Any] = {
+    "settings": {"recipe.seed": 1},
+    "corpus": "c" * 64,
+    "checkpoint_bytes": 10,
+    "checkpoints": 4,
+}
 
 
 def good(rank: int, host: str, **changes: Any) -> Facts:
     """What a rank says where all is well."""
-    facts = Facts(rank, host, VERSIONS, JOB, {}, 0.0, 0.0, None, 1000, None, None)
+    facts = Facts(rank, host, VERSIONS, {}, 0.0, 0.0, None, 1000, **JOB)
     return replace(facts, **changes)
 
 
@@ -38,15 +43,15 @@ def found(hosts: Hosts) -> list[tuple[str, str]]:
     "changes",
     [
         {"versions": {**VERSIONS, "torch": "2.0"}},
-        {"job": replace(JOB, settings={"recipe.seed": 2})},
-        {"job": replace(JOB, settings={"recipe.seed": 1, "deepspeed.extra": True})},
-        {"job": replace(JOB, corpus="d" * 64)},
-        {"job": Job(mistake=("corpus", "it does not exist"))},
+        {"settings": {"recipe.seed": 2}},
+        {"settings": {"recipe.seed": 1, "deepspeed.extra": True}},
+        {"corpus": "d" * 64},
+        {"settings": None, "corpus": None, "mistake": ("corpus", "it does not exist")},
         {"output": "cannot write"},
         {"free_bytes": 39},
         {"ahead_s": -3.0},
         {"gpu_problem": "is busy"},
-        {"job": replace(JOB, accelerator="cuda")},
+        {"accelerator": "cuda"},
     ],
     ids=str,
 )
@@ -86,9 +91,9 @@ def test_who_fails_with_most_others_is_named(failing: Sequence[tuple[int, int]],
 
 
 def test_a_mistake_is_the_users_only_where_all_ranks_see_it() -> None:
-    mistaken = replace(JOB, mistake=("recipe", "no such key"))
-    assert common_mistake(hosts_of(good(0, "a", job=mistaken), good(1, "b", job=mistaken))) == "no such key"
-    one_sided = hosts_of(good(0, "a"), good(1, "b", job=mistaken))
+    mistaken = ("recipe", "no such key")
+    assert common_mistake(hosts_of(good(0, "a", mistake=mistaken), good(1, "b", mistake=mistaken))) == "no such key"
+    one_sided = hosts_of(good(0, "a"), good(1, "b", mistake=mistaken))
     assert common_mistake(one_sided) is None and found(one_sided) == [("b", "recipe")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctcd_ds.cli import aligned
-from ctcd_ds.cluster.checks import CHECKS, Finding, Hosts, counted
+from ctcd_ds.preflight.checks import CHECKS, Finding, Hosts, counted
 
 _SHOWN = 16
 
@@ -29,5 +29,5 @@ def table(hosts: Hosts, findings: list[Finding]) -> str:
 def _cells(hosts: Hosts, host: str, findings: list[Finding]) -> list[str]:
     failed = {finding.check for finding in findings if finding.host == host}
     said = [facts for facts in hosts.facts if facts.host == host]
-    skipped = {"GPU"} if all(facts.job.accelerator == "cpu" for facts in said) else set()
+    skipped = {"GPU"} if all(facts.accelerator == "cpu" for facts in said) else set()
     return ["FAIL" if c in failed else "?" if not said else "skipped" if c in skipped else "ok" for c in CHECKS]
