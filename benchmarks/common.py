@@ -75,7 +75,7 @@ def write_row(arguments: argparse.Namespace, values: Mapping[str, Any], show: bo
 
 def where(device: str) -> dict[str, Any]:
     """Hardware, versions, commit and threads of this process, and how busy the machine was before."""
-    found = environment(Ranks(0, 1, 0, 1, "alone"), device)
+    found = environment(Ranks.alone(), device)
     return {
         "hardware": {
             "device": found["device"],

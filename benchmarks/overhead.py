@@ -41,7 +41,7 @@ def run_block(recipe: Recipe, run_path: Path, config: dict[str, Any] | None = No
 
     plan = make_plan(recipe, config or CONFIG, 1, device_type(), run_path)
     with ExitStack() as ending:
-        train(plan, Ranks(0, 1, 0, 1, "alone"), RunDirectory(run_path), ending)
+        train(plan, Ranks.alone(), RunDirectory(run_path), ending)
     return [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.recipe import Recipe
-from ctcd_ds.training.deepspeed_config import read_json, resolve
+from ctcd_ds.training.deepspeed_config import read_config, resolve
 
 RECIPE = Recipe.model_validate(
     {
@@ -106,4 +106,4 @@ def test_a_missing_zero_block_is_stage_0_and_refused() -> None:
 def test_a_file_that_is_no_json_object_is_one_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(UserError, match=r"d\.json"):
-        read_json(tmp_path / "d.json")
+        read_config(tmp_path / "d.json")

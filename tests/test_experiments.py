@@ -219,8 +219,10 @@ def test_sizes_seeds_and_directories_are_checked(tmp_path: Path, corpus: Path, m
         assert code == 2 and said in error, error
 
 
-def test_places_share_out_the_machine() -> None:
-    assert [p["OMP_NUM_THREADS"] for p in places(1, None, gpus=0, cores=4)] in ([["1"] * 4], ["1"] * 4)
+def test_places_share_out_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [p["OMP_NUM_THREADS"] for p in places(1, None, gpus=0, cores=4)] == ["1"] * 4
+    assert [p["OMP_NUM_THREADS"] for p in places(1, 2, gpus=0, cores=4)] == ["2"] * 2
     assert len(places(2, None, gpus=0, cores=4)) == 1
     assert [p["CUDA_VISIBLE_DEVICES"] for p in places(1, 3, gpus=2, cores=4)] == ["0", "1", "0"]
     assert all("CUDA_VISIBLE_DEVICES" not in p for p in places(None, None, gpus=8, cores=4))

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ctcd_ds import cli
+from ctcd_ds.ending import ending, is_finished
 
 FAILURES, STARTS = 2, 5
 
@@ -59,9 +60,8 @@ def end(run: Path, job: str, asked_to_stop: bool) -> tuple[int, str]:
     """
     start = _starts(run, job)[-1]
     state, reason = "failed", "the ranks ended without a word: killed, or out of memory"
-    if _written(run / "exit.json") != start.exit_written:
-        ending = json.loads((run / "exit.json").read_text())
-        state, reason = ending["state"], ending["reason"]
+    if _written(run / "exit.json") != start.exit_written and (ended := ending(run)) is not None:
+        state, reason = ended.state, ended.reason
     elif _written(run / "environment.json") == start.environment_written and not asked_to_stop:
         return cli.EXIT_MISTAKE, "the run did not begin: rank 0's log says why"
     if state == "finished":
@@ -81,14 +81,6 @@ def saved_step(run: Path) -> int:
     except OSError:
         return 0
     return int(found[1]) if found else 0
-
-
-def is_finished(run: Path) -> bool:
-    """Whether exit.json says so."""
-    try:
-        return bool(json.loads((run / "exit.json").read_text())["state"] == "finished")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _log(run: Path) -> Path:

@@ -58,6 +58,11 @@ class Ranks:
             raise UserError(f"OMP_NUM_THREADS = {stated!r}: must be a whole number from 1")
         return int(stated)
 
+    @classmethod
+    def alone(cls) -> Ranks:
+        """A process that nobody launched."""
+        return cls(0, 1, 0, 1, "alone")
+
     def describe(self) -> str:
         """One line: how many there are, who said so, where they meet."""
         if self.source == "alone":
@@ -94,7 +99,7 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
             "`srun python …` (pretrain.sbatch does), or take SLURM_NTASKS away: env -u SLURM_NTASKS python …"
         )
     else:
-        return Ranks(0, 1, 0, 1, "alone")
+        return Ranks.alone()
     for name, number, count in (("rank", found.rank, found.world), ("local rank", found.local_rank, found.local_world)):
         if not 0 <= number < count:
             raise UserError(f"{found.source} says {name} {number} of {count}: it must be from 0 to {count - 1}")

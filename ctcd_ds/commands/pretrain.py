@@ -40,14 +40,14 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
     torch.set_num_threads(ranks.threads())  # before the first operation: the number changes bits and speed
     from ctcd_ds.corpus.damage import refuse_damage
-    from ctcd_ds.training.deepspeed_config import read_json
+    from ctcd_ds.training.deepspeed_config import read_config
     from ctcd_ds.training.engine import device_type
     from ctcd_ds.training.outlook import outlook
     from ctcd_ds.training.plan import describe, make_plan
     from ctcd_ds.training.run_directory import RunDirectory
 
     run = RunDirectory(arguments.output_dir.resolve())
-    deepspeed_json = read_json(arguments.deepspeed_config)
+    deepspeed_json = read_config(arguments.deepspeed_config)
     if cluster is not None:
         if ranks.first:
             print(outlook(arguments, cluster, recipe, deepspeed_json))

@@ -120,11 +120,11 @@ def _recipes(given: argparse.Namespace) -> Iterator[tuple[Path, Recipe]]:
 
 def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Path, Recipe]]) -> list[Run]:
     """Every run as it will be queued. Raises UserError with what is wrong with all of them."""
-    from ctcd_ds.training.deepspeed_config import read_json
+    from ctcd_ds.training.deepspeed_config import read_config
     from ctcd_ds.training.plan import make_plan
     from ctcd_ds.training.run_directory import RunDirectory
 
-    config, world = read_json(given.deepspeed_config), given.nodes * cluster.ranks_per_node
+    config, world = read_config(given.deepspeed_config), given.nodes * cluster.ranks_per_node
     runs, mistakes = [], []
     for path, recipe in recipes:
         try:

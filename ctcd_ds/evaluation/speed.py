@@ -169,7 +169,7 @@ def measure(
         for size in sizes:
             for own, timing in zip(timings, _time(candidates, *size, device, seconds), strict=True):
                 own.append(timing)
-    found = environment(Ranks(0, 1, 0, 1, "alone"), device.type)
+    found = environment(Ranks.alone(), device.type)
     return Speed(
         command=found["command"],
         hardware={

@@ -15,12 +15,13 @@ from typing import Any
 from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, typed
 from ctcd_ds.cluster.slurm import Cluster, require_sbatch
 from ctcd_ds.demo.data import data_commands
+from ctcd_ds.ending import is_finished
 from ctcd_ds.experiments.grid import expand
 from ctcd_ds.experiments.local import collect_only, found, run_here
 from ctcd_ds.experiments.planning import Whole, plan_cells, structural_mistakes
 from ctcd_ds.experiments.queueing import queue_cells, refuse_while_queued
 from ctcd_ds.experiments.results import write_results
-from ctcd_ds.experiments.running import is_finished, places, recipe_place
+from ctcd_ds.experiments.running import places, recipe_place
 from ctcd_ds.experiments.specification import FULL, Experiment, base_recipe, load_experiment
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes

@@ -16,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ctcd_ds.cli import EXIT_DONE, EXIT_FAILED, EXIT_SAVED
+from ctcd_ds.ending import is_finished
 from ctcd_ds.experiments.collecting import collect
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.results import FILE, Cell, Results, read_results, write_results
-from ctcd_ds.experiments.running import Ending, Machine, do_cell, found_ending, is_finished, run_cells
+from ctcd_ds.experiments.running import Ending, Machine, do_cell, found_ending, run_cells
 from ctcd_ds.training.tensorboard import write_scores
 
 

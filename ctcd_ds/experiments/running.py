@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import queue
 import re
@@ -24,6 +23,7 @@ from typing import Any
 
 from ctcd_ds.cli import EXIT_SAVED, RunFailure, command
 from ctcd_ds.cluster.ranks import free_port
+from ctcd_ds.ending import ending, is_finished
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.specification import Experiment, Glue
 from ctcd_ds.manifest import write_atomic
@@ -166,25 +166,15 @@ def do_cell(cell: Planned, whole: Whole, machine: Machine) -> Ending:
     return Ending("finished")
 
 
-def is_finished(run: Path) -> bool:
-    """Whether the run's exit.json says that all its steps are done."""
-    try:
-        return bool(json.loads((run / "exit.json").read_text())["state"] == "finished")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def found_ending(cell: Planned, experiment: Experiment) -> Ending:
     """How a run stands by the files it left: for runs that others started."""
     if is_done(cell, experiment):
         return Ending("finished")
     if is_finished(cell.run):
         return Ending("waiting", f"trained, but not yet exported and scored; logs in {cell.run / 'slurm'}")
-    try:
-        ending = json.loads((cell.run / "exit.json").read_text())
-        return Ending("failed" if ending["state"] == "failed" else "waiting", f"{ending['state']}: {ending['reason']}")
-    except (OSError, ValueError, KeyError, TypeError):
+    if (ended := ending(cell.run)) is None:
         return Ending("waiting", "not finished")
+    return Ending("failed" if ended.state == "failed" else "waiting", f"{ended.state}: {ended.reason}")
 
 
 def is_done(cell: Planned, experiment: Experiment) -> bool:

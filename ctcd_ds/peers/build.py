@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -142,6 +143,16 @@ def load_fitted(model: Any, state: Mapping[str, Tensor]) -> None:
         for key, tensor in own.items():
             rows = min(len(tensor), len(state[key])) if tensor.ndim else None
             tensor[:rows].copy_(state[key][:rows]) if rows is not None else tensor.copy_(state[key])
+
+
+_OF_FROZEN: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+def frozen_sha256(peer: torch.nn.Module) -> str:
+    """`weights_sha256` of a peer whose weights never change in a run: computed once."""
+    if peer not in _OF_FROZEN:
+        _OF_FROZEN[peer] = weights_sha256(peer)
+    return _OF_FROZEN[peer]
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -79,11 +79,11 @@ def _understand(ranks: Ranks, asked: Namespace) -> tuple[Plan | None, dict[str, 
     """The plan of the job, and what Facts says of it. A mistake in the files is an answer too: it may be here only."""
     check = "recipe"
     try:
-        from ctcd_ds.training.deepspeed_config import read_json
+        from ctcd_ds.training.deepspeed_config import read_config
         from ctcd_ds.training.engine import device_number, device_type
         from ctcd_ds.training.plan import checkpoint_bytes, make_plan
 
-        recipe, config = load_recipe(asked.recipe, asked.set), read_json(asked.deepspeed_config)
+        recipe, config = load_recipe(asked.recipe, asked.set), read_config(asked.deepspeed_config)
         check = "corpus"
         Corpus.open(Path(recipe.corpus.path))
         check = "recipe"

@@ -83,7 +83,7 @@ class DeepSpeedConfig:
         return _BYTES[self.values.get("data_types", {}).get("grad_accum_dtype", self.precision)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The user's file as it is. Raises UserError where it is no JSON object or a key stands in it twice."""
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
