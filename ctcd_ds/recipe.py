@@ -1,6 +1,6 @@
 """The recipe: everything about a run except how DeepSpeed runs it. Typed, frozen, validated as a whole.
 
-The keys are DESIGN §4's contract. Numbers are read as in YAML 1.2 (5e-4 is a float), in files and in --set.
+Numbers are read as in YAML 1.2 (5e-4 is a float), in files and in --set.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Ranks:
         return self.rank == 0
 
     def threads(self) -> int:
-        """Threads this process may use: OMP_NUM_THREADS, else an equal share of the cores (DESIGN §5)."""
+        """Threads this process may use: OMP_NUM_THREADS, else an equal share of the cores."""
         stated = os.environ.get("OMP_NUM_THREADS")
         if stated is None:
             return self.cores or max(1, len(os.sched_getaffinity(0)) // self.local_world)

@@ -1,4 +1,4 @@
-"""The run directory: all that one run writes, and who it was (DESIGN §4). Rank 0 writes."""
+"""The run directory: all that one run writes, and who it was. Rank 0 writes."""
 
 from __future__ import annotations
 

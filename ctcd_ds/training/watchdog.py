@@ -1,8 +1,8 @@
 """Ends a rank that waits for something that will never come: a stopped rank, a cut link, a hung build.
 
-Collectives wait for ever, or half an hour (FACTS: DeepSpeed's own timeout does not reach ZeRO's groups). So one thread
-a rank watches how long the current phase takes. Past its limit, it says which ranks did not arrive in this phase, dumps
-all stacks, and ends the process: the launcher then ends the others.
+Collectives wait for ever, or half an hour (the timeout that DeepSpeed takes does not reach ZeRO's groups). So one
+thread a rank watches how long the current phase takes. Past its limit, it says which ranks did not arrive in this
+phase, dumps all stacks, and ends the process: the launcher then ends the others.
 """
 
 from __future__ import annotations
