@@ -18,7 +18,7 @@ import workload
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.scaling import Cluster, Work
-from ctcd_ds.cluster.scaling_table import improve, table
+from ctcd_ds.cluster.scaling_table import improve, step_table
 from ctcd_ds.recipe import load_recipe
 from ctcd_ds.training.deepspeed_config import read_config
 from ctcd_ds.training.hardware import stated_peak
@@ -94,7 +94,7 @@ def parts() -> dict[str, str]:
             "paper-8192": list(sizes(corpus, 8192, 64, {})),
             "billion": list(sizes(corpus, 4096, 8, BILLION)),
         }
-    found = {f"{name}-table": table(pair) for name, pair in pairs.items()}
+    found = {f"{name}-table": step_table(pair) for name, pair in pairs.items()}
     return found | {f"{name}-advice": advice(pair) for name, pair in pairs.items()} | {"measured": measured()}
 
 

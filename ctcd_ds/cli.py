@@ -40,7 +40,12 @@ def did_you_mean(word: object, allowed: Iterable[str]) -> str:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and every default that says something."""
+    """The description as it is written, every default that says something, and values named by their kind."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds = {int: "N", positive: "N", float: "X", whole_numbers: "N,N", names: "A,B"}
+        kinds[Path] = "DIR" if action.dest.endswith("dir") else "FILE"
+        return kinds.get(action.type, "X" if action.type else action.dest.upper())
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_something = action.default not in (None, False, "", [], argparse.SUPPRESS)
@@ -97,13 +102,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 @contextmanager
-def outlive_the_listener() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """What is printed within may be lost, and is no failure: a rank must save though pdsh or ssh no longer listens."""
-    with redirect_stdout(_Unheard(sys.stdout)), redirect_stderr(_Unheard(sys.stderr)):
+    with redirect_stdout(_ForgivingStream(sys.stdout)), redirect_stderr(_ForgivingStream(sys.stderr)):
         yield
 
 
-class _Unheard:
+class _ForgivingStream:
     """A stream that drops what it cannot write."""
 
     def __init__(self, stream: Any) -> None:
@@ -137,11 +142,16 @@ def typed() -> list[str]:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which run is meant: the same for training and for what looks at its hosts before."""
-    parser.add_argument("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
-    parser.add_argument("--output_dir", type=Path, required=True, help="the run directory")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the recipe")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add = parser.add_argument
+    add("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
+    parser.add_argument(
+        "--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON file; "auto" is filled in'
+    )
+    add("--output_dir", type=Path, required=True, help="the run directory")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change these keys of the recipe"
+    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

@@ -17,7 +17,7 @@ from ctcd_ds.experiments.experiment import with_data
 from ctcd_ds.experiments.grid import CellPlan, expand
 from ctcd_ds.experiments.planning import Planned, plan_cells
 from ctcd_ds.experiments.results import read_results, write_results
-from ctcd_ds.experiments.running import last_words, places
+from ctcd_ds.experiments.running import failure_message, places
 from ctcd_ds.experiments.specification import base_recipe, load_experiment
 from ctcd_ds.recipe import Mistakes
 from runs import bert, chain_corpus
@@ -240,9 +240,12 @@ def test_demo_data_gives_way_to_a_corpus_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_last_words_of_a_log_are_its_error() -> None:
-    assert last_words("a\nerror: two mistakes\n  - one\n  - two\n") == "error: two mistakes - one - two"
-    assert last_words("\r 0% [?step/s]failed: step 2: nan\n\r 17% [6step/s]\n") == "failed: step 2: nan"
-    assert last_words("Traceback\n  x\nValueError: no\n\n") == "ValueError: no" and last_words("") == "it said nothing"
+    assert failure_message("a\nerror: two mistakes\n  - one\n  - two\n") == "error: two mistakes - one - two"
+    assert failure_message("\r 0% [?step/s]failed: step 2: nan\n\r 17% [6step/s]\n") == "failed: step 2: nan"
+    assert (
+        failure_message("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
+        and failure_message("") == "it said nothing"
+    )
 
 
 # --- a real one ----------------------------------------------------------------------------------------

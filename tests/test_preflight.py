@@ -13,7 +13,7 @@ import pytest
 from ctcd_ds.preflight.bandwidth import AllReduce, as_cluster
 from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
 from ctcd_ds.preflight.probes import PACKAGES, OutputProbe
-from ctcd_ds.preflight.verdict import table
+from ctcd_ds.preflight.verdict import host_table
 from runs import ROOT, bert, chain_corpus, start_ranks
 
 VERSIONS = dict.fromkeys(("python", "ctcd_ds", *PACKAGES), "1.0")
@@ -100,7 +100,7 @@ def test_a_mistake_is_the_users_only_where_all_ranks_see_it() -> None:
 def test_a_thousand_hosts_make_a_table_that_can_be_read() -> None:
     facts = [good(rank, f"n{rank // 8}") for rank in range(8 * 1000 - 8)]
     hosts = hosts_of(*facts, silent={8 * 999 + k: "n999" for k in range(8)})
-    lines = table(hosts, judge(hosts)).splitlines()
+    lines = host_table(hosts, judge(hosts)).splitlines()
     assert len(lines) == 2 + 17 + 1 + 3
     assert lines[18].split()[:3] == ["n999", "7992-7999", "FAIL"] and lines[19].startswith("983 more")
     assert "nothing heard of rank 7992-7999 within 15 s" in lines[21]

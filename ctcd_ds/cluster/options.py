@@ -19,20 +19,20 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--link_gbps",
         type=_rate,
-        help="Gbit/s between nodes, of each GPU and in one direction: a node's links / its GPUs",
+        help="Gbit/s between nodes for each GPU, in one direction: the sum of a node's links / its GPUs",
     )
     group.add_argument(
         "--node_link_gbps",
         type=_rate,
         default=3600.0,
-        help="the same within a node (%(default)g: an H100's NVLink, 900 GB/s in both directions)",
+        help="Gbit/s within a node for each GPU, in one direction; 3600 is an H100's NVLink",
     )
-    group.add_argument("--gpu", default="H100", help="a GPU whose peak is known (%(default)s)")
+    group.add_argument("--gpu", default="H100", help="the GPU's name")
     group.add_argument(
         "--mfu",
         type=_share,
         default=0.4,
-        help="share of its peak that one GPU alone reaches (%(default)g; metrics.jsonl)",
+        help="share of its peak FLOP/s that one GPU alone reaches ('mfu' in metrics.jsonl)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole way on this machine in a few minutes, no download: text → corpus → three runs → export → scores → table.
+"""Goes the whole way in a few minutes, no download: text → corpus → three runs → export → scores → table.
 
 Every step is a command of this project, printed as it is run: the same ones work on your own text.
 """
@@ -37,8 +37,8 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="everything goes there")
     parser.add_argument("--ranks", type=int, default=2, help="processes of a run")
-    parser.add_argument("--steps", type=int, default=None, help="steps of each run, instead of the recipes'")
-    parser.add_argument("--size_megabytes", type=float, default=6.0, help="how much text is collected")
+    parser.add_argument("--steps", type=int, default=None, help="steps of each run, in place of the recipes'")
+    parser.add_argument("--size_megabytes", type=float, default=6.0, help="MB of text to collect")
     arguments = parser.parse_args()
 
     place = arguments.output_dir

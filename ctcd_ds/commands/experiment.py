@@ -1,4 +1,4 @@
-"""Runs an experiment: a grid of recipes, each cell pretrained, exported and scored; then results.json and the report.
+"""Runs a grid of recipes: every cell is pretrained, exported and scored. Writes results.json and a report.
 
 ctcd experiment --experiment ds_configs/experiments/weights.yaml --size tiny --output_dir runs/weights
 
@@ -22,21 +22,28 @@ def main() -> int:
     add("--experiment", type=Path, required=True, help="the experiment file, YAML or JSON")
     add("--output_dir", type=Path, required=True, help="for cells/, results.json and the report")
     add("--size", default="full", help="full, or tiny: a rehearsal for 2 cores on the demo text")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the base recipe")
-    add("--data_dir", metavar="DIR|hub", help="GLUE's files, instead of the experiment's glue.data_dir")
-    add("--seeds", type=cli.whole_numbers, help="comma-separated, instead of the experiment's")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change base recipe keys",
+    )
+    add("--data_dir", metavar="DIR|hub", help="GLUE's files, in place of the experiment's glue.data_dir")
+    add("--seeds", type=cli.whole_numbers, help="in place of the experiment's")
     add(
         "--max_parallel",
         type=cli.positive,
         metavar="N",
-        help="cells at once; else they fill GPUs or cores",
+        help="cells at once; left out: as many as fill GPUs or cores",
     )
-    add("--resume", action="store_true", help="goes on with the experiment in output_dir")
-    add("--slurm", action="store_true", help="queues the cells as jobs and returns; on a login node")
-    add("--nodes", type=cli.positive, default=1, help="of each cell's run, with --slurm")
-    add("--cluster", type=Path, metavar="FILE", help=f"for --slurm (default: {DEFAULTS}, if there)")
-    add("--collect", action="store_true", help="runs nothing: results.json and report from what is in output_dir")
-    add("--dry_run", action="store_true", help="checks all cells, prints them and their cost, and stops")
+    add("--resume", action="store_true", help="go on with the experiment in --output_dir")
+    add("--slurm", action="store_true", help="queue the cells as jobs and return; on a login node")
+    add("--nodes", type=cli.positive, default=1, help="nodes of each cell's run, with --slurm")
+    add("--cluster", type=Path, metavar="FILE", help=f"for --slurm; left out: {DEFAULTS}, if there")
+    add("--collect", action="store_true", help="run nothing; make results.json and the report of what is there")
+    add("--dry_run", action="store_true", help="check all cells, print them and their cost; run nothing")
     options = parser.parse_args()
     if not options.slurm and (options.nodes > 1 or options.cluster):
         raise cli.UserError("--nodes and --cluster are for --slurm")

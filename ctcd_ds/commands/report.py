@@ -23,9 +23,9 @@ def main() -> int:
         type=int,
         default=256,
         metavar="N",
-        help="held-out rows on which the peers' answers are compared (default: 256); 0 leaves it out",
+        help="held-out rows on which the peers' answers are compared; 0 leaves it out",
     )
-    add("--speed", type=Path, metavar="DIR", help="what `ctcd speed` wrote (default: EXPERIMENT/speed, if there)")
+    add("--speed", type=Path, metavar="DIR", help="what `ctcd speed` wrote; left out: EXPERIMENT/speed, if there")
     options = parser.parse_args()
     if options.agreement_rows < 0:
         raise cli.UserError(f"--agreement_rows {options.agreement_rows}: must be 0 or more")

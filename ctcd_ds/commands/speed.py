@@ -1,4 +1,4 @@
-"""Measures exported peers side by side on this machine: latency, throughput, size. A table, and DIR/speed.json.
+"""Measures exported peers side by side on this machine: latency, throughput, size. Writes DIR/speed.json.
 
 Models take turns and medians are compared, so that other work on the machine hits all of them alike. Threads on the CPU
 are OMP_NUM_THREADS, else torch's choice.
@@ -27,7 +27,7 @@ def main() -> None:
     add("--sequence_lengths", type=cli.whole_numbers, default="128", help="tokens of a row")
     add("--device", choices=("cpu", "cuda"), help="left out: cuda where torch sees a GPU")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation")
-    add("--seconds", type=float, default=20.0, help="how long each size of batch is measured (at least 5 rounds)")
+    add("--seconds", type=float, default=20.0, help="seconds for each size of batch, at least 5 rounds")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="for speed.json")
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed, which else warns of no GPU
@@ -46,9 +46,9 @@ def main() -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, options.dtype)
     paths = [Path(model) for model in options.model]
-    found = speed.measure(paths, options.batch_sizes, options.sequence_lengths, device, dtype, options.seconds)
+    found = speed.measure_speed(paths, options.batch_sizes, options.sequence_lengths, device, dtype, options.seconds)
     written = speed.write_speed(options.output_dir, found)
-    print(speed.table(found))
+    print(speed.speed_table(found))
     print(f"\nrows in {written}")
 
 

@@ -1,4 +1,4 @@
-"""Queues a run on SLURM: checks all of it first, writes the scripts into the run directory, submits them.
+"""Queues a run on SLURM, after checking all of it. The scripts lie in the run directory.
 
 ctcd submit --recipe R.yaml --deepspeed_config D.json --output_dir RUN --nodes 4 --gpus_per_node 8
 
@@ -24,30 +24,30 @@ def options() -> argparse.Namespace:
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--recipe", type=Path, nargs="+", required=True, help="the recipe; several are an array")
-    add("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
-    add("--output_dir", type=Path, required=True, help="the run directory; for an array the folder of all of them")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes every recipe")
-    add("--seeds", type=cli.whole_numbers, help="comma-separated: an array of one run for each")
+    add("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON file; "auto" is filled in')
+    add("--output_dir", type=Path, required=True, help="the run directory; for an array, the folder of all runs")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change these keys of every recipe")
+    add("--seeds", type=cli.whole_numbers, help="an array of one run for each")
     add("--nodes", type=cli.positive, default=1, help="machines")
-    add("--gpus_per_node", type=int, help="one task each")
-    add("--tasks_per_node", type=int, help="where there are no GPUs (default: 1)")
+    add("--gpus_per_node", type=int, help="GPUs of each node; one task each")
+    add("--tasks_per_node", type=int, help="tasks of each node without GPUs; left out: 1")
     add("--cpus_per_task", type=int, help="cores of each task")
     add("--partition", help="as sbatch takes it")
     add("--account", help="as sbatch takes it")
     add("--qos", help="as sbatch takes it")
     add("--time", help="as sbatch takes it, e.g. 24:00:00; before it is over, the run saves and is requeued")
-    add("--resume", action="store_true", help="goes on with the run in output_dir")
-    add("--then", type=cli.names, default="", metavar="export,glue", help="jobs that follow where the run is finished")
+    add("--resume", action="store_true", help="go on with the run in --output_dir")
+    add("--then", type=cli.names, default="", metavar="export,glue", help="jobs that follow when the run is finished")
     add("--chain", action="store_true", help="the same as --then export,glue")
     add("--glue_data", metavar="DIR|hub", help="GLUE's folders, for --then glue")
-    add("--glue_tasks", type=cli.names, default="all", help="comma-separated, or all there are")
-    add("--glue_seeds", type=cli.whole_numbers, default="1", help="comma-separated")
-    add("--cluster", type=Path, metavar="FILE", help=f"defaults for this cluster (default: {DEFAULTS}, if there)")
+    add("--glue_tasks", type=cli.names, default="all", help="as `ctcd glue --tasks`")
+    add("--glue_seeds", type=cli.whole_numbers, default="1", help="one fine-tuning for each")
+    add("--cluster", type=Path, metavar="FILE", help=f"defaults for this cluster; left out: {DEFAULTS}, if there")
     add(
         "--print",
         action="store_true",
         dest="show",
-        help="shows the scripts, here or anywhere; writes and submits nothing",
+        help="show the scripts; write and submit nothing (needs no SLURM)",
     )
     return parser.parse_args()
 

@@ -59,6 +59,6 @@ def _task(path: Path, base: Task, keys: Collection[str]) -> Task:
         for suffix, key in _DEV_KEYS[base.name].items()
         if key in keys
     }
-    spelt = tuple(str(number) for number in range(len(base.labels)))
+    numbers = tuple(str(number) for number in range(len(base.labels)))
     hub = "AI-Secure/adv_glue"
-    return replace(base, name=f"adv_{base.name}", labels=spelt, base=base.name, train=None, dev=dev, test={}, hub=hub)
+    return replace(base, name=f"adv_{base.name}", labels=numbers, base=base.name, train=None, dev=dev, test={}, hub=hub)

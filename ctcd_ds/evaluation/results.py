@@ -167,7 +167,7 @@ def _compare(path: Path, what: str, earlier: Mapping[str, Any], now: Mapping[str
             )
 
 
-def table(content: Mapping[str, Any]) -> str:
+def score_table(content: Mapping[str, Any]) -> str:
     """The results as plain text: a line for each task, a column for each model, differences to the first one."""
     models: dict[str, Any] = content["models"]
     differences = content["differences"]["models"]

@@ -144,7 +144,7 @@ class _Candidate:
         return forward
 
 
-def measure(
+def measure_speed(
     models: Sequence[Path],
     batch_sizes: Sequence[int],
     sequence_lengths: Sequence[int],
@@ -228,7 +228,7 @@ def _described(candidate: _Candidate, timings: list[Timing]) -> ModelSpeed:
     )
 
 
-def table(speed: Speed) -> str:
+def speed_table(speed: Speed) -> str:
     """The file as plain text: sizes of the models, then a line for each model and size of batch."""
     about = [
         [model.name, str(model.layers or "-"), f"{model.parameters / 1e6:.2f} M", _mib(model.bytes_on_disk)]

@@ -17,7 +17,7 @@ from ctcd_ds.cluster.slurm import Cluster, require_sbatch
 from ctcd_ds.demo.data import data_commands
 from ctcd_ds.ending import is_finished
 from ctcd_ds.experiments.grid import expand
-from ctcd_ds.experiments.local import collect_only, found, run_here
+from ctcd_ds.experiments.local import as_they_stand, collect_only, run_here
 from ctcd_ds.experiments.planning import Whole, plan_cells, structural_mistakes
 from ctcd_ds.experiments.queueing import queue_cells, refuse_while_queued
 from ctcd_ds.experiments.results import write_results
@@ -75,7 +75,7 @@ def run_experiment(asked: Request) -> int:
     if asked.only_collect:
         return collect_only(whole)
     if asked.slurm is not None:
-        write_results(whole.directory, found(whole))
+        write_results(whole.directory, as_they_stand(whole))
         try:
             print(queue_cells(whole, asked.slurm.cluster, asked.slurm.nodes, asked.slurm.collecting))
         except UserError:

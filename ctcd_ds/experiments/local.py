@@ -37,7 +37,7 @@ def run_here(whole: Whole, places: Sequence[Mapping[str, str]]) -> int:
 
     with _stopping(machine), _Progress(runs) as progress:
 
-        def told(cell: Planned, ending: Ending, running: list[Planned]) -> None:
+        def on_ending(cell: Planned, ending: Ending, running: list[Planned]) -> None:
             endings[cell.name] = ending
             results = write()
             result = next(c for c in results.cells if c.name == cell.name)
@@ -46,7 +46,7 @@ def run_here(whole: Whole, places: Sequence[Mapping[str, str]]) -> int:
             progress.watch(running)
 
         write()
-        run_cells(whole.planned, machine, lambda cell: do_cell(progress.started(cell), whole, machine), told)
+        run_cells(whole.planned, machine, lambda cell: do_cell(progress.started(cell), whole, machine), on_ending)
     results = write()
     print(summary(results, whole.directory), flush=True)
     return EXIT_SAVED if machine.stopping else _code(results)
@@ -57,7 +57,7 @@ def collect_only(whole: Whole) -> int:
     if (whole.directory / FILE).exists():  # the command that repeats the experiment stays
         about = {**whole.about, "command": read_results(whole.directory).command}
         whole = replace(whole, about=about)
-    results = found(whole)
+    results = as_they_stand(whole)
     write_results(whole.directory, results)
     for cell in whole.runs:
         show_scores(cell.run, next(c for c in results.cells if c.name == cell.name))
@@ -65,7 +65,7 @@ def collect_only(whole: Whole) -> int:
     return _code(results)
 
 
-def found(whole: Whole) -> Results:
+def as_they_stand(whole: Whole) -> Results:
     """The results of the runs as they stand by the files they left: for runs that others started."""
     endings = {cell.name: found_ending(cell, whole.experiment) for cell in whole.runs}
     return collect(whole, endings, _seconds_before(whole.directory))

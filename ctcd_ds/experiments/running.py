@@ -87,7 +87,7 @@ class Machine:
         if code:
             said = (self._logs / f"{cell}.log").read_bytes()[began:].decode(errors="replace")
             name = next(word for word in line if word.startswith("ctcd_ds.commands.")).rpartition(".")[2]
-            raise RunFailure(f"{name} ended with {code}: {last_words(said)}")
+            raise RunFailure(f"{name} ended with {code}: {failure_message(said)}")
 
     def stop(self) -> None:
         """Tells all processes to save and end."""
@@ -98,7 +98,7 @@ class Machine:
                     os.killpg(process.pid, signal.SIGTERM)
 
 
-def last_words(log: str) -> str:
+def failure_message(log: str) -> str:
     """What a command said of its failure: its 'error:' or 'failed:' with the list below, else its last line.
 
     Either may stand behind a progress bar, on the bar's own line.
@@ -115,9 +115,9 @@ def run_cells(
     planned: Sequence[Planned],
     machine: Machine,
     do: Callable[[Planned], Ending],
-    told: Callable[[Planned, Ending, list[Planned]], None],
+    on_ending: Callable[[Planned, Ending, list[Planned]], None],
 ) -> dict[str, Ending]:
-    """Runs each owner's run once all that it needs is finished; calls `told` after each with what still runs.
+    """Runs each owner's run once all that it needs is finished; calls `on_ending` after each with what still runs.
 
     Returns how every run ended; a cell whose need failed is waiting.
     """
@@ -133,7 +133,7 @@ def run_cells(
                 if bad:
                     waiting.remove(cell)
                     endings[cell.name] = Ending("waiting", f"needs {bad[0]}, which is not finished")
-                    told(cell, endings[cell.name], list(running.values()))
+                    on_ending(cell, endings[cell.name], list(running.values()))
                 elif len(running) < machine.width and not machine.stopping and all(n in endings for n in needs):
                     waiting.remove(cell)
                     running[pool.submit(do, cell)] = cell
@@ -142,7 +142,7 @@ def run_cells(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 endings[cell.name] = future.result()
-                told(cell, endings[cell.name], list(running.values()))
+                on_ending(cell, endings[cell.name], list(running.values()))
     return endings
 
 

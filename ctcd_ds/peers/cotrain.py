@@ -12,7 +12,7 @@ from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
-from ctcd_ds.peers.dropout import quicken_dropout
+from ctcd_ds.peers.dropout import use_fast_dropout
 from ctcd_ds.peers.heads import compilable, project_positions, way_of
 
 
@@ -28,7 +28,7 @@ class CoTraining(nn.Module):
     ) -> None:
         super().__init__()
         self.peers = nn.ModuleDict(peers)
-        quicken_dropout(self)
+        use_fast_dropout(self)
         for peer in self.peers.values():
             way_of(peer)  # found in fp32, before the first step
         self.graph = graph

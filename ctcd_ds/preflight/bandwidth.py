@@ -69,12 +69,12 @@ def _in_a_group(ranks: Ranks, plan: Plan, meeting: Meeting) -> AllReduce:
     dist.init_process_group(communication_backend(), None, limit, ranks.world, ranks.rank, meeting.store)
     try:
         best = peak_flops(device, plan.deepspeed.precision)
-        return measure(device, best and best / ranks.world * ACHIEVED[device.type])
+        return measure_all_reduce(device, best and best / ranks.world * ACHIEVED[device.type])
     finally:
         dist.destroy_process_group()
 
 
-def measure(device: torch.device, flops: float | None) -> AllReduce:
+def measure_all_reduce(device: torch.device, flops: float | None) -> AllReduce:
     """Called by all ranks of the default group, takes about 2 s. All get the numbers of the slowest rank."""
     latency = _seconds(torch.zeros(1, device=device), 20)
     quick = _seconds(torch.zeros(_SMALL // 4, device=device), 3)

@@ -27,7 +27,7 @@ from ctcd_ds.preflight import probes
 from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
 from ctcd_ds.preflight.meeting import Meeting
 from ctcd_ds.preflight.reach import Listener, reach
-from ctcd_ds.preflight.verdict import table
+from ctcd_ds.preflight.verdict import host_table
 from ctcd_ds.recipe import flat, load_recipe
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _judge(
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         return {"code": cli.EXIT_MISTAKE}
     findings = judge(hosts)
-    print(table(hosts, findings), flush=True)
+    print(host_table(hosts, findings), flush=True)
     return {"code": cli.EXIT_FAILED if findings else cli.EXIT_DONE}
 
 

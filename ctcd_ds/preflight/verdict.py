@@ -8,7 +8,7 @@ from ctcd_ds.preflight.checks import CHECKS, Finding, Hosts, counted
 _SHOWN = 16
 
 
-def table(hosts: Hosts, findings: list[Finding]) -> str:
+def host_table(hosts: Hosts, findings: list[Finding]) -> str:
     """A row a host, a column a check; below, each finding with its cure. Many good hosts share a row."""
     bad = {finding.host for finding in findings}
     good = [host for host in hosts.ranks if host not in bad]

@@ -24,7 +24,7 @@ from torch import Tensor
 from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.peers.build import frozen_sha256
 from ctcd_ds.training.checkpoint import INSIDE, Manifest
-from ctcd_ds.training.together import by_rank_0
+from ctcd_ds.training.rank_zero import on_rank_zero
 
 
 def load(engine: Any, checkpoint: Path, manifest: Manifest) -> int:
@@ -105,7 +105,7 @@ def _universal(checkpoint: Path) -> Iterator[Path]:
         if done.returncode:
             raise RunFailure(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-2000:]}")
 
-    by_rank_0(convert)
+    on_rank_zero(convert)
     yield place
     dist.barrier()
     if dist.get_rank() == 0:
