@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, typed
+from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, as_typed, typed
 from ctcd_ds.cluster.slurm import Cluster, require_sbatch
 from ctcd_ds.demo.data import data_commands
 from ctcd_ds.ending import is_finished
@@ -160,7 +159,7 @@ def make_demo_data(place: Path) -> None:
         return
     place.mkdir(parents=True, exist_ok=True)
     for line in data_commands(place, place):
-        print(f"$ {shlex.join(line)}", flush=True)
+        print(f"$ {as_typed(line)}", flush=True)
         if (code := subprocess.run(line, check=False).returncode) != 0:
             raise RunFailure(f"the demo's data could not be made: {line[2]} ended with {code}")
 
