@@ -33,6 +33,11 @@ class RunFailure(RuntimeError):
     """What ended a run and is nobody's typing mistake (a non-finite loss, a damaged file): one message, exit code 1."""
 
 
+def count(number: int, noun: str) -> str:
+    """'one seed', '3 seeds'."""
+    return f"one {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     """'did you mean …?' for a near miss, else what is allowed."""
     known = sorted(allowed)

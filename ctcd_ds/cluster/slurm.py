@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 from ruamel.yaml.error import YAMLError
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, count
 from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_yaml
 
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
@@ -249,7 +249,7 @@ class Submission:
         logs, first = self.folder / "slurm", ids["pretrain"]
         each = "_*" if self.many else ""
         run = self.runs[0].path
-        size = f"{self.nodes} nodes × {self.cluster.ranks_per_node} ranks"
+        size = f"{count(self.nodes, 'node')} × {count(self.cluster.ranks_per_node, 'rank')}"
         size += f", {len(self.runs)} runs" if self.many else ""
         lines = [f"{name:<10}job {number}{f'  ({size})' if name == 'pretrain' else ''}" for name, number in ids.items()]
         lines += [

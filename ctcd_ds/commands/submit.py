@@ -136,7 +136,8 @@ def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Pa
         trained = [name for name, section in recipe.peers.items() if not section.frozen]
         runs.append(Run(path, recipe.to_yaml(), trained))
         if not given.show:
-            print(f"{path}: {plan.steps:,} steps of {recipe.training.global_batch_rows} rows on {world} ranks")
+            rows = recipe.training.global_batch_rows
+            print(f"{path}: {plan.steps:,} steps of {rows} rows on {cli.count(world, 'rank')}")
     if mistakes:
         raise cli.UserError("\n".join(dict.fromkeys(mistakes)))
     return runs

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, as_typed, typed
+from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, as_typed, count, typed
 from ctcd_ds.cluster.slurm import Cluster, require_sbatch
 from ctcd_ds.demo.data import data_commands
 from ctcd_ds.ending import is_finished
@@ -206,5 +206,6 @@ def describe(whole: Whole) -> str:
         costs = f"{cell.flops:>10.2g}{cell.total_flops:>10.2g}"
         lines.append(f"{cell.cell.point.name:<44}{cell.steps:>8}{costs}  {peers}{same}")
     total = sum(cell.flops for cell in whole.runs)
-    lines.append(f"{len(planned)} cells ({len(experiment.seeds)} seeds), {len(whole.runs)} runs, {total:.3g} FLOPs")
+    cells, seeds = count(len(planned), "cell"), count(len(experiment.seeds), "seed")
+    lines.append(f"{cells} ({seeds}), {count(len(whole.runs), 'run')}, {total:.3g} FLOPs")
     return "\n".join(lines)
