@@ -126,6 +126,22 @@ def test_where_slurm_refuses_a_later_job_the_earlier_ones_are_cancelled(
     assert (tmp_path / "cancelled").read_text() == "77\n" and not (place / "run").exists()
 
 
+def test_a_second_submission_is_refused_and_what_waits_stays_as_it_is(
+    submit: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same on a real SLURM: tests/cluster/test_slurm.py."""
+    for name, text in (("sbatch", "echo 77"), ("squeue", "echo 77")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert submit(name="twice")[0] == 0
+    before = (place / "twice" / "slurm" / "recipe.yaml").read_text()
+    code, _, error = submit("--set", "seed=9", name="twice")
+    assert code == 2 and "job 77 in the queue" in error
+    assert (place / "twice" / "slurm" / "recipe.yaml").read_text() == before
+    assert {path.name for path in (place / "twice").iterdir()} == {"slurm"}
+
+
 def progress(run: Path, step: int) -> None:
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")

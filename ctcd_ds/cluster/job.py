@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ctcd_ds import cli
+from ctcd_ds.cluster.owner import LEASE_S, owned
 from ctcd_ds.ending import ending, is_finished
 
 FAILURES, STARTS = 2, 5
@@ -36,7 +37,10 @@ class Start:
 
 
 def begin(run: Path, job: str) -> str:
-    """Notes a start; says so. Raises RunFailure where the job has started too often from this step."""
+    """Notes a start; says so. Raises RunFailure where the job has started too often from this step, and
+    UserError where the run is another's."""
+    with owned(run, LEASE_S):  # in vain, srun need not be asked
+        pass
     step = saved_step(run)
     tries = _tries(run, job, step)
     if tries >= STARTS:

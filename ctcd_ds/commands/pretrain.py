@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.options import add_cluster_options, cluster_of
+from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.ranks import Ranks, find_ranks
 from ctcd_ds.recipe import load_recipe
 
@@ -25,15 +27,16 @@ def main() -> int:
 
     ranks = find_ranks()
     try:
-        return pretrain(arguments, ranks)
+        with ExitStack() as held:
+            return pretrain(arguments, ranks, held)
     except (cli.UserError, cli.RunFailure):
         if not ranks.first:
             time.sleep(10)  # all ranks find the same, and rank 0 says it; the launcher then ends this one
         raise
 
 
-def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
-    """Checks everything, then trains."""
+def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> int:
+    """Checks everything, then trains. The run directory is this job's until `held` is closed."""
     cluster = cluster_of(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
 
@@ -58,6 +61,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
         if ranks.first:
             print(describe(plan))
         return cli.EXIT_DONE
+    if ranks.first:
+        held.enter_context(owned(run.path))
     different = run.refuse_or_resume(plan, arguments.resume)
     if run.is_finished(plan):
         if ranks.first:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, as_typed, count, typed
+from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.slurm import Cluster, require_sbatch
 from ctcd_ds.demo.data import data_commands
 from ctcd_ds.ending import is_finished
@@ -70,9 +71,15 @@ def run_experiment(asked: Request) -> int:
     print(describe(whole), flush=True)
     if asked.dry_run:
         return EXIT_DONE
-    _write_recipes(whole)
-    if asked.only_collect:
+    if asked.only_collect:  # beside whatever runs
+        _write_recipes(whole)
         return collect_only(whole)
+    with owned(whole.directory):
+        return _run(whole, asked, gpus, fresh)
+
+
+def _run(whole: Whole, asked: Request, gpus: int, fresh: bool) -> int:
+    _write_recipes(whole)
     if asked.slurm is not None:
         write_results(whole.directory, as_they_stand(whole))
         try:

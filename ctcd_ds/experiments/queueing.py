@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.cluster.slurm import Cluster, Run, Submission, cancel, head, sbatch, still_queued
+from ctcd_ds.cluster.owner import still_queued
+from ctcd_ds.cluster.slurm import Cluster, Run, Submission, cancel, head, sbatch
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.running import ASKED, asked, glue_options, is_done
 from ctcd_ds.experiments.specification import Experiment
