@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -81,7 +80,7 @@ def export(place: Path) -> list[Path]:
 
 def run(line: list[str]) -> None:
     """Prints and runs a command of this environment; ends the demo where it fails."""
-    print(f"\n$ {shlex.join(line)}", flush=True)
+    print(f"\n$ {cli.as_typed(line)}", flush=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # On the CPU everywhere: one GPU could not hold two ranks. Models this small gain nothing from threads.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
