@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.options import add_cluster_options, cluster_of
 from ctcd_ds.cluster.ranks import Ranks, find_ranks
 from ctcd_ds.recipe import load_recipe
+from ctcd_ds.training.library_log import library_log
 
 
 def main() -> int:
@@ -24,14 +27,15 @@ def main() -> int:
 
     ranks = find_ranks()
     try:
-        return pretrain(arguments, ranks)
+        with library_log() as write_to:
+            return pretrain(arguments, ranks, write_to)
     except (cli.UserError, cli.RunFailure):
         if not ranks.first:
             time.sleep(10)  # all ranks find the same, and rank 0 says it; the launcher then ends this one
         raise
 
 
-def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
+def pretrain(arguments: argparse.Namespace, ranks: Ranks, libraries_write_to: Callable[[Path, int], None]) -> int:
     """Checks everything, then trains."""
     cluster = cluster_of(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
@@ -65,6 +69,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
         return cli.EXIT_DONE
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         refuse_damage(plan.corpus.path)
+    libraries_write_to(run.path, ranks.rank)
     if ranks.first:
         print(
             describe(plan),

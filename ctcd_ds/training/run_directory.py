@@ -20,6 +20,7 @@ from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.identity import changes, identity
+from ctcd_ds.training.library_log import FOLDER
 from ctcd_ds.training.plan import Plan
 
 
@@ -63,9 +64,9 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
         if not self.holds_a_run():
-            # slurm/ is what `ctcd submit` and the job's script leave here before the run begins.
+            # What stands here before the run begins: slurm/, by `ctcd submit` and the job's script, and logs/.
             others = (p.name for p in self.path.iterdir()) if self.path.is_dir() else ()
-            if any(not name.startswith(".") and name != "slurm" for name in others):
+            if any(not name.startswith(".") and name not in ("slurm", FOLDER) for name in others):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
             return []
         if not resume:
