@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 TWO_AT_A_TIME := -n 2 --dist loadfile
 
 # What a cluster on this one machine needs, by its names in Debian.
-CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iptables
+CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin mpich iptables
 
 .PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report all nightly check clean
 .PHONY: chromium cluster-packages
