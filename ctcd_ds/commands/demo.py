@@ -63,7 +63,7 @@ def pretrain(place: Path, name: str, recipe: str, ranks: int, steps: int | None)
     changes = [f"corpus.path={place / 'corpus'}"]
     if steps is not None:
         changes += [f"training.steps={steps}", f"training.valid_every={steps}"]
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
+    launcher = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
     files = ["--recipe", SHIPPED / "recipes" / recipe, "--deepspeed_config", SHIPPED / "cpu.json"]
     line = command("pretrain", *files, "--output_dir", place / name, "--set", *changes)
     run([*launcher, *line[2:]])
