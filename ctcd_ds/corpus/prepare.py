@@ -99,7 +99,7 @@ def prepare(
     settings.validate()
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
-    sources = find_sources(inputs)
+    sources = find_sources(inputs, reading.format)
     tokenizer = bring_tokenizer(tokenizer_source, lowercase, lambda: sample_lines(sources, reading, SAMPLE))
     plan = {
         "sources": [source.identity() for source in tqdm(sources, "hashing", unit=" sources", delay=2)],
