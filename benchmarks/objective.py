@@ -25,7 +25,6 @@ from ctcd_ds import cli
 from ctcd_ds.objective.fused import Projection, fused_objective, project
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.reference import reference_objective
-from ctcd_ds.peers.heads import TRANSFORMS
 
 ROW = 128  # tokens in a row: decides how many of them are targets
 
@@ -66,7 +65,7 @@ class Heads(NamedTuple):
 
     def _projection(self, model: Any, hidden: Tensor) -> Projection:
         decoder = model.get_output_embeddings()
-        return Projection(TRANSFORMS["bert"](model, hidden[self.positions]), decoder.weight, decoder.bias)
+        return Projection(model.cls.predictions.transform(hidden[self.positions]), decoder.weight, decoder.bias)
 
     def ours(self) -> None:
         """Forward and backward, our way."""

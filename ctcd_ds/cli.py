@@ -66,6 +66,19 @@ class _Unheard:
         return getattr(self._stream, name)
 
 
+def command(name: str, *words: object) -> list[str]:
+    """The line that runs another of our commands in this environment."""
+    return [sys.executable, "-m", f"ctcd_ds.commands.{name}", *map(str, words)]
+
+
+def typed() -> list[str]:
+    """This process' command, so that it can be typed again."""
+    program, *words = sys.argv
+    if module := getattr(sys.modules["__main__"], "__spec__", None):
+        return ["python", "-m", module.name, *words]
+    return [*(program.split() if program.startswith("ctcd ") else ["python", program]), *words]
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which run is meant: the same for training and for what looks at its hosts before."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -284,7 +284,7 @@ def test_a_failing_cell_is_shown_and_the_others_go_on(real: tuple[Path, list[Any
         **{"alone": "finished", "frozen": "finished"},
         **{"diverging": "failed", "after": "waiting"},
     }
-    assert "pretrain.py ended with 1" in cells["diverging"].reason and "loss/" in cells["diverging"].reason
+    assert "pretrain ended with 1" in cells["diverging"].reason and "loss/" in cells["diverging"].reason
     assert "diverging" in cells["after"].reason and cells["diverging"].reason in first.stdout
 
 
@@ -317,7 +317,7 @@ def test_its_report_shows_scores_and_what_failed(real: tuple[Path, list[Any]]) -
     (table,) = re.findall(r'<table id="table-glue">.*?</table>', page, flags=re.DOTALL)
     score = read_results(out).conditions["alone"].peers["teacher"]["glue/rte"].median
     assert f">{score:.1f}" in table and "rte" in table
-    assert "pretrain.py ended with 1" in page and "2 cells are not finished" in page
+    assert "pretrain ended with 1" in page and "2 cells are not finished" in page
 
 
 def test_tensorboard_compares_cells_by_recipe_and_scores(real: tuple[Path, list[Any]]) -> None:
@@ -336,7 +336,7 @@ def test_resume_runs_no_finished_cell_again_and_tries_the_failed_one(real: tuple
     out, (_, _, resumed) = real
     assert resumed.returncode == 1, resumed.stdout + resumed.stderr
     logs = {path.stem: path.read_text() for path in (out / "logs").iterdir()}
-    assert logs["alone-seed-1"].count("launchers/pretrain.py") == logs["alone-seed-1"].count("export_hf.py") == 1
+    assert logs["alone-seed-1"].count("commands.pretrain ") == logs["alone-seed-1"].count("commands.export ") == 1
     assert logs["diverging-seed-1"].count("$ ") == 2
 
 

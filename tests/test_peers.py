@@ -10,11 +10,9 @@ import torch
 
 from corpora import write_corpus
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.objective.fused import project
 from ctcd_ds.peers.accounting import cost
-from ctcd_ds.peers.build import build_peer, config_mistakes, padded, peer_config, weights_sha256
+from ctcd_ds.peers.build import build_peer, config_mistakes, peer_config, weights_sha256
 from ctcd_ds.peers.cotrain import Batch, CoTraining
-from ctcd_ds.peers.heads import TRANSFORMS, project_positions
 from ctcd_ds.recipe import OptimizerSection, PeerSection, Recipe
 from runs import bert, chain_documents
 
@@ -34,8 +32,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
         "max_position_embeddings": 64,
     },
-    "albert": {**bert(32, 2), "model_type": "albert", "embedding_size": 16},  # the general path
-    "mpnet": {**bert(32, 2), "model_type": "mpnet"},  # the general path, positions after the padding id
+    "albert": {**bert(32, 2), "model_type": "albert", "embedding_size": 16},
+    "mpnet": {**bert(32, 2), "model_type": "mpnet"},  # positions begin after the padding id
 }
 
 
@@ -53,18 +51,6 @@ def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(5, VOCABULARY, (rows, LENGTH), generator=g)
     return ids, torch.tensor([1, 2, 7, LENGTH, 2 * LENGTH + 5])
-
-
-@pytest.mark.parametrize("kind", SMALL)
-def test_head_at_positions_equals_the_whole_model_there(corpus: Corpus, kind: str) -> None:
-    model = peer(corpus, model=SMALL[kind]).eval()
-    assert (kind in TRANSFORMS) == (kind not in ("albert", "mpnet"))
-    ids, positions = inputs()
-    with torch.no_grad():
-        found = project(project_positions(model, ids, positions), slice(None))
-        whole = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.flatten(0, 1)[positions]
-    assert found.shape == (len(positions), padded(VOCABULARY)) == (5, 320)
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SMALL)

@@ -98,4 +98,4 @@ def test_every_path_the_readme_names_exists() -> None:
 
 def test_every_shipped_recipe_is_in_the_readmes_table() -> None:
     for path in (ROOT / "ds_configs" / "recipes").glob("*.yaml"):
-        assert path.stem in README or (path.stem.startswith("demo") and "demo*.yaml" in README), path.name
+        assert path.stem in README, path.name

@@ -226,7 +226,7 @@ assert "torch" not in sys.modules
 
 
 def test_opening_leaves_contents_alone(tmp_path: Path) -> None:
-    """Hashes are for tools/verify.py: a changed token is not found here, an impossible one on reading."""
+    """Hashes are for `ctcd verify`: a changed token is not found here, an impossible one on reading."""
     path = write_corpus(tmp_path / "c", [[5] * 100], vocab_size=1000)
     np.full(101, 1000, np.uint16).tofile(path / "train-00000.bin")
     rows = Corpus.open(path).rows("train", 12)
@@ -251,7 +251,7 @@ def test_no_corpus_no_directory_not_finished(tmp_path: Path) -> None:
         Corpus.open(tmp_path / "nowhere")
     path = write_corpus(tmp_path / "c", [[5] * 100])
     (path / "manifest.json").rename(path / "aside")
-    with pytest.raises(UserError, match=r"was tools/prepare_corpus\.py finished\?"):
+    with pytest.raises(UserError, match=r"was `ctcd corpus` finished"):
         Corpus.open(path)
     write_manifest(path / "manifest.json", {"format": "ctcd_ds.checkpoint", "version": 1})
     with pytest.raises(UserError, match=r"not a corpus.*'ctcd_ds\.checkpoint'"):

@@ -1,44 +1,8 @@
 #!/usr/bin/env python
-"""Makes a page of one experiment or of any runs: findings in plain words, learning curves, tables, settings.
-
-python tools/report.py runs/ctcd runs/teacher_alone runs/student_alone --output_dir runs/report
-
-One HTML file that needs no network, and its pictures as PNG files beside it. Runs that differ by their seed only are
-taken together; each peer is compared to itself alone where such a run is given.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
+"""`ctcd report`, from a checkout."""
 
 from ctcd_ds import cli
-
-
-def main() -> int:
-    parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="RUN|EXPERIMENT", help="run directories, or one experiment's directory")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="for report.html and the pictures")
-    add(
-        "--agreement_rows",
-        type=int,
-        default=256,
-        metavar="N",
-        help="held-out rows on which the peers' answers are compared (default: 256); 0 leaves it out",
-    )
-    add("--speed", type=Path, metavar="DIR", help="what tools/speed.py wrote (default: EXPERIMENT/speed, if there)")
-    options = parser.parse_args()
-    if options.agreement_rows < 0:
-        raise cli.UserError(f"--agreement_rows {options.agreement_rows}: must be 0 or more")
-
-    from ctcd_ds.experiments.report.build import write_report
-
-    page = write_report(options.paths, options.output_dir, options.agreement_rows, options.speed)
-    print(f"report in {page}")
-    return cli.EXIT_DONE
-
+from ctcd_ds.commands.report import main
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,62 +1,8 @@
 #!/usr/bin/env python
-"""Measures exported peers side by side on this machine: latency, throughput, size. A table, and DIR/speed.json.
-
-Models take turns and medians are compared, so that other work on the machine hits all of them alike. Threads on the CPU
-are OMP_NUM_THREADS, else torch's choice.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
-from pathlib import Path
+"""`ctcd speed`, from a checkout."""
 
 from ctcd_ds import cli
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Comma-separated whole numbers from 1, as an option's type."""
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of whole numbers from 1")
-    return list(dict.fromkeys(int(part) for part in text.split(",")))
-
-
-def main() -> None:
-    parser = cli.parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model directories; the first is the base"
-    )
-    add(
-        "--batch_sizes",
-        type=whole_numbers,
-        default="1,32",
-        help="rows of a batch; 1 is the latency of a single request",
-    )
-    add("--sequence_lengths", type=whole_numbers, default="128", help="tokens of a row")
-    add("--device", choices=("cpu", "cuda"), help="left out: cuda where torch sees a GPU")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation")
-    add("--seconds", type=float, default=20.0, help="how long each size of batch is measured (at least 5 rounds)")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="for speed.json")
-    options = parser.parse_args()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed, which else warns of no GPU
-    if options.output_dir.exists() and not options.output_dir.is_dir():
-        raise cli.UserError(f"--output_dir {options.output_dir} is a file")
-
-    import torch
-
-    from ctcd_ds.evaluation import speed
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise cli.UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, options.dtype)
-    paths = [Path(model) for model in options.model]
-    found = speed.measure(paths, options.batch_sizes, options.sequence_lengths, device, dtype, options.seconds)
-    written = speed.write_speed(options.output_dir, found)
-    print(speed.table(found))
-    print(f"\nrows in {written}")
-
+from ctcd_ds.commands.speed import main
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,40 +1,8 @@
 #!/usr/bin/env python
-"""Trains a tokenizer on your text: WordPiece as BERT has it, or SentencePiece unigram or BPE.
-
---output_dir becomes a Hugging Face tokenizer directory, for AutoTokenizer.from_pretrained(DIR) and for
-tools/prepare_corpus.py --tokenizer DIR. The SentencePiece types leave their native model there too (spiece.model).
-The same text and options give the same tokenizer.
-"""
-
-from __future__ import annotations
-
-from pathlib import Path
+"""`ctcd tokenizer`, from a checkout."""
 
 from ctcd_ds import cli
-from ctcd_ds.corpus import options, sources, tokenizer_training
-from ctcd_ds.corpus.prepare import chosen_texts
-
-
-def main() -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="F", help=f"{sources.READABLE}; globs")
-    parser.add_argument("--type", choices=tokenizer_training.TYPES, default="wordpiece", help="what to train")
-    parser.add_argument("--vocab_size", type=int, default=30522, help="tokens, the five special ones included")
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new directory")
-    parser.add_argument("--lowercase", type=options.true_or_false, default=True, metavar="true|false", help="fold case")
-    parser.add_argument("--fraction", type=float, default=1.0, help="train on this share of the documents")
-    parser.add_argument("--seed", type=int, default=1, help="decides which documents --fraction takes")
-    options.add_reading_options(parser)
-    arguments = parser.parse_args()
-    reading = options.reading(arguments)
-    texts = chosen_texts(
-        sources.find_sources(arguments.input, reading.format), reading, arguments.fraction, arguments.seed
-    )
-    tokenizer_training.train_tokenizer(
-        arguments.type, texts, arguments.vocab_size, arguments.lowercase, arguments.output_dir
-    )
-    print(f"{arguments.output_dir}: {arguments.type} tokenizer, {arguments.vocab_size} tokens")
-
+from ctcd_ds.commands.tokenizer import main
 
 if __name__ == "__main__":
     cli.run(main)

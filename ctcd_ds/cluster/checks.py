@@ -150,7 +150,7 @@ def check_recipe(hosts: Hosts) -> Iterator[Finding]:
 
 def check_corpus(hosts: Hosts) -> Iterator[Finding]:
     """The same corpus, by the fingerprint in its manifest; sizes and headers of its files were read."""
-    cure = "copy the corpus there again, manifest.json last; `python tools/verify.py CORPUS` there reads every byte"
+    cure = "copy the corpus there again, manifest.json last; `ctcd verify CORPUS` there reads every byte"
     for host, fingerprint, usual in hosts.odd(lambda facts: facts.job.corpus):
         yield Finding(host, "corpus", f"fingerprint {fingerprint[:12]}…, elsewhere {usual[:12]}…", cure)
     yield from _mistakes(hosts, "corpus", cure)

@@ -89,7 +89,7 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     elif (tasks := env.get("SLURM_NTASKS", "1")) != "1":
         raise UserError(
             f"SLURM_NTASKS = {tasks}, and this process was not started by srun: it would train alone. Write "
-            "`srun python …` (launchers/pretrain.sbatch does), or take SLURM_NTASKS away: env -u SLURM_NTASKS python …"
+            "`srun python …` (pretrain.sbatch does), or take SLURM_NTASKS away: env -u SLURM_NTASKS python …"
         )
     else:
         return Ranks(0, 1, 0, 1, "alone")

@@ -1,7 +1,7 @@
 """Batch scripts for SLURM: pretraining, then export, then GLUE; what the cluster wants of them; how they are queued.
 
 A script is written once, into the run directory, beside a copy of the recipe it means: what waits in the queue does not
-change when a file is edited. Its body is that of launchers/pretrain.sbatch.
+change when a file is edited. Its body is that of pretrain.sbatch beside this file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ruamel.yaml.error import YAMLError
 from ctcd_ds.cli import UserError
 from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_yaml
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
 _MARK = "# --- the job ---\n"
 
@@ -111,7 +110,7 @@ def head(cluster: Cluster, folder: Path, name: str, options: Mapping[str, object
         "#SBATCH --requeue",
         *(f"#SBATCH {option}" for option in cluster.sbatch),
         "# Written by ctcd_ds/cluster/slurm.py.",
-        f"cd {shlex.quote(str(ROOT))} || exit",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit",  # paths mean what they meant where they were typed
         *cluster.setup,
         *variables,
         f"export PYTHON={shlex.quote(cluster.python or 'python')}",
@@ -131,7 +130,7 @@ class Run:
 class Submission:
     """What is to be queued: one run, or several as a job array, in or below `folder` (absolute).
 
-    deepspeed: the JSON's text. then: what follows, 'export' and 'glue'. glue: tools/run_glue.py's options.
+    deepspeed: the JSON's text. then: what follows, 'export' and 'glue'. glue: the options of `ctcd glue`.
     after: jobs that must end well before these runs start. closing: a shell line for the end of GLUE's script.
     """
 
@@ -169,7 +168,7 @@ class Submission:
             "signal": f"B:USR1@{cluster.signal_seconds}",
             "time": cluster.time,
         }
-        body = (ROOT / "launchers" / "pretrain.sbatch").read_text(encoding="utf-8").split(_MARK)[1]
+        body = Path(__file__).with_name("pretrain.sbatch").read_text(encoding="utf-8").split(_MARK)[1]
         resume = " --resume" if self.resume else ""
         lines = [
             *self._head("pretrain", options, array=self.many),
@@ -186,7 +185,7 @@ class Submission:
             *self._head("export", {"ntasks": 1}, array=self.many),
             *self._which_run(),
             '$PYTHON -m ctcd_ds.cluster.job finished "$run" || exit',
-            '$PYTHON tools/export_hf.py --checkpoint "$run" --peer all --output_dir "$run/hf"',
+            '$PYTHON -m ctcd_ds.commands.export --checkpoint "$run" --peer all --output_dir "$run/hf"',
         ]
         return "\n".join(lines) + "\n"
 
@@ -197,7 +196,7 @@ class Submission:
         how = {**self.glue, "output_dir": str(self.folder / "glue")}
         lines = [
             *self._head("glue", {"ntasks": 1, "gres": gpu, "time": self.cluster.time}, array=False),
-            "$PYTHON tools/run_glue.py \\",
+            "$PYTHON -m ctcd_ds.commands.glue \\",
             *(f"    {'--model ' if n == 0 else '        '}{model} \\" for n, model in enumerate(models)),
             "    " + " ".join(f"--{key} {shlex.quote(value)}" for key, value in how.items()),
             *([self.closing] if self.closing else []),

@@ -1,4 +1,4 @@
-"""The command-line options that tools/train_tokenizer.py and tools/prepare_corpus.py share."""
+"""The command-line options that `ctcd tokenizer` and `ctcd corpus` share."""
 
 from __future__ import annotations
 

@@ -165,9 +165,9 @@ def read_corpus_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a corpus directory. Raises UserError where there is none of this version, else Damage."""
     file = path / "manifest.json"
     if not path.is_dir():
-        raise UserError(f"there is no corpus at {path}: no such directory (tools/prepare_corpus.py makes one)")
+        raise UserError(f"there is no corpus at {path}: no such directory (`ctcd corpus` makes one)")
     if not file.exists():
-        raise UserError(f"{path} is not a corpus: it has no manifest.json (was tools/prepare_corpus.py finished?)")
+        raise UserError(f"{path} is not a corpus: it has no manifest.json (was `ctcd corpus` finished?)")
     manifest = read_manifest(file)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not a corpus: its manifest.json says format {manifest.get('format')!r}")

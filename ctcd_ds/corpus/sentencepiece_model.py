@@ -148,7 +148,7 @@ def _compare(path: Path, model: Any, backend: Tokenizer, sample: list[str]) -> N
         raise UserError(
             f"{path}: this model cannot be used: its Hugging Face form disagrees with native SentencePiece on your "
             f"text. Line: {line[:300]!r}. SentencePiece: {[pieces[i] for i in expected[around]]}. Hugging Face: "
-            f"{[pieces[i] for i in got[around]]}. Train one with tools/train_tokenizer.py, or bring a directory"
+            f"{[pieces[i] for i in got[around]]}. Train one with `ctcd tokenizer`, or bring a directory"
         )
     if ties:
         print(

@@ -48,7 +48,7 @@ def _validated(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToken
     if missing:
         raise UserError(
             f"tokenizer {name} has no {' and no '.join(f'{role}_token' for role in missing)}; masked language "
-            f"models need {', '.join(f'{role}_token' for role in ROLES)}: train one with tools/train_tokenizer.py, "
+            f"models need {', '.join(f'{role}_token' for role in ROLES)}: train one with `ctcd tokenizer`, "
             f"or add what is missing to its tokenizer_config.json"
         )
     if not tokenizer.is_fast:

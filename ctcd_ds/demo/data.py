@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, command
 from ctcd_ds.demo.pairs import README, rte_file, sentence_pairs
 from ctcd_ds.demo.text import Document, documents
 from ctcd_ds.manifest import write_atomic
@@ -17,6 +17,17 @@ DEV_PAIRS, TRAIN_PAIRS = 600, 3000
 def is_held_out(document: Document) -> bool:
     """Whether a document goes into the task; by its name alone, whatever else there is."""
     return zlib.crc32(document.name.encode()) % HELD_OUT == 0
+
+
+def data_commands(data: Path, home: Path, megabytes: float = 6.0) -> list[list[str]]:
+    """The commands that make text and task in `data`, and tokenizer and corpus of that text in `home`."""
+    text, tokenizer = data / "text.txt", home / "tokenizer"
+    return [
+        command("demo_data", "--output_dir", data, "--size_megabytes", megabytes),
+        command("tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 4096, "--output_dir", tokenizer),
+        command("corpus", "--input", text, "--tokenizer", tokenizer, "--output_dir", home / "corpus",
+                "--valid_fraction", 0.05),
+    ]  # fmt: skip
 
 
 def make(output_dir: Path, size_bytes: int) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ctcd_ds.demo.text import Document
 
 Pair = tuple[str, str, str]  # sentence1, sentence2, label
-README = """This is not GLUE's RTE. It is a stand-in for the demo, in RTE's file format, made by tools/make_demo_data.py
+README = """This is not GLUE's RTE. It is a stand-in for the demo, in RTE's file format, made by `ctcd demo-data`
 from docstrings that are held out from text.txt:
 
 entailment      sentence2 was written right after sentence1

@@ -111,7 +111,7 @@ def read_speed(directory: Path) -> Speed:
         raise UserError(f"{path} cannot be read: {problem.strerror}") from None
     except ValidationError as problem:
         where = ".".join(map(str, problem.errors()[0]["loc"])) or "the file"
-        raise UserError(f"{path} is no speed.json of tools/speed.py: {where}: {problem.errors()[0]['msg']}") from None
+        raise UserError(f"{path} is no speed.json of `ctcd speed`: {where}: {problem.errors()[0]['msg']}") from None
 
 
 class _Candidate:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError
+from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, typed
 from ctcd_ds.cluster.slurm import Cluster, require_sbatch
+from ctcd_ds.demo.data import data_commands
 from ctcd_ds.experiments.grid import expand
 from ctcd_ds.experiments.local import collect_only, found, run_here
 from ctcd_ds.experiments.planning import Whole, plan_cells, structural_mistakes
 from ctcd_ds.experiments.queueing import queue_cells, refuse_while_queued
 from ctcd_ds.experiments.results import write_results
-from ctcd_ds.experiments.running import ROOT, is_finished, places, recipe_place
+from ctcd_ds.experiments.running import is_finished, places, recipe_place
 from ctcd_ds.experiments.specification import FULL, Experiment, base_recipe, load_experiment
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes
@@ -29,7 +30,7 @@ from ctcd_ds.training.run_directory import git_commit
 
 @dataclass(frozen=True)
 class Slurm:
-    """Where cells are queued; `collecting`: the words that collect this experiment, after the interpreter."""
+    """Where cells are queued; `collecting`: the words that collect this experiment, after `python`."""
 
     cluster: Cluster
     nodes: int
@@ -112,7 +113,7 @@ def _prepared(asked: Request, gpus: int) -> Whole:
         "size": asked.size,
         "recipe": experiment.recipe,
         "corpus": str(planned[0].recipe.corpus.path),
-        "command": ["python", *sys.argv],
+        "command": typed(),
         "git_commit": git_commit(),
     }
     return Whole(experiment, planned, directory, about)
@@ -157,17 +158,10 @@ def make_demo_data(place: Path) -> None:
     if (place / "corpus" / "manifest.json").exists():
         return
     place.mkdir(parents=True, exist_ok=True)
-    text, tokenizer, corpus = place / "text.txt", place / "tokenizer", place / "corpus"
-    for words in (
-        ["make_demo_data", "--output_dir", place, "--size_megabytes", 6],
-        ["train_tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 4096, "--output_dir", tokenizer],
-        ["prepare_corpus", "--input", text, "--tokenizer", tokenizer, "--output_dir", corpus, "--valid_fraction", 0.05],
-    ):
-        tool, *options = map(str, words)
-        print(f"$ python tools/{tool}.py {' '.join(options)}", flush=True)
-        line = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *options]
+    for line in data_commands(place, place):
+        print(f"$ {shlex.join(line)}", flush=True)
         if (code := subprocess.run(line, check=False).returncode) != 0:
-            raise RunFailure(f"the demo's data could not be made: tools/{tool}.py ended with {code}")
+            raise RunFailure(f"the demo's data could not be made: {line[2]} ended with {code}")
 
 
 def _check_glue(experiment: Experiment) -> None:

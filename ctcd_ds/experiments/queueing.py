@@ -79,10 +79,8 @@ def _submission(
 
 
 def _collect(directory: Path, cluster: Cluster, words: Sequence[str], last: Sequence[str]) -> str:
-    here = f"cd {shlex.quote(str(Path.cwd()))} || exit"  # paths mean what they meant where they were typed
     lines = [
         *head(cluster, directory, "collect", {"ntasks": 1}, "collect-%j.log"),
-        here,
         f"$PYTHON {shlex.join(words)}",
     ]
     script = directory / "slurm" / "collect.sbatch"

@@ -29,7 +29,7 @@ class _Part(BaseModel):
 
 
 class GlueScore(_Part):
-    """One task of GLUE for one exported peer; scores are 0 to 100, as tools/run_glue.py defines them.
+    """One task of GLUE for one exported peer; scores are 0 to 100, as `ctcd glue` defines them.
 
     median: over the fine-tuning seeds (not the experiment's seeds).
     seeds: fine-tuning seed → score.
@@ -198,7 +198,7 @@ def read_results(directory: Path) -> Results:
     try:
         return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{directory} is no experiment: it has no {FILE} (tools/run_experiment.py makes one)") from None
+        raise UserError(f"{directory} is no experiment: it has no {FILE} (`ctcd experiment` makes one)") from None
     except ValidationError as problem:
         error = problem.errors()[0]
         where = ".".join(map(str, error["loc"]))

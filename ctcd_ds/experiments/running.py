@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import EXIT_SAVED, RunFailure
+from ctcd_ds.cli import EXIT_SAVED, RunFailure, command
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.specification import Experiment, Glue
 from ctcd_ds.manifest import write_atomic
 
-ROOT = Path(__file__).resolve().parents[2]  # where launchers/ and tools/ stand
 ASKED = Path("glue", "asked.json")  # in a run directory
 
 
@@ -66,9 +65,8 @@ class Machine:
         finally:
             self._places.put(taken)
 
-    def call(self, cell: str, words: Sequence[object], environment: Mapping[str, str]) -> None:
+    def call(self, cell: str, line: Sequence[str], environment: Mapping[str, str]) -> None:
         """Runs a command to its end. Raises RunFailure with its last words where it fails, Stopped where it saved."""
-        line = [str(word) for word in words]
         self._logs.mkdir(exist_ok=True)
         with (self._logs / f"{cell}.log").open("ab") as log:
             log.write(f"$ {' '.join(line)}\n".encode())
@@ -88,8 +86,8 @@ class Machine:
             raise Stopped
         if code:
             said = (self._logs / f"{cell}.log").read_bytes()[began:].decode(errors="replace")
-            tool = Path(next(word for word in line if word.endswith(".py"))).name
-            raise RunFailure(f"{tool} ended with {code}: {last_words(said)}")
+            name = next(word for word in line if word.startswith("ctcd_ds.commands.")).rpartition(".")[2]
+            raise RunFailure(f"{name} ended with {code}: {last_words(said)}")
 
     def stop(self) -> None:
         """Tells all processes to save and end."""
@@ -156,8 +154,8 @@ def do_cell(cell: Planned, whole: Whole, machine: Machine) -> Ending:
             if not is_finished(cell.run):
                 machine.call(cell.name, _pretrain(cell, experiment, directory), environment)
             if not (cell.run / "hf").exists():
-                words = ["--checkpoint", cell.run, "--peer", "all", "--output_dir", cell.run / "hf"]
-                machine.call(cell.name, [sys.executable, ROOT / "tools/export_hf.py", *words], environment)
+                line = command("export", "--checkpoint", cell.run, "--peer", "all", "--output_dir", cell.run / "hf")
+                machine.call(cell.name, line, environment)
             if experiment.glue is not None and not _is_scored(cell, experiment.glue):
                 machine.call(cell.name, _run_glue(cell, experiment.glue), environment)
                 write_atomic(cell.run / ASKED, asked(experiment.glue))
@@ -209,7 +207,7 @@ def asked(glue: Glue) -> str:
 
 
 def glue_options(glue: Glue) -> dict[str, str]:
-    """tools/run_glue.py's options, but for its models and its output."""
+    """The options of `ctcd glue`, but for its models and its output."""
     given: dict[str, Any] = glue.model_dump(exclude_none=True)
     return {key: ",".join(map(str, value)) if key == "seeds" else str(value) for key, value in given.items()}
 
@@ -219,24 +217,23 @@ def recipe_place(directory: Path, cell: str) -> Path:
     return directory / "recipes" / f"{cell}.yaml"
 
 
-def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[object]:
-    words: list[object] = [ROOT / "launchers/pretrain.py", "--recipe", recipe_place(directory, cell.name)]
-    words += ["--deepspeed_config", experiment.deepspeed_config, "--output_dir", cell.run, "--resume"]
+def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[str]:
+    recipe, config = recipe_place(directory, cell.name), experiment.deepspeed_config
+    line = command("pretrain", "--recipe", recipe, "--deepspeed_config", config, "--output_dir", cell.run, "--resume")
     if experiment.ranks == 1:
-        return [sys.executable, *words]
+        return line
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [] if experiment.ranks is None else ["--num_accelerators", experiment.ranks]
-    return [Path(sys.executable).parent / "deepspeed", *ranks, "--master_port", port, *words]
+    ranks = [] if experiment.ranks is None else ["--num_accelerators", str(experiment.ranks)]
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), *ranks, "--master_port", str(port), "--module"]
+    return [*deepspeed, *line[2:]]
 
 
-def _run_glue(cell: Planned, glue: Glue) -> list[object]:
-    words: list[object] = [sys.executable, ROOT / "tools/run_glue.py"]
-    words += ["--model", *(cell.run / "hf" / peer for peer in cell.exports), "--output_dir", cell.run / "glue"]
-    for option, value in glue_options(glue).items():
-        words += [f"--{option}", value]
-    return words
+def _run_glue(cell: Planned, glue: Glue) -> list[str]:
+    models = [cell.run / "hf" / peer for peer in cell.exports]
+    options = [word for option, value in glue_options(glue).items() for word in (f"--{option}", value)]
+    return command("glue", "--model", *models, "--output_dir", cell.run / "glue", *options)
 
 
 def places(ranks: int | None, max_parallel: int | None, gpus: int, cores: int) -> list[dict[str, str]]:

@@ -87,7 +87,7 @@ class Compare(Section):
 
 
 class Glue(Section):
-    """How exports are fine-tuned; keys are tools/run_glue.py's options."""
+    """How exports are fine-tuned; keys are the options of `ctcd glue`."""
 
     tasks: str = "all"
     data_dir: str = "glue_data"

@@ -20,7 +20,7 @@ from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.run_directory import RunDirectory
 
 FILE, CURVES = "README.md", "curves.png"
-_BEGIN, _END = "<!-- scores: tools/run_glue.py writes them here -->", "<!-- end of scores -->"
+_BEGIN, _END = "<!-- scores: `ctcd glue` writes them here -->", "<!-- end of scores -->"
 _BODY = """
 # {name}
 
@@ -120,7 +120,7 @@ def add_scores(model: Path, results: Sequence[EvalResult]) -> bool:
         tags, before, name = data.tags or [], data.eval_results or [], data.model_name
     except (OSError, ValueError, AttributeError, TypeError):  # no card, or one that its owner has rewritten
         return False
-    section = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    section = re.compile(f"<!-- scores: .*?{re.escape(_END)}", re.DOTALL)
     if "ctcd" not in tags or not section.search(card.text):
         return False
     merged = {(*result.unique_identifier, result.metric_type): result for result in [*before, *results]}

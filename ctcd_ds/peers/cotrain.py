@@ -13,7 +13,7 @@ from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
 from ctcd_ds.peers.dropout import quicken_dropout
-from ctcd_ds.peers.heads import TRANSFORMS, project_positions
+from ctcd_ds.peers.heads import compilable, project_positions, way_of
 
 
 class Batch(NamedTuple):
@@ -48,6 +48,8 @@ class CoTraining(nn.Module):
         super().__init__()
         self.peers = nn.ModuleDict(peers)
         quicken_dropout(self)
+        for peer in self.peers.values():
+            way_of(peer)  # found in fp32, before the first step
         self.graph = graph
         self.vocab_size, self.temperature, self.seed = vocab_size, temperature, seed
 
@@ -67,7 +69,7 @@ class CoTraining(nn.Module):
             torch.manual_seed(seed_of(self.seed, "dropout", name, micro_step, rank))
             seen = view or batch
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                projections.append(project_positions(self.peers[name], seen.input_ids, seen.positions))
+                projections.append(project_positions(self.peers[name], {"input_ids": seen.input_ids}, seen.positions))
         return fused_objective(
             projections,
             [(view or batch).targets for view in views],
@@ -80,11 +82,13 @@ class CoTraining(nn.Module):
         )
 
     def compile_encoders(self) -> None:
-        """Compiles each peer's encoder in place (names of weights stay); rows and batches have one shape all along."""
-        peer: Any
-        for peer in self.peers.values():
-            encoder = peer.base_model if peer.config.model_type in TRANSFORMS else peer
-            encoder.compile(dynamic=False)
+        """Compiles each peer's encoder in place (names of weights stay); rows and batches have one shape all along.
+
+        Its forward is compiled, not the module: hooks then run outside of the graph, which stays one.
+        """
+        part: Any
+        for part in (part for peer in self.peers.values() for part in compilable(peer)):
+            part.forward = torch.compile(part.forward, dynamic=False)
 
     def parameter_groups(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """AdamW's groups: two a trained peer, with and without weight decay (biases and norms have none).

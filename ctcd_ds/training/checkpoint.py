@@ -82,7 +82,7 @@ def newest(
             say(f"skipping checkpoint {checkpoint.name}: {problem}")
     if found:
         raise RunFailure(
-            f"{directory}: none of its {len(found)} checkpoints is good (python tools/verify.py lists the damage). "
+            f"{directory}: none of its {len(found)} checkpoints is good (`ctcd verify` lists the damage). "
             "Restore one from a copy, or start again in another output_dir"
         )
     return None

@@ -55,7 +55,7 @@ def _sums(
     module: CoTraining, input_ids: Tensor, positions: Tensor, targets: Tensor, pairs: list[tuple[int, int]]
 ) -> Tensor:
     """fp64: losses and right answers of each peer, equal answers of each pair, and the number of positions."""
-    projections = [project_positions(peer, input_ids, positions) for peer in module.peers.values()]
+    projections = [project_positions(peer, {"input_ids": input_ids}, positions) for peer in module.peers.values()]
     total = torch.zeros(2 * len(projections) + len(pairs) + 1, dtype=torch.float64, device=targets.device)
     chunk = max(1, CHUNK_BYTES // (4 * projections[0].width))
     for start in range(0, len(targets), chunk):

@@ -17,7 +17,6 @@ from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.corpus.views import PeerMasks
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, padded, peer_config
-from ctcd_ds.peers.heads import TRANSFORMS
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.training.deepspeed_config import DeepSpeedConfig, resolve
 
@@ -115,7 +114,7 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     length = recipe.corpus.sequence_length
     costs = {}
     for name, c in configs.items():
-        everywhere = recipe.objective.soft_positions == "all" or c.model_type not in TRANSFORMS
+        everywhere = recipe.objective.soft_positions == "all"
         targets = _own_masking(recipe.peers[name], masking).count(length)
         costs[name] = cost(c, length, 1.0 if everywhere else targets / length)
     return Plan(recipe, corpus, config, world, rows, valid, masking, configs, costs, steps)
@@ -178,8 +177,6 @@ def describe(plan: Plan) -> str:
         sizes = f"{c.parameters:>12,}{c.without_embeddings:>12,}  {flops / 1e6:>10.1f} M"
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
     lines += ["", "distillation graph", *(f"  {line}" for line in recipe.graph().describe())]
-    lines += [f"  {name}: no fast head for {c.model_type}: full logits, then gather (slower, more memory)"
-              for name, c in plan.configs.items() if c.model_type not in TRANSFORMS]  # fmt: skip
     lines += [f"  {name}: {said}" for name, said in _own_views(recipe)]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows

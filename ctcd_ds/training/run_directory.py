@@ -8,14 +8,13 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ctcd_ds.cli import Damage, UserError
+from ctcd_ds.cli import Damage, UserError, typed
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes, load_recipe
@@ -64,7 +63,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
         if not self.holds_a_run():
-            # slurm/ is what launchers/submit.py and the job's script leave here before the run begins.
+            # slurm/ is what `ctcd submit` and the job's script leave here before the run begins.
             others = (p.name for p in self.path.iterdir()) if self.path.is_dir() else ()
             if any(not name.startswith(".") and name != "slurm" for name in others):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
@@ -126,7 +125,7 @@ def environment(ranks: Ranks, device: str) -> dict[str, Any]:
     """Versions, commit and hardware of this process, and who told it its rank."""
     packages = ("ctcd-ds", "torch", "deepspeed", "transformers", "datasets", "megatron-core", "numpy", "tokenizers")
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": typed(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "git_commit": git_commit(),

@@ -95,7 +95,7 @@ def held_out_answers(run: RunDirectory, rows: int) -> Answers:
 
 @torch.no_grad()
 def _likeliest(model: Any, input_ids: torch.Tensor, positions: torch.Tensor, corpus: Corpus) -> np.ndarray:
-    projection = project_positions(model, input_ids, positions)
+    projection = project_positions(model, {"input_ids": input_ids}, positions)
     chunk = max(1, CHUNK_BYTES // (4 * projection.width))
     parts = [slice(start, start + chunk) for start in range(0, len(positions), chunk)]
     likeliest = [project(projection, part)[:, : corpus.vocab_size].argmax(dim=1) for part in parts]

@@ -34,7 +34,7 @@ def write_report(paths: Sequence[Path], output_dir: Path, agreement_rows: int, s
     """Writes OUTPUT_DIR/report.html and a PNG for each picture; returns the page's path.
 
     `agreement_rows`: held-out rows on which peers' answers are compared; with 0 that part is left out. `speed`: where
-    tools/speed.py wrote; left out, an experiment's own DIR/speed. Raises UserError where `paths` are neither runs nor
+    `ctcd speed` wrote; left out, an experiment's own DIR/speed. Raises UserError where `paths` are neither runs nor
     one experiment, or where the directory cannot be written.
     """
     study = read_study(paths)

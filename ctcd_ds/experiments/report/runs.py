@@ -13,7 +13,6 @@ from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult,
 from ctcd_ds.experiments.statistics import MINIMUM_PAIRS, caveats, compare
 from ctcd_ds.manifest import canonical_sha256
 from ctcd_ds.peers.accounting import Cost, cost
-from ctcd_ds.peers.heads import TRANSFORMS
 
 QUESTION = "How did the models learn, alone and together?"
 
@@ -101,7 +100,7 @@ def _costs(run: LoggedRun) -> dict[str, Cost]:
         if not (place / "config.json").is_file():
             return {}
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        everywhere = recipe.objective.soft_positions == "all" or config.model_type not in TRANSFORMS
+        everywhere = recipe.objective.soft_positions == "all"
         targets = round((peer.mask_fraction or recipe.corpus.mask_fraction) * (length - 2))
         found[name] = cost(config, length, 1.0 if everywhere else targets / length)
     return found

@@ -1,0 +1,88 @@
+"""Co-trains the peers of a recipe under DeepSpeed. Start it with `deepspeed`, `torchrun`, `srun`, or alone.
+
+ctcd pretrain --recipe R.yaml --deepspeed_config D.json --output_dir RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from ctcd_ds import cli
+from ctcd_ds.cluster.options import add_cluster_options, cluster_of
+from ctcd_ds.cluster.ranks import Ranks, find_ranks
+from ctcd_ds.recipe import load_recipe
+
+
+def main() -> int:
+    parser = cli.parser(__doc__)
+    cli.add_run_options(parser)
+    parser.add_argument("--resume", action="store_true", help="goes on from the newest good checkpoint in output_dir")
+    parser.add_argument("--dry_run", action="store_true", help="prints peers, graph, cost and length, and stops")
+    add_cluster_options(parser)
+    arguments = parser.parse_args()
+
+    ranks = find_ranks()
+    try:
+        return pretrain(arguments, ranks)
+    except (cli.UserError, cli.RunFailure):
+        if not ranks.first:
+            time.sleep(10)  # all ranks find the same, and rank 0 says it; the launcher then ends this one
+        raise
+
+
+def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    """Checks everything, then trains."""
+    cluster = cluster_of(arguments)
+    recipe = load_recipe(arguments.recipe, arguments.set)
+
+    import torch
+
+    torch.set_num_threads(ranks.threads())  # before the first operation: the number changes bits and speed
+    from ctcd_ds.corpus.damage import refuse_damage
+    from ctcd_ds.training.deepspeed_config import read_json
+    from ctcd_ds.training.engine import device_type
+    from ctcd_ds.training.outlook import outlook
+    from ctcd_ds.training.plan import describe, make_plan
+    from ctcd_ds.training.run_directory import RunDirectory
+
+    run = RunDirectory(arguments.output_dir.resolve())
+    deepspeed_json = read_json(arguments.deepspeed_config)
+    if cluster is not None:
+        if ranks.first:
+            print(outlook(arguments, cluster, recipe, deepspeed_json))
+        return cli.EXIT_DONE
+    plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path)
+    if arguments.dry_run:
+        if ranks.first:
+            print(describe(plan))
+        return cli.EXIT_DONE
+    different = run.refuse_or_resume(plan, arguments.resume)
+    if run.is_finished(plan):
+        if ranks.first:
+            print(f"{run.path} is finished already: nothing to do")
+            run.write_exit("finished", plan.steps, f"all {plan.steps} steps are done")  # this start says so too
+        return cli.EXIT_DONE
+    if ranks.local_rank == 0:  # each machine may have a copy of its own
+        refuse_damage(plan.corpus.path)
+    if ranks.first:
+        print(
+            describe(plan),
+            f"ranks          {ranks.describe()}",
+            *(f"changed since: {line}" for line in different),
+            sep="\n",
+            flush=True,
+        )
+
+    from ctcd_ds.training.trainer import start
+
+    with cli.outlive_the_listener():
+        stopped = start(plan, ranks, run)
+        if ranks.first:
+            done = f"finished: {plan.steps} steps in {run.path}"
+            print(f"saved ({stopped}): go on with --resume" if stopped else done, flush=True)
+    return cli.EXIT_SAVED if stopped else cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)
