@@ -304,7 +304,7 @@ def test_mistakes_of_options_are_named_and_leave_nothing(make: Callable[..., Pat
         ([good], Settings(fraction=1e-9), {}, "nothing of the input's 2 documents"),
         ([good], Settings(valid_fraction=1 - 1e-9), {}, "cannot be divided"),
         ([good], ALL, {"workers": 0}, "--workers 0"),
-        ([good], ALL, {"tokenizer": absent}, "cannot be loaded"),
+        ([good], ALL, {"tokenizer": absent}, "no such file or directory"),
         ([good], ALL, {"lowercase": False}, "contradicts"),
     ):
         with pytest.raises(UserError, match=message):
