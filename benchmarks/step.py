@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from workload import Shape
 
 from ctcd_ds import cli
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.graph import DistillationGraph
-from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import OptimizerSection
 
 WAYS = ("naive", "naive_kept", "naive_selected", "ours", "alone")
@@ -232,7 +233,6 @@ def ways(text: str) -> list[str]:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     workload.add_shape_options(parser)
     parser.add_argument("--ways", type=ways, default=list(WAYS), help="which, separated by commas")
     arguments = parser.parse_args()

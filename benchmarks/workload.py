@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctcd_ds.corpus.masking import Masking
+from ctcd_ds import cli
+from ctcd_ds.corpus.indexed import write_index
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import file_entry, write_manifest
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, padded
-from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import PeerSection
+from ctcd_ds.tasks.masking import Masking
+from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
 FIRST_WORD = 5  # the first id that is no special token
@@ -60,9 +63,9 @@ def sizes(text: str) -> list[Size]:
 def add_shape_options(parser: argparse.ArgumentParser, peers: str = "6x768,4x768") -> None:
     """The options that say how large the measured step is."""
     parser.add_argument("--peers", type=sizes, default=peers, help="LAYERSxWIDTH of each peer")
-    parser.add_argument("--sequence_length", type=common.positive, default=128)
-    parser.add_argument("--rows", type=common.positive, default=16, help="rows in a step")
-    parser.add_argument("--vocab_size", type=common.positive, default=30522, help="rounded up to a multiple of 64")
+    parser.add_argument("--sequence_length", type=cli.positive, default=128)
+    parser.add_argument("--rows", type=cli.positive, default=16, help="rows in a step")
+    parser.add_argument("--vocab_size", type=cli.positive, default=30522, help="rounded up to a multiple of 64")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="of weights and activations")
 
 
@@ -90,6 +93,12 @@ class Shape:
     def corpus(self) -> Corpus:
         """What a peer needs to know of a corpus, without one."""
         return Corpus(Path(), "", SPECIAL, self.vocab_size, "", "", "uint16", {})
+
+    @property
+    def task(self) -> MaskedLM:
+        """Masked language modelling, the same for all peers."""
+        masks = dict.fromkeys(self.names, PeerMasks(self.masking))
+        return MaskedLM(self.corpus, self.length, self.masking, masks)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,13 +146,10 @@ def random_batch(shape: Shape, device: torch.device) -> tuple[Batch, dict[str, T
     labels = np.full_like(tokens, -100)
     np.put_along_axis(labels, places.astype(np.int64), originals, axis=1)
 
-    input_ids, positions, targets, hf_labels = (
-        torch.from_numpy(array.astype(np.int64)).to(device)
-        for array in (ids, (places + numbers[:, None] * shape.length).ravel(), originals.ravel(), labels)
-    )
-    count = float(targets.numel())
+    [batch] = shape.task.batches(tokens, 1, np.zeros_like(numbers), numbers, shape.rows)
+    input_ids, hf_labels = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (ids, labels))
     collated = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": hf_labels}
-    return Batch(input_ids, positions, targets, count, count), collated
+    return batch.to(device), collated
 
 
 def write_corpus(folder: Path, vocab_size: int, rows: int, length: int) -> Path:
@@ -184,11 +190,8 @@ def _tokenizer(vocab_size: int) -> Any:
 def _shard(folder: Path, name: str, documents: np.ndarray) -> dict[str, Any]:
     """megatron-core's pair of files, written without megatron-core: a GPU machine may lack it."""
     count, each = documents.shape
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, count, count + 1)
-    lengths, starts = np.full(count, each, np.int32), np.arange(count, dtype=np.int64) * each * 2
     documents.tofile(folder / f"{name}.bin")
-    index = header + lengths.tobytes() + starts.tobytes() + np.arange(count + 1, dtype=np.int64).tobytes()
-    (folder / f"{name}.idx").write_bytes(index)
+    (folder / f"{name}.idx").write_bytes(write_index("uint16", np.full(count, each)))
     files = {kind: file_entry(folder / f"{name}.{kind}") for kind in ("bin", "idx")}
     return {"name": name, "documents": count, "tokens": int(documents.size), **files}
 

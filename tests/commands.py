@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import forks
+from ctcd_ds.cluster.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,12 +34,15 @@ def environment() -> dict[str, str]:
     return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
 
 
+def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, which is forked: what it does, prints and ends with."""
+    line = [str(ROOT / script), *map(str, arguments)]
+    return forks.run(line, environment() | {key: str(value) for key, value in variables.items()}, ROOT)
+
+
 def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     """`deepspeed --num_accelerators RANKS …` as a user types it, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", port, *arguments)]
+    return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *arguments)]
 
 
 def deepspeed(ranks: int, *arguments: object, timeout: int = 500) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,9 @@
 """A SentencePiece .model as a Hugging Face tokenizer, compared with native SentencePiece on real text.
 
 The converters that come with transformers each serve one model family and were seen to disagree with SentencePiece
-without a word (0 to 4,959 of 5,000 sentences alike). This one follows SentencePiece itself: its normaliser, its
-handling of spaces, its pieces of every type and their scores, and then proves it on the user's text.
+without a word: of 5,000 sentences AlbertTokenizer agreed on 4,959, LlamaTokenizer with a case-folding BPE model on 1,
+PreTrainedTokenizerFast on a .model on none (transformers 5). This one follows SentencePiece itself: its normaliser,
+its handling of spaces, its pieces of every type and their scores, and then proves it on the user's text.
 """
 
 from __future__ import annotations
@@ -347,7 +348,7 @@ def compare(
     if len(others) * 100 > len(sample) and not lenient:
         raise UserError(
             f"{path}: this model cannot be used: its Hugging Face form disagrees with native SentencePiece on "
-            f"{len(others)} of {len(sample)} lines of your text. {others[0]}. Train one with tools/train_tokenizer.py, "
+            f"{len(others)} of {len(sample)} lines of your text. {others[0]}. Train one with `ctcd tokenizer`, "
             f"or bring {instead}"
         )
     if ties or others:

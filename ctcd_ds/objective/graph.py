@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class DistillationGraph:
-    """All weights of a run (DESIGN §2). Every mode of training is such a graph, never another code path.
+    """All weights of a run. Every mode of training is such a graph, never another code path.
 
     `hard[i]` weighs the hard loss of peer i; `soft[i][j]` weighs what peer i learns from peer j.
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
@@ -26,6 +26,25 @@ class DistillationGraph:
         assert len(self.hard) == len(self.soft) == len(self.trained) == n
         assert all(len(row) == n and row[i] == 0 for i, row in enumerate(self.soft))
 
+    @classmethod
+    def of(
+        cls,
+        soft: Mapping[str, Mapping[str, float]],
+        hard: Mapping[str, float] | None = None,
+        frozen: Collection[str] = (),
+    ) -> DistillationGraph:
+        """A graph by names: {learner: {teacher: weight}} with every peer as a key, {peer: weight of its hard loss}.
+
+        Hard weights are 1 unless given; frozen peers learn nothing.
+        """
+        names, given = tuple(soft), hard or {}
+        return cls(
+            names=names,
+            hard=tuple(0.0 if name in frozen else given.get(name, 1.0) for name in names),
+            soft=tuple(tuple(soft[name].get(other, 0.0) for other in names) for name in names),
+            trained=tuple(name not in frozen for name in names),
+        )
+
     def at(self, done: float) -> DistillationGraph:
         """The graph when `done` (0 to 1) of the run is over: edges that begin later are not there yet."""
         if not self.starts:
@@ -41,6 +60,19 @@ class DistillationGraph:
     def edges(self) -> Iterator[tuple[int, int, float]]:
         """(learner i, taught by j, weight) for every soft loss."""
         return ((i, j, w) for i, row in enumerate(self.soft) for j, w in enumerate(row) if w)
+
+    def distilling(self) -> set[str]:
+        """The peers that teach another or learn from one."""
+        return {self.names[k] for i, j, _ in self.edges() for k in (i, j)}
+
+    def terms(self) -> list[str]:
+        """Every loss by its name in metrics.jsonl, hard losses first."""
+        hard = [f"loss/{self.names[i]}/hard" for i in self.hard_peers()]
+        return hard + [f"loss/{self.names[i]}/soft/{self.names[j]}" for i, j, _ in self.edges()]
+
+    def weights(self) -> list[float]:
+        """The weight of every loss, in the order of `terms`."""
+        return [self.hard[i] for i in self.hard_peers()] + [weight for *_, weight in self.edges()]
 
     def describe(self) -> list[str]:
         """One line for every loss term, in the field's words."""
