@@ -87,7 +87,7 @@ def _peer(name: str, known: PeerResult, cell: PlannedCell, summary: Mapping[str,
 
 
 def glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
-    """This model's scores from run_glue's results.json."""
+    """This model's scores from the results.json of `ctcd glue`."""
     for entry in read_json(path).get("models", {}).values():
         if Path(entry["path"]).resolve() == model.resolve():
             return {
