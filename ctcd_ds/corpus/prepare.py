@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.encode import Block, Encoder, encode_in_order
-from ctcd_ds.corpus.rows import FORMAT, VERSION
+from ctcd_ds.corpus.rows import FORMAT, LAYOUT, VERSION
 from ctcd_ds.corpus.sentencepiece_model import native_beside
 from ctcd_ds.corpus.shards import Step
 from ctcd_ds.corpus.sources import Reading, Source, documents, find_sources, sample_lines
@@ -146,6 +146,7 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
             "settings": settings,
             "splits": place.shards,
             "files": place.files("tokenizer"),
+            **LAYOUT,
         }
     )
     _report(place, speed)
