@@ -74,7 +74,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
         print(
             describe(plan),
             f"ranks          {ranks.describe()}",
-            *(f"changed since: {line}" for line in different),
+            *different,
             sep="\n",
             flush=True,
         )

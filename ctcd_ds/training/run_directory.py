@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 
 from ctcd_ds.cli import Damage, UserError, typed
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.manifest import write_atomic
+from ctcd_ds.manifest import file_entries, file_problems, read_manifest, write_atomic, write_manifest
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.identity import changes, identity
 from ctcd_ds.training.plan import Plan
+
+FORMAT = "ctcd_ds.run"
 
 
 class RunDirectory:
@@ -36,7 +39,7 @@ class RunDirectory:
 
     def holds_a_run(self) -> bool:
         """Whether a run was started here."""
-        return self.recipe.exists() or self.checkpoints.exists() or self.metrics.exists()
+        return self.recipe.exists() or self.metrics.exists() or any(self.checkpoints.glob("step-*"))
 
     def logged(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl in the order of steps; of a step that was run again the later row counts.
@@ -55,7 +58,7 @@ class RunDirectory:
         return [rows[step] for step in sorted(rows)]
 
     def refuse_or_resume(self, plan: Plan, resume: bool) -> list[str]:
-        """What is different from the run that is here, and harmless, one line each.
+        """What is to be said of going on: what is different from the run that is here, and harmless, one line each.
 
         Raises UserError where the directory and the wish do not fit: another run, a file, or Mistakes with all that
         would make this another run than the one it is to go on with.
@@ -63,11 +66,13 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
         if not self.holds_a_run():
-            # slurm/ is what `ctcd submit` and the job's script leave here before the run begins.
+            if self.checkpoints.is_symlink() and not self.checkpoints.is_dir():
+                raise UserError(f"{self.checkpoints} points to {self.checkpoints.readlink()}, which is no directory")
+            # slurm/ is left here before the run begins; checkpoints/, empty, may be a link to where there is room.
             others = (p.name for p in self.path.iterdir()) if self.path.is_dir() else ()
-            if any(not name.startswith(".") and name != "slurm" for name in others):
+            if any(not name.startswith(".") and name not in ("slurm", "checkpoints") for name in others):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
-            return []
+            return [f"--resume: there is no run in {self.path}; this one begins at step 0"] if resume else []
         if not resume:
             raise UserError(
                 f"output_dir {self.path} holds a run already: go on with it (--resume), or name another directory"
@@ -76,7 +81,7 @@ class RunDirectory:
         refused, allowed = changes(then, plan, step)
         if refused:
             raise Mistakes(f"--resume of {self.path} (what the run is against what is asked for)", refused)
-        return allowed
+        return [f"changed since: {line}" for line in allowed]
 
     def _saved_identity(self, plan: Plan) -> tuple[dict[str, Any], int]:
         """The identity of the run here and its step: the newest checkpoint's, or recipe.yaml's before the first one."""
@@ -104,6 +109,22 @@ class RunDirectory:
         shutil.copytree(plan.corpus.tokenizer_path, self.tokenizer, dirs_exist_ok=True)
         for name, config in plan.configs.items():
             config.save_pretrained(self.peers / name)
+        self.prove()
+
+    def prove(self, ended: bool = False) -> None:
+        """Writes RUN/manifest.json over what says who the run is; over what it measured too, once it has ended."""
+        names = ["recipe.yaml", "ds_config.json", "environment.json", "tokenizer", "peers"]
+        files = file_entries(self.path, [*names, *(["metrics.jsonl", "summary.json"] if ended else [])])
+        write_manifest(self.path / "manifest.json", {"format": FORMAT, "version": 1, "files": files})
+
+    def problems(self) -> Iterator[str]:
+        """What is not as the run wrote it, beside its checkpoints: a line for each file, with both hashes."""
+        stated = read_manifest(self.path / "manifest.json")["files"]
+        ours = {name.split("/")[0] for name in stated}
+        yield from file_problems(self.path, stated, tuple(p.name for p in self.path.iterdir() if p.name not in ours))
+        latest, tags = self.checkpoints / "latest", sorted(p.name for p in self.checkpoints.glob("step-*"))
+        if tags and (said := latest.read_bytes() if latest.exists() else b"") != f"{tags[-1]}\n".encode():
+            yield f"{latest}: says {said!r}, and the newest checkpoint is {tags[-1]}"
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes RUN/name, atomically."""
@@ -147,11 +168,12 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with -dirty where it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
-    )
+    """The commit of this code, with -dirty where it was changed since; None outside a checkout, or without git."""
+    here, line = Path(__file__).parent, ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(line, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git, as in many containers
+        return None
     return found.stdout.strip() or None
 
 

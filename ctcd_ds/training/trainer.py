@@ -122,6 +122,7 @@ def _write_end(
 ) -> None:
     """summary.json where all steps are done, and exit.json."""
     if step < plan.steps:
+        run.prove(ended=True)
         run.write_exit("saved", step, str(stop))
         return
     rows, length = plan.recipe.training.global_batch_rows, plan.recipe.corpus.sequence_length
@@ -137,6 +138,7 @@ def _write_end(
         "tokens_per_s": pace * length,
     }
     run.write_json("summary.json", summary)
+    run.prove(ended=True)
     run.write_exit("finished", step, f"all {step} steps are done")
 
 
