@@ -96,7 +96,9 @@ def test_the_licence_of_the_data_is_the_users_word_or_not_stated(run: Path, expo
     assert "Licence of the training text: not stated" in card.text and card.data.license is None
 
 
-def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(run: Path, exported: Path, tmp_path: Path) -> None:
+def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(
+    run: Path, exported: Path, tmp_path: Path, capsys: Any
+) -> None:
     student, data = exported / "student", run.parent / "glue"
     text = (student / "README.md").read_text().replace("## Limits", "## Limits\n\n- A remark of the owner's.")
     (student / "README.md").write_text(text)
@@ -106,15 +108,21 @@ def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(run: Path, exp
     content = glue.run(models, ("sst2",), data, tmp_path / "first", (1, 2), FAST)
     glue.run(models, ("rte",), data, tmp_path / "second", (1,), FAST)
     card = read(student)
-    found = {result.dataset_config: result for result in card.data.eval_results}
-    assert list(found) == [None, "sst2", "rte"]
+    found = {result.dataset_type: result for result in card.data.eval_results}
+    assert list(found)[1:] == ["sst2", "rte"]
     accuracies = [
         cell["metrics"]["accuracy"] for cell in content["models"]["student"]["tasks"]["sst2"]["seeds"].values()
     ]
     assert found["sst2"].metric_value == pytest.approx(sum(accuracies) / 2, abs=1e-4)
-    assert found["sst2"].dataset_type == "nyu-mll/glue" and found["sst2"].dataset_split == "validation"
-    assert "| GLUE sst2 | accuracy, fine-tuned, median of 2 seeds |" in card.text
+    assert "nyu-mll" not in str(card) and found["sst2"].dataset_split is None, "these rows are not GLUE's"
+    epochs = f"{FAST.epochs:g} epochs"
+    assert "| sst2 stand-in (a stand-in of " in card.text
+    assert (
+        f"GLUE's sst2 has 67,349 training and 872 dev rows) | accuracy, fine-tuned for {epochs}, median of 2"
+        in card.text
+    )
     assert "A remark of the owner's." in card.text and "none yet" not in card.text
     assert other.read_text() == "# my own card\n"
     glue.run(models, ("sst2",), data, tmp_path / "third", (1,), FAST)
-    assert "median of 2 seeds" not in read(student).text and read(student).text.count("GLUE sst2") == 1
+    assert "median of 2 seeds" not in read(student).text and read(student).text.count("| sst2 stand-in") == 1
+    assert "in place of sst2 stand-in" in capsys.readouterr().err, "what was better founded does not go without a word"

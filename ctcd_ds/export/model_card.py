@@ -107,11 +107,11 @@ def write_card(
     (place / FILE).write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
 
 
-def add_scores(model: Path, results: Sequence[EvalResult]) -> bool:
+def add_scores(model: Path, results: Sequence[EvalResult]) -> list[str] | None:
     """Adds results to the card of a model directory; of the same data and metric the new one counts.
 
-    What else stands in the card stays. False, and nothing is touched, where the card is none of `write_card`'s.
-    Raises OSError where it cannot be written.
+    Returns the others that it replaced, in words. What else stands in the card stays. None, and nothing is touched,
+    where the card is none of `write_card`'s. Raises OSError where it cannot be written.
     """
     path = model / FILE
     try:
@@ -119,16 +119,25 @@ def add_scores(model: Path, results: Sequence[EvalResult]) -> bool:
         data: Any = card.data
         tags, before, name = data.tags or [], data.eval_results or [], data.model_name
     except (OSError, ValueError, AttributeError, TypeError):  # no card, or one that its owner has rewritten
-        return False
+        return None
     section = re.compile(f"<!-- scores: .*?{re.escape(_END)}", re.DOTALL)
     if "ctcd" not in tags or not section.search(card.text):
-        return False
-    merged = {(*result.unique_identifier, result.metric_type): result for result in [*before, *results]}
+        return None
+    merged = {_key(result): result for result in before} | {_key(result): result for result in results}
+    replaced = [_words(result) for result in before if _words(merged[_key(result)]) != _words(result)]
     data.model_name = name or model.name
     data.eval_results = list(merged.values())
     card.text = section.sub(lambda _: _scores(data.eval_results), card.text)
     write_atomic(path, str(card))
-    return True
+    return replaced
+
+
+def _key(result: EvalResult) -> tuple[Any, ...]:
+    return (*result.unique_identifier, result.metric_type)
+
+
+def _words(result: EvalResult) -> str:
+    return f"{result.dataset_name}: {result.metric_name or result.metric_type}: {result.metric_value}"
 
 
 def _scores(results: Sequence[EvalResult]) -> str:
