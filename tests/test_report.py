@@ -69,10 +69,14 @@ def test_the_first_screen_says_what_came_out(page: Path) -> None:
     text = re.sub(r"<[^>]+>", "", page.read_text().split("<nav")[0])
     for peer in ("teacher", "student"):
         name = r"\(together &lt;b&gt;\$1\)"
-        said = re.search(
-            rf"The {peer}, taught and teaching {name}, ends at a median held-out loss of (\S+); alone, at (\S+)\.", text
-        )
+        ends = r"ends at a median held-out loss of (\S+) nats; alone, at (\S+) nats\."
+        said = re.search(rf"The {peer}, taught and teaching {name}, {ends}", text)
         assert said and 0 < float(said[1]) < 10 and 0 < float(said[2]) < 10, text
+    assert re.search(
+        r"As “together &lt;b&gt;\$1”, the teacher \w+ .* and the student \w+ .*, against training alone", text
+    )
+    assert text.index("Mind") < text.index("ends at a median"), "what to mind stands before what was found"
+    assert "20 steps of 16 rows of 32 tokens; corpus corpus" in text and "M parameters, 2 layers" in text
     assert "the teacher, alone, at" in text, "the student is held against the larger model too"
     assert len(re.findall(r"(Better|Worse|No evidence of a difference): mean difference [+−]\d", text)) == 3, text
     assert "3 seeds: only large differences can be told from chance" in text

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctcd_ds.evaluation import metrics
+from ctcd_ds.evaluation.claims import called, reservation
 from ctcd_ds.experiments.grid import partner, points
 from ctcd_ds.experiments.planning import Planned, Whole
+from ctcd_ds.experiments.report.logs import read_json
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
 from ctcd_ds.experiments.running import Ending
 from ctcd_ds.experiments.specification import Experiment
@@ -22,10 +23,10 @@ def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Resu
     cells = [_cell(cell, endings.get(cell.owner, Ending("waiting", "not started")), directory) for cell in planned]
     conditions = _conditions(planned, cells)
     comparisons = list(_comparisons(experiment, conditions))
-    unfinished = sum(cell.state != "finished" for cell in cells)
+    unfinished = [cell.name for cell in cells if cell.state != "finished"]
     hardware: dict[str, Any] = {}
     for cell in cells:
-        environment = _json(directory / cell.run / "environment.json")
+        environment = read_json(directory / cell.run / "environment.json")
         if cell.state == "finished" and environment:
             known = ("device", "cores", "world", "threads_per_rank", "host")
             hardware = {key: environment.get(key) for key in known}
@@ -37,23 +38,17 @@ def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Resu
         hardware=hardware,
         seeds=experiment.seeds,
         axes=axes,
+        about={name: group.about for name, group in experiment.cells.items() if group.about},
         cells=cells,
         conditions=conditions,
         comparisons=comparisons,
-        caveats=caveats(comparisons, len(experiment.seeds), unfinished, experiment.note),
+        caveats=caveats(comparisons, unfinished, [experiment.note, *reservations(cell.run for cell in planned)]),
         seconds=seconds,
         **whole.about,
     )
 
 
 def _cell(cell: Planned, ending: Ending, directory: Path) -> Cell:
-    finished = ending.state == "finished"
-    summary, peers = (_json(cell.run / "summary.json"), cell.peers) if finished else ({}, {})
-    agreement = {
-        key.removeprefix("valid/agreement/"): value
-        for key, value in summary.items()
-        if key.startswith("valid/agreement/") and value is not None
-    }
     return Cell(
         name=cell.name,
         condition=cell.cell.point.name,
@@ -68,36 +63,55 @@ def _cell(cell: Planned, ending: Ending, directory: Path) -> Cell:
         tokens=cell.tokens,
         flops=cell.flops,
         total_flops=cell.total_flops,
-        seconds=summary.get("seconds"),
-        peers={name: _peer(name, known, cell, summary, directory) for name, known in peers.items()},
-        agreement=agreement,
+        **(outcome(cell.run, cell.peers, directory) if ending.state == "finished" else {}),
     )
 
 
-def _peer(name: str, known: PeerResult, cell: Planned, summary: Mapping[str, Any], directory: Path) -> PeerResult:
-    place = cell.run / "hf" / name
-    return known.model_copy(
-        update={
+def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict[str, Any]:
+    """What a finished run left, as fields of its Cell; `known`: what its peers are. Exports are below `directory`."""
+    summary, prefix = read_json(run / "summary.json"), "valid/agreement/"
+    agreement = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
+    peers = {}
+    for name, peer in known.items():
+        place = run / "hf" / name
+        left = {
             "valid_loss": summary.get(f"valid/{name}/loss"),
             "valid_accuracy": summary.get(f"valid/{name}/accuracy"),
-            "glue": glue_scores(cell.run / "glue" / "results.json", place),
+            "glue": _glue_scores(run / "glue" / "results.json", place),
             "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
         }
-    )
+        peers[name] = peer.model_copy(update=left)
+    return {
+        "seconds": summary.get("seconds"),
+        "peers": peers,
+        "agreement": {pair: share for pair, share in agreement.items() if share is not None},
+    }
 
 
-def glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
-    """This model's scores from run_glue's results.json."""
-    for entry in _json(path).get("models", {}).values():
+def _glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
+    """This model's scores from `ctcd glue`'s results.json, each under the name that it may have."""
+    content = read_json(path)
+    for entry in content.get("models", {}).values():
         if Path(entry["path"]).resolve() == model.resolve():
             return {
-                task: GlueScore(
+                called(task, content["tasks"][task], content["settings"]): GlueScore(
                     median=scores["median"], seeds={seed: done["score"] for seed, done in scores["seeds"].items()}
                 )
                 for task, scores in entry["tasks"].items()
                 if "median" in scores
             }
     return {}
+
+
+def reservations(runs: Iterable[Path]) -> list[str]:
+    """Why scores of these runs are not what their tasks' names promise, a sentence for each task."""
+    said: dict[str, None] = {}
+    for run in runs:
+        content = read_json(run / "glue" / "results.json")
+        for task, known in content.get("tasks", {}).items():
+            if why := reservation(task, known, content["settings"]):
+                said[f"{called(task, known, content['settings'])}: {why}."] = None
+    return list(said)
 
 
 def shapes(results: Results) -> list[str]:
@@ -160,11 +174,3 @@ def _comparisons(experiment: Experiment, conditions: Mapping[str, Condition]) ->
                 theirs = conditions[against.name].peers.get(their, {})
                 for metric in (metric for metric in ours if metric in theirs):
                     yield compare(point.name, wish.peer, against.name, their, metric, ours[metric], theirs[metric])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

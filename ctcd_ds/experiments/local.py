@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ctcd_ds.cli import EXIT_DONE, EXIT_FAILED, EXIT_SAVED
+from ctcd_ds.evaluation.claims import title
 from ctcd_ds.experiments.collecting import collect
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.results import FILE, Cell, Results, read_results, write_results
@@ -77,7 +78,7 @@ def _code(results: Results) -> int:
 def show_scores(run: Path, cell: Cell) -> None:
     """GLUE's scores beside the run's curves: `tensorboard --logdir DIR` then compares cells by them too."""
     scores = {
-        f"GLUE {task}/{name}": score.median for name, peer in cell.peers.items() for task, score in peer.glue.items()
+        f"{title(task)}/{name}": score.median for name, peer in cell.peers.items() for task, score in peer.glue.items()
     }
     if scores:
         write_scores(run / "tensorboard", scores, cell.steps or 0)

@@ -23,8 +23,9 @@ from ctcd_ds.experiments.report import copying
 from ctcd_ds.experiments.report.curves import Curves
 from ctcd_ds.experiments.report.grids import grid_pictures
 from ctcd_ds.experiments.report.study import Study, plain, read_study
-from ctcd_ds.experiments.report.words import METRICS, difference, opening, role, speed_reading, statements
+from ctcd_ds.experiments.report.words import answer, difference, opening, role, setting, speed_reading, statements
 from ctcd_ds.experiments.results import Comparison
+from ctcd_ds.experiments.wording import METRICS
 
 PAGE = "report.html"
 _FIRST = ("valid_loss", "valid_accuracy", "glue/average")
@@ -63,6 +64,8 @@ def render(study: Study, directory: Path, agreement_rows: int, speed: Speed | No
         results=study.results,
         title=plain(study.results.experiment),
         opening=opening(study),
+        answer=answer(study),
+        setting=setting(study),
         statements=statements(study),
         ends=ends,
         grids=grids,
