@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ctcd_ds.corpus.indexed import write_index
 from ctcd_ds.corpus.rows import Corpus, Rows, SpecialIds
 from ctcd_ds.corpus.workplace import write_preparation
 from ctcd_ds.manifest import sampled_entry, write_manifest
@@ -58,7 +58,7 @@ def small_rows(directory: Path, length: int = 32, documents: int = 200, vocab_si
 
 def framed(corpus: Corpus, split: str, length: int) -> Rows:
     """Rows between [CLS] and [SEP], as masked language models read them."""
-    return corpus.rows(split, length, before=(corpus.special.cls,), after=(corpus.special.sep,))
+    return corpus.rows(split, length, *corpus.frame)
 
 
 def write_shard(directory: Path, name: str, documents: Documents, vocab_size: int, sep: int) -> dict[str, Any]:
@@ -66,14 +66,8 @@ def write_shard(directory: Path, name: str, documents: Documents, vocab_size: in
     dtype = corpus_dtype(vocab_size)
     stored = [np.array([*document, sep], dtype) for document in documents]
     lengths = np.array([len(document) for document in stored], np.int32)
-    ends = np.cumsum(lengths, dtype=np.int64)
     (directory / f"{name}.bin").write_bytes(b"".join(document.tobytes() for document in stored))
-    (directory / f"{name}.idx").write_bytes(
-        index_header(dtype, len(stored))
-        + lengths.tobytes()
-        + ((ends - lengths) * np.dtype(dtype).itemsize).tobytes()
-        + np.arange(len(stored) + 1, dtype=np.int64).tobytes()
-    )
+    (directory / f"{name}.idx").write_bytes(write_index(dtype, lengths))
     return {
         "name": name,
         "documents": len(stored),
@@ -92,8 +86,10 @@ def write_corpus_manifest(
         directory / "manifest.json",
         {
             "format": "ctcd_ds.corpus",
-            "version": 1,
-            "tokenizer": {"fingerprint": "f" * 64, "vocabulary": "e" * 64, "vocab_size": vocab_size, **ids},
+            "version": 2,
+            "tokenizer": {"fingerprint": "f" * 64, "vocabulary": "e" * 64, "vocab_size": vocab_size, "special": ids},
+            "separator": "sep",
+            "frame": {"before": ["cls"], "after": ["sep"]},
             "dtype": corpus_dtype(vocab_size),
             "settings": {"seed": 1, "fraction": 1.0, "valid_fraction": 0.01},
             "splits": splits,
@@ -103,10 +99,6 @@ def write_corpus_manifest(
 
 def corpus_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size < 65500 else "int32"
-
-
-def index_header(dtype: str, documents: int) -> bytes:
-    return struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, {"int32": 4, "uint16": 8}[dtype], documents, documents + 1)
 
 
 def _shards(split: Any) -> list[Documents]:

@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT
 from ctcd_ds.cli import UserError
 from ctcd_ds.recipe import Recipe
-from ctcd_ds.training.deepspeed_config import read_json, resolve
+from ctcd_ds.training.deepspeed_config import read_config, resolve
 from runs import Job, bert, chain_corpus, metrics, run_jobs
 
 RECIPE = Recipe.model_validate(
@@ -110,7 +110,7 @@ def test_a_missing_zero_block_is_stage_0_and_refused() -> None:
 def test_a_file_that_is_no_json_object_is_one_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(UserError, match=r"d\.json"):
-        read_json(tmp_path / "d.json")
+        read_config(tmp_path / "d.json")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_every_shipped_config_trains_through_the_engine(tmp_path: Path) -> None:
         "training": {"global_batch_rows": 8, "steps": 3, "log_every": 1},
     }
     shipped = sorted((ROOT / "ds_configs").glob("*.json"))
-    run_jobs([Job(recipe, tmp_path / path.stem, read_json(path)) for path in shipped], 2, tmp_path)
+    run_jobs([Job(recipe, tmp_path / path.stem, read_config(path)) for path in shipped], 2, tmp_path)
     losses = [metrics(tmp_path / path.stem)[1]["loss/one/hard"] for path in shipped]
     assert len(losses) >= 4 and losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
 

@@ -90,7 +90,7 @@ def test_the_manifest_tells_the_truth(make: Callable[..., Path]) -> None:
     manifest = read_manifest(corpus / "manifest.json")
     tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
     assert manifest["tokenizer"]["vocab_size"] == len(tokenizer) == 2000
-    assert [manifest["tokenizer"][role] for role in ("pad", "unk", "cls", "sep", "mask")] == [0, 1, 2, 3, 4]
+    assert [manifest["tokenizer"]["special"][role] for role in ("pad", "unk", "cls", "sep", "mask")] == [0, 1, 2, 3, 4]
     assert len(manifest["splits"]["train"]) > 3
     listed = {"manifest.json", "preparation.json", "tokenizer"}
     for split, shards in manifest["splits"].items():

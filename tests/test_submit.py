@@ -73,7 +73,7 @@ def test_a_chain_of_an_array_exports_each_run_and_compares_all_models(submit: An
     ("options", "said"),
     [
         (("--nodes", 3), "global_batch_rows"),
-        (("--nodes", 0), "--nodes 0: at least 1"),
+        (("--nodes", 0), "--nodes: '0' is not a whole number from 1"),
         (("--set", "peers.one.soft.tow=1"), "did you mean 'two'?"),
         (("--set", "corpus.path=nowhere"), "nowhere"),
         (("--then", "exprot"), "did you mean 'export'?"),
@@ -81,7 +81,7 @@ def test_a_chain_of_an_array_exports_each_run_and_compares_all_models(submit: An
         (("--chain",), "--glue_data"),
         (("--chain", "--glue_data", "nowhere"), "nowhere is no directory"),
         (("--chain", "--glue_data", "hub", "--glue_tasks", "cola,stt2"), "stt2"),
-        (("--seeds", "1,x"), "--seeds '1,x'"),
+        (("--seeds", "1,x"), "--seeds: '1,x' is no comma-separated list"),
         (("--seeds", "1,1"), "two of the runs would be in one directory"),
         (("--gpus_per_node", -1), "--gpus_per_node -1"),
         (("--gpus_per_node", 4, "--tasks_per_node", 2), "one task per GPU"),

@@ -58,7 +58,7 @@ class Ranks:
         return self.rank == 0
 
     def threads(self) -> int:
-        """Threads this process may use: OMP_NUM_THREADS, else an equal share of the cores (DESIGN §5)."""
+        """Threads this process may use: OMP_NUM_THREADS, else an equal share of the cores."""
         stated = os.environ.get("OMP_NUM_THREADS")
         if stated is None:
             return self.cores or max(1, len(os.sched_getaffinity(0)) // self.local_world)
@@ -66,6 +66,11 @@ class Ranks:
         if not first.isdecimal() or int(first) < 1:
             raise UserError(f"OMP_NUM_THREADS = {stated!r}: must be a whole number from 1")
         return int(first)
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """A process that nobody launched."""
+        return cls(0, 1, 0, 1, "alone")
 
     def describe(self) -> str:
         """One line: how many there are, who said so, where they meet."""
@@ -76,14 +81,16 @@ class Ranks:
 
     def announce(self) -> None:
         """Says it in the variables that torch.distributed and DeepSpeed read, whoever this was learned from."""
-        port = self.port
-        if port == 0:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
         said = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank}
-        said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": port}
+        said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": self.port or free_port()}
         os.environ.update({key: str(value) for key, value in said.items()}, MASTER_ADDR=self.address)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
@@ -101,7 +108,7 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
             "`srun python …` (pretrain.sbatch does), or take SLURM_NTASKS away: env -u SLURM_NTASKS python …"
         )
     else:
-        return Ranks(0, 1, 0, 1, "alone")
+        return Ranks.alone()
     for name, number, count in (("rank", found.rank, found.world), ("local rank", found.local_rank, found.local_world)):
         if not 0 <= number < count:
             raise UserError(f"{found.source} says {name} {number} of {count}: it must be from 0 to {count - 1}")

@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctcd_ds import cli
-from ctcd_ds.corpus.damage import corpus_damage, damage_beside
-from ctcd_ds.corpus.rows import read_corpus_manifest
 from ctcd_ds.manifest import file_problems, read_manifest
-from ctcd_ds.training import checkpoint, run_directory
 
 
 def main() -> int:
@@ -25,8 +22,8 @@ def main() -> int:
     damage = [problem for place in places for problem in problems(place)]
     for problem in damage:
         print(problem)
-    checked = f"{len(places)} manifest{'s' * (len(places) != 1)} and every file they list"
-    print(f"{path}: {checked}: {f'{len(damage)} problems' if damage else 'all as it was written'}")
+    checked = f"{cli.count(len(places), 'manifest')} and every file they list"
+    print(f"{path}: {checked}: {cli.count(len(damage), 'problem') if damage else 'all as it was written'}")
     return cli.EXIT_FAILED if damage else cli.EXIT_DONE
 
 
@@ -43,6 +40,10 @@ def find(path: Path) -> Iterator[Path]:
 
 def problems(place: Path) -> Iterator[str]:
     """What is wrong with one directory."""
+    from ctcd_ds.corpus.damage import corpus_damage, damage_beside
+    from ctcd_ds.corpus.rows import read_corpus_manifest
+    from ctcd_ds.training import checkpoint, run_directory
+
     try:
         match read_manifest(place / "manifest.json").get("format"):
             case checkpoint.FORMAT:

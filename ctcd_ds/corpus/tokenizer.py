@@ -148,7 +148,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "fingerprint": canonical_sha256({"rules": _rules(tokenizer), "special": ids}),
         "vocabulary": canonical_sha256({"tokens": tokenizer.get_vocab(), "special": ids}),
         "vocab_size": len(tokenizer),
-        **ids,
+        "special": ids,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from ctcd_ds.cli import count
 from ctcd_ds.evaluation.claims import title
 
 VERDICTS = {"better": "Better", "worse": "Worse", "no evidence": "No evidence of a difference"}
@@ -62,10 +63,9 @@ def judged(
     verdicts: Mapping[str, str] = VERDICTS,
 ) -> str:
     """What paired differences say, with their numbers, or why they say nothing."""
-    count = len(differences)
-    if count == 0:
+    seeds = count(len(differences), "seed")
+    if not differences:
         return f"{verdicts['no evidence']}: no seed is finished in both."
-    seeds = "one seed" if count == 1 else f"{count} seeds"
     if not any(differences):
         return f"Equal to the last digit, {seeds}."
     mean = metric.signed(fmean(differences))

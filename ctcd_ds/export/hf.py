@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctcd_ds.cli import Damage, RunFailure, UserError
+from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.manifest import built
 from ctcd_ds.peers.build import load_fitted
-from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
+from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, valid_batches
 from ctcd_ds.training import checkpoint as checkpoints

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.recipe import PeerSection, did_you_mean
+from ctcd_ds.recipe import PeerSection
 
 VOCABULARY_MULTIPLE = 64  # GEMMs with an odd inner size run at a fraction of their rate
 
@@ -146,6 +147,16 @@ def load_fitted(model: Any, state: Mapping[str, Tensor]) -> None:
         for key, tensor in own.items():
             rows = min(len(tensor), len(state[key])) if tensor.ndim else None
             tensor[:rows].copy_(state[key][:rows]) if rows is not None else tensor.copy_(state[key])
+
+
+_OF_FROZEN: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+def frozen_sha256(peer: torch.nn.Module) -> str:
+    """`weights_sha256` of a peer whose weights never change in a run: computed once."""
+    if peer not in _OF_FROZEN:
+        _OF_FROZEN[peer] = weights_sha256(peer)
+    return _OF_FROZEN[peer]
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -86,9 +86,8 @@ class MaskedLM(Task):
         return AutoModelForMaskedLM
 
     def rows(self, split: str) -> Rows:
-        """Rows between the tokenizer's [CLS] and [SEP]. Raises UserError where the split has not enough text."""
-        special = self.corpus.special
-        return self.corpus.rows(split, self.sequence_length, before=(special.cls,), after=(special.sep,))
+        """Rows in the tokenizer's frame, [CLS] … [SEP]. Raises UserError where the split has not enough text."""
+        return self.corpus.rows(split, self.sequence_length, *self.corpus.frame)
 
     def batches(
         self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray, micro_batch: int

@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
-from ctcd_ds.recipe import Recipe, did_you_mean
+from ctcd_ds.cli import UserError, did_you_mean
+from ctcd_ds.recipe import Recipe
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -93,17 +93,17 @@ class DeepSpeedConfig:
         return _BYTES[self.values.get("data_types", {}).get("grad_accum_dtype", self.precision)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The user's file as it is. Raises UserError where it is no JSON object or a key stands in it twice."""
 
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        if twins := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"{', '.join(twins)} stands in it twice")
+        if duplicates := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"{', '.join(duplicates)} stands in it twice")
         return dict(pairs)
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
     except (OSError, ValueError) as problem:
         raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
     if not isinstance(values, dict):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctcd_ds.cli import count
 from ctcd_ds.evaluation.speed import Speed
 from ctcd_ds.experiments.report.study import Study, plain
 from ctcd_ds.experiments.results import Comparison
@@ -153,10 +154,9 @@ def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statem
         verdicts = [c.verdict for c in own]
         best = min(own, key=lambda c: (c.mean or 0.0) * (1 if c.lower_is_better else -1))
         whom = "itself" if peer == against_peer else f"the {against_peer}"
-        conditions = "one condition" if len(own) == 1 else f"{len(own)} conditions"
         text = (
-            f"The {peer} against {whom} in “{plain(against)}” ({metric.name}), in {conditions}: better in "
-            f"{verdicts.count('better')}, worse in {verdicts.count('worse')}, "
+            f"The {peer} against {whom} in “{plain(against)}” ({metric.name}), in {count(len(own), 'condition')}: "
+            f"better in {verdicts.count('better')}, worse in {verdicts.count('worse')}, "
             f"no evidence of a difference in {verdicts.count('no evidence')}."
         )
         verdict = "no evidence"
