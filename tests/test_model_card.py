@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ def test_a_picture_with_the_curves_of_both_peers_lies_beside_the_card(exported: 
     assert path.stat().st_size < 100_000
     colours = {pixel[:3] for _, pixel in Image.open(path).convert("RGB").getcolors(1 << 20)}
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
+
+
+def test_values_of_other_weights_are_not_in_a_card(run: Path, tmp_path: Path) -> None:
+    """Held-out values are those of the exported step, and a run that goes on is said to."""
+    early = sorted((run / "checkpoints").glob("step-*"))[0]
+    step = int(early.name.removeprefix("step-"))
+    rows = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    export(early, "student", tmp_path / "early")
+    card = read(tmp_path / "early")
+    stated = [result.metric_value for result in card.data.eval_results or []]
+    measured = rows.get(step, {}).get("valid/student/loss")
+    assert stated[:1] == ([round(measured, 4)] if measured is not None else [])
+    assert (f"{step} steps of" in card.text) == (step < max(rows))
 
 
 def test_the_licence_of_the_data_is_the_users_word_or_not_stated(run: Path, exported: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
+from ctcd_ds.training.run_directory import at_word_frequencies
 
 
 def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float) -> Results:
@@ -104,9 +106,13 @@ def _glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
 
 
 def reservations(runs: Iterable[Path]) -> list[str]:
-    """Why scores of these runs are not what their tasks' names promise, a sentence for each task."""
+    """What must be known of these runs: scores that are not their task's, models that have learned next to nothing."""
     said: dict[str, None] = {}
     for run in runs:
+        summary = read_json(run / "summary.json")
+        ends = {key.split("/")[1]: v for key, v in summary.items() if re.fullmatch("valid/[^/]+/loss", key) and v}
+        if nothing := at_word_frequencies(ends, summary.get("unigram_loss")):
+            said[f"{run.name}: {nothing}."] = None
         content = read_json(run / "glue" / "results.json")
         for task, known in content.get("tasks", {}).items():
             if why := reservation(task, known, content["settings"]):

@@ -45,7 +45,7 @@ To fine-tune it, load it with `AutoModelForSequenceClassification.from_pretraine
 
 ## Training
 
-{steps} steps, {tokens:,} tokens of {length}; corpus `{corpus}`, fingerprint `{fingerprint}`.
+{steps}, {tokens:,} tokens of {length}; corpus `{corpus}`, fingerprint `{fingerprint}`.
 {curves}
 Licence of the training text: {data_license}
 
@@ -73,11 +73,11 @@ def write_card(
     """
     config = json.loads((run.peers / name / "config.json").read_text())
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
-    section = recipe.peers[name]
+    section, unfinished = recipe.peers[name], manifest["step"] < manifest["steps"]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
     terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
     drawn = draw(place / CURVES, rows, name, recipe.peers)
-    results = _held_out(rows, name, Path(recipe.corpus.path).name)
+    results = _held_out(rows, manifest["step"], name, Path(recipe.corpus.path).name)
     body = _BODY.format(
         name=name,
         model_type=config["model_type"],
@@ -86,7 +86,7 @@ def write_card(
         version=__version__,
         how=", ".join(terms),
         scores=_scores(results),
-        steps=manifest["step"],
+        steps=f"{manifest['step']:,} steps" + (f" of {manifest['steps']:,}; the run goes on" if unfinished else ""),
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
         length=f"rows of {recipe.corpus.sequence_length}",
         corpus=Path(recipe.corpus.path).name,
@@ -146,12 +146,10 @@ def _scores(results: Sequence[EvalResult]) -> str:
     return "\n".join([_BEGIN, "| data | metric | value |", "|---|---|---|", *(lines or ["| none yet | | |"]), _END])
 
 
-def _held_out(rows: LoggedRows, name: str, corpus: str) -> list[EvalResult]:
-    """The peer's last held-out values, as results."""
-    prefix = f"valid/{name}/"
-    found: dict[str, float] = {}
-    for row in rows:
-        found |= {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v is not None}
+def _held_out(rows: LoggedRows, step: int, name: str, corpus: str) -> list[EvalResult]:
+    """The peer's held-out values as results, of the step that `rows` end with: those of another are other weights'."""
+    prefix, last = f"valid/{name}/", rows[-1] if rows and rows[-1]["step"] == step else {}
+    found = {key.removeprefix(prefix): v for key, v in last.items() if key.startswith(prefix) and v is not None}
     return [
         EvalResult(
             task_type="fill-mask",

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,31 @@ import torch
 from ctcd_ds.cli import Damage, UserError, typed
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.ending import ending
-from ctcd_ds.manifest import file_entries, file_problems, read_manifest, write_atomic, write_manifest
+from ctcd_ds.manifest import file_entries, file_problems, read_json, read_manifest, write_atomic, write_manifest
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.identity import changes, identity
 from ctcd_ds.training.plan import Plan
 
 FORMAT = "ctcd_ds.run"
+_LEARNED = 0.2  # nats below the loss of word frequencies: who uses the words around is soon further than that
+
+
+def at_word_frequencies(losses: Mapping[str, float], unigram_loss: float | None) -> str:
+    """Which models (name → held-out loss) have learned no more than how often each word occurs; "" where none."""
+    there = [name for name, loss in losses.items() if unigram_loss is not None and loss > unigram_loss - _LEARNED]
+    if not there:
+        return ""
+    are = f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'}"
+    return f"{are} still at word frequencies, which alone give {unigram_loss:.3f} nats: train longer"
+
+
+def duration(seconds: float) -> str:
+    """'1 h 02 min', '3 min 20 s', '12.3 s'."""
+    minutes, rest = divmod(seconds, 60)
+    if minutes >= 60:
+        return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min"
+    return f"{minutes:.0f} min {rest:02.0f} s" if minutes else f"{rest:.1f} s"
 
 
 class RunDirectory:
@@ -124,6 +142,21 @@ class RunDirectory:
         if tags and (said := latest.read_bytes() if latest.exists() else b"") != f"{tags[-1]}\n".encode():
             yield f"{latest}: says {said!r}, and the newest checkpoint is {tags[-1]}"
 
+    def summed_up(self) -> str:
+        """What a finished run came to, and the command that goes on from it."""
+        summary = read_json(self.path / "summary.json")
+        recipe = load_recipe(self.recipe)
+        trained = [name for name, section in recipe.peers.items() if not section.frozen]
+        measured = {name: summary.get(f"valid/{name}/loss") for name in trained}
+        lines = [f"finished: {summary['steps']:,} steps in {duration(summary['seconds'])}, {self.path}"]
+        for name in (name for name in trained if measured[name] is not None):
+            accuracy = summary.get(f"valid/{name}/accuracy")
+            lines.append(f"  {name}: held-out loss {measured[name]:.3f} nats, accuracy {accuracy:.1%}")
+        known = {name: loss for name, loss in measured.items() if loss is not None}
+        if said := at_word_frequencies(known, summary.get("unigram_loss")):
+            lines.append(f"  {said}")
+        return "\n".join([*lines, f"next: ctcd export --checkpoint {self.path} --output_dir {self.path / 'hf'}"])
+
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes RUN/name, atomically."""
         write_atomic(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -144,7 +177,8 @@ def environment(ranks: Ranks, device: str) -> dict[str, Any]:
     """Versions, commit and hardware of this process, and who told it its rank."""
     packages = ("ctcd-ds", "torch", "deepspeed", "transformers", "datasets", "megatron-core", "numpy", "tokenizers")
     return {
-        "command": typed(),
+        "command": _repeating(ranks),
+        "folder": str(Path.cwd()),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "git_commit": git_commit(),
@@ -156,6 +190,21 @@ def environment(ranks: Ranks, device: str) -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "host": platform.node(),
     }
+
+
+def _repeating(ranks: Ranks) -> list[str]:
+    """The words that do this run again: with its launcher, and without what a launcher or a resumption added."""
+    words = [word for word in typed() if word != "--resume" and not word.startswith("--local_rank")]
+    nodes = max(1, ranks.world // ranks.local_world)
+    match ranks.source:
+        case "deepspeed":
+            several = ["--num_nodes", str(nodes)] if nodes > 1 else []
+            return ["deepspeed", *several, "--num_accelerators", str(ranks.local_world), *words[1:]]
+        case "torchrun":
+            return ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(ranks.local_world), *words[1:]]
+        case "srun" | "mpirun":
+            return [ranks.source, "-n", str(ranks.world), *words]
+    return words
 
 
 def _version(package: str) -> str | None:

@@ -174,7 +174,11 @@ def _run_commands(study: Study) -> list[str]:
     """The command of each run that an experiment did not start, each once."""
     if study.is_experiment:
         return []
-    return list(dict.fromkeys(_command(run.environment.get("command", [])) for run in study.runs.values()))
+    found = []
+    for run in study.runs.values():
+        there = f"cd {shlex.quote(folder)} && " if (folder := run.environment.get("folder")) else ""
+        found.append(there + _command(run.environment.get("command", [])))
+    return list(dict.fromkeys(found))
 
 
 def _number(value: float | None, form: str = ",.0f", factor: float = 1.0) -> str:
