@@ -45,7 +45,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class CorpusSection(Section):
-    """Which rows are read and how they are masked. The directory is prepare_corpus.py's."""
+    """Which rows are read and how they are masked. The directory is what `ctcd corpus` made."""
 
     path: str
     sequence_length: Annotated[int, Field(ge=4)] = 128
