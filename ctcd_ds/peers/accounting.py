@@ -1,11 +1,15 @@
-"""What a peer costs: parameters, FLOPs per token. Counted on a model without memory (torch's meta device)."""
+"""What a peer costs: parameters, FLOPs per token. Counted by torch as the model runs one row, without memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ctcd_ds.peers.heads import Way, project_by
 
 
 class Cost(NamedTuple):
@@ -21,15 +25,52 @@ class Cost(NamedTuple):
 
 
 def cost(config: Any, sequence_length: int, head_fraction: float) -> Cost:
-    """The cost of a masked LM with this config at this row length."""
+    """The cost of a masked LM with this config at this row length. Attention counts in full, whatever its kernel."""
+    positions = round(head_fraction * sequence_length)
+    problem: Exception | None = None
+    for place in _places():
+        try:
+            with place:
+                return _counted(config, sequence_length, positions)
+        except Exception as found:  # its code asks for a value that is not there, or transformers has no such path
+            problem = found
+    assert problem is not None
+    raise problem
+
+
+def _places() -> Iterator[Any]:
+    """Where a model is made: without memory where its code lets us, which differs from type to type."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    yield torch.device("meta")
+    yield FakeTensorMode()
+    yield nullcontext()
+
+
+def _counted(config: Any, length: int, positions: int) -> Cost:
     from transformers import AutoModelForMaskedLM
 
-    with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(config)
+    # Attention as plain matrix products: a fused kernel's cost would depend on which one is chosen.
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    inputs = {"input_ids": torch.full((1, length), config.get_text_config().vocab_size // 2)}
     parameters = sum(p.numel() for p in model.parameters())
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    inside = {id(m) for m in model.base_model.modules()}
-    encoder = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and id(m) in inside)
-    head = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside)
-    attention = 2 * 2 * sequence_length * config.hidden_size * config.num_hidden_layers  # Q·Kᵀ and weights·V
-    return Cost(parameters, parameters - embeddings, 2.0 * encoder + attention + 2.0 * head * head_fraction)
+    flops = _flops(model, inputs, torch.arange(positions))
+    return Cost(parameters, parameters - embeddings, flops / length)
+
+
+def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor) -> int:
+    """Of one forward with logits at `positions`; the fastest way that runs is the one that training takes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for tap in (True, False):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            try:
+                projection = project_by(Way(model.base_model is not model, tap), model, inputs, positions)
+            except Exception:
+                if not tap:
+                    raise
+                continue
+        last = 0 if projection.weight is None else 2 * len(positions) * projection.weight.numel()
+        return int(counter.get_total_flops()) + last
+    raise AssertionError("unreachable")

@@ -48,7 +48,7 @@ def project_positions(model: Any, inputs: Mapping[str, Tensor], positions: Tenso
         inputs: what its forward takes, e.g. input_ids, int64 [B, L]; no padding: no attention mask is needed or made.
         positions: int64 [P], flat indices into B·L (L: of the decoder, where there is one); None: all, in order.
     """
-    return _project(model, way_of(model), inputs, positions)
+    return project_by(way_of(model), model, inputs, positions)
 
 
 def way_of(model: Any) -> Way:
@@ -70,7 +70,7 @@ class _Unfit(Exception):
     """A way does not suit a model, and why."""
 
 
-def _project(model: Any, way: Way, inputs: Mapping[str, Tensor], positions: Tensor | None) -> Projection:
+def project_by(way: Way, model: Any, inputs: Mapping[str, Tensor], positions: Tensor | None) -> Projection:
     cut = way.cut and positions is not None
     tapped: list[Tensor] = []
 
@@ -137,7 +137,7 @@ def find_way(model: Any) -> Way:
             try:
                 with torch.no_grad():
                     torch.manual_seed(0)
-                    found = project(_project(twin, way, inputs, positions), slice(None))
+                    found = project(project_by(way, twin, inputs, positions), slice(None))
             except Exception:  # its head cannot run on [1, P, E]; the next way may do
                 continue
             if found.shape == expected.shape and _near(found, expected, tolerance):

@@ -1,0 +1,69 @@
+"""How a model reads a row of tokens: how long it may be, and whether it tells sentences apart."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FEW = 8  # tokens that every model reads
+
+
+def longest_row(model: Any) -> int | None:
+    """How many tokens its tables of positions allow, None where it has none. `model` runs twice, on a short row.
+
+    RoBERTa and its like begin after the padding id, which takes as many positions away; found by looking which
+    entry of which embedding a longer row asks for.
+    """
+    short, long = _last_rows_read(model, FEW), _last_rows_read(model, FEW + 1)
+    limits = [entries - (last + 1 - FEW) for (table, entries), last in short.items()
+              if long.get((table, entries)) == last + 1]  # fmt: skip
+    return min(limits, default=None)
+
+
+def reads_segments(model: Any) -> bool:
+    """Whether it tells a first from a second sentence by token_type_ids."""
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return takes and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def fit_tokenizer(tokenizer: Any, model: Any) -> None:
+    """Makes a tokenizer give what the model reads: as many tokens, with or without segments. In place."""
+    limit = longest_row(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None:
+        tokenizer.model_max_length = limit
+    others = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = [*others, *(["token_type_ids"] if reads_segments(model) else [])]
+
+
+@torch.no_grad()
+def _last_rows_read(model: Any, tokens: int) -> dict[tuple[int, int], int]:
+    """Embedding (address, entries) → the last entry that a row of equal tokens asks for, once a token at most."""
+    middle = model.config.get_text_config().vocab_size // 2
+    ids = torch.full((1, tokens), middle, device=next(model.parameters()).device)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    was = model.training
+    model.eval()
+    with _Lookups() as lookups, torch.random.fork_rng([]):
+        model(**inputs)
+    model.train(was)
+    return lookups.last
+
+
+class _Lookups(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: dict[tuple[int, int], int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.embedding.default:
+            self._note(args[0], args[1])
+        return function(*args, **(kwargs or {}))
+
+    def _note(self, table: Tensor, entries: Tensor) -> None:
+        if entries.numel() == entries.shape[-1]:  # relative positions are asked for in pairs
+            key = table.data_ptr(), len(table)
+            self.last[key] = max(int(entries.max()), self.last.get(key, 0))
