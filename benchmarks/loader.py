@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,9 +21,8 @@ import workload
 from workload import Shape
 
 from ctcd_ds import cli
-from ctcd_ds.corpus.loader import TrainLoader
 from ctcd_ds.corpus.rows import Corpus, Rows
-from ctcd_ds.peers.cotrain import Batch
+from ctcd_ds.tasks.loader import Cut, TrainLoader
 
 
 @contextmanager
@@ -30,12 +30,12 @@ def corpus_rows(shape: Shape, rows: int) -> Iterator[Rows]:
     """The training rows of a corpus that lives as long as the context."""
     with tempfile.TemporaryDirectory() as folder:
         path = workload.write_corpus(Path(folder) / "corpus", shape.vocab_size, rows, shape.length)
-        yield Corpus.open(path).rows("train", shape.length)
+        yield replace(shape.task, corpus=Corpus.open(path)).rows("train")
 
 
 def open_loader(rows: Rows, shape: Shape, batch: int, device: torch.device | None) -> TrainLoader:
     """Steps of one micro-batch of `batch` rows, one rank."""
-    return TrainLoader(rows, shape.masking, 1, batch, batch, 1, 0, 1, start_step=0, device=device)
+    return TrainLoader(rows, shape.task, 1, Cut(batch), start_step=0, device=device)
 
 
 def rows_per_second(rows: Rows, shape: Shape, batch: int, seconds: float) -> float:
@@ -62,8 +62,7 @@ def waiting(rows: Rows, shape: Shape, steps: int, device: torch.device, dtype: s
 
     def loss() -> Any:
         [batch] = next(loader)
-        count = float(len(batch.targets))
-        return module(Batch(batch.input_ids, batch.target_positions, batch.targets, count, count), 0, 0).total
+        return module(batch, 0, 0).total
 
     step = optimised(loss, optimizer)
     step()

@@ -22,6 +22,7 @@ from torch import Tensor
 from workload import Shape, Size
 
 from ctcd_ds import cli
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.fused import Projection, fused_objective, project
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.reference import reference_objective
@@ -35,8 +36,7 @@ class Heads(NamedTuple):
     models: list[Any]
     graph: DistillationGraph
     hidden: list[Tensor]
-    positions: Tensor
-    targets: Tensor
+    batch: Batch
     labels: Tensor
 
     @classmethod
@@ -52,7 +52,7 @@ class Heads(NamedTuple):
             model.to(device, dtype)
             hidden.append(torch.randn(shape.rows * ROW, width, device=device).to(dtype).requires_grad_())
         graph, labels = workload.full_graph(shape.names), collated["labels"].flatten()
-        return cls(list(models.values()), graph, hidden, batch.positions, batch.targets, labels)
+        return cls(list(models.values()), graph, hidden, batch, labels)
 
     @property
     def vocab_size(self) -> int:
@@ -65,11 +65,13 @@ class Heads(NamedTuple):
 
     def _projection(self, model: Any, hidden: Tensor) -> Projection:
         decoder = model.get_output_embeddings()
-        return Projection(model.cls.predictions.transform(hidden[self.positions]), decoder.weight, decoder.bias)
+        return Projection(
+            model.cls.predictions.transform(hidden[self.batch.views[0].positions]), decoder.weight, decoder.bias
+        )
 
     def ours(self) -> None:
         """Forward and backward, our way."""
-        fused_objective(self.projections(), self.targets, self.graph, self.vocab_size).total.backward()
+        fused_objective(self.projections(), self.batch, self.graph, self.vocab_size).total.backward()
         self._forget()
 
     def naive(self) -> None:
@@ -92,7 +94,8 @@ def gradient_errors(heads: Heads) -> dict[str, float]:
     """
     errors: dict[str, float] = {}
     soft_only = heads.graph.__class__(heads.graph.names, (0.0, 0.0), heads.graph.soft, (True, True))
-    projections = [Projection(*(t.detach() for t in p if t is not None)) for p in heads.projections()]
+    projections = [Projection(*(t.detach() for t in p[:3] if t is not None)) for p in heads.projections()]
+    targets = heads.batch.views[0].targets
     for prefix, graph in (("", heads.graph), ("soft_", soft_only)):
         exact_hidden = [p.hidden.double().cpu().requires_grad_() for p in projections]
         exact = [
@@ -101,14 +104,14 @@ def gradient_errors(heads: Heads) -> dict[str, float]:
         ]
         for logits in exact:
             logits.retain_grad()
-        reference_objective(exact, heads.targets.cpu(), graph)[0].backward()
+        reference_objective(exact, targets.cpu(), graph)[0].backward()
 
         ours = [project(p, slice(None)).requires_grad_() for p in projections]
-        fused_objective([Projection(z) for z in ours], heads.targets, graph, heads.vocab_size).total.backward()
-        naive = [torch.nn.functional.linear(*p).requires_grad_() for p in projections]
-        step.naive_objective(naive, heads.targets, graph).backward()
+        fused_objective([Projection(z) for z in ours], heads.batch, graph, heads.vocab_size).total.backward()
+        naive = [torch.nn.functional.linear(*p[:3]).requires_grad_() for p in projections]
+        step.naive_objective(naive, targets, graph).backward()
         whole = [Projection(p.hidden.clone().requires_grad_(), p.weight, p.bias) for p in projections]
-        fused_objective(whole, heads.targets, graph, heads.vocab_size).total.backward()
+        fused_objective(whole, heads.batch, graph, heads.vocab_size).total.backward()
 
         errors[f"{prefix}ours"] = _worst(ours, exact)
         errors[f"{prefix}naive"] = _worst(naive, exact)

@@ -11,6 +11,7 @@ import json
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +24,9 @@ from workload import Shape
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.corpus.loader import TrainLoader
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.peers.cotrain import Batch
 from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.tasks.loader import Cut, TrainLoader
 
 CONFIG = {"zero_optimization": {"stage": 2}}
 WARM_UP = 1  # steps at the head of a block that are not counted
@@ -51,19 +51,18 @@ def bare_block(recipe: Recipe, shape: Shape, device: torch.device) -> tuple[list
     module = workload.co_training(models, recipe.graph(), shape.vocab_size).to(device)
     settings = {name: recipe.optimizer_of(name) for name in recipe.peers}
     optimizer = torch.optim.AdamW(module.parameter_groups(settings), fused=True)
-    rows = Corpus.open(Path(recipe.corpus.path)).rows("train", shape.length)
+    rows = replace(shape.task, corpus=Corpus.open(Path(recipe.corpus.path))).rows("train")
     where = device if device.type == "cuda" else None
-    loader = TrainLoader(rows, shape.masking, recipe.seed, shape.rows, shape.rows, 1, 0, 1, 0, device=where)
+    loader = TrainLoader(rows, shape.task, recipe.seed, Cut(shape.rows), 0, device=where)
     seconds, losses = [], []
     for step in range(recipe.training.steps or 0):
         started = time.perf_counter()
         [batch] = next(loader)
-        count = float(len(batch.targets))
-        terms = module(Batch(batch.input_ids, batch.target_positions, batch.targets, count, count), step, 0)
-        terms.total.backward()
+        losses_of_step = module(batch, step, 0)
+        losses_of_step.total.backward()
         for name, peer in module.peers.items():
             torch.nn.utils.clip_grad_norm_(peer.parameters(), settings[name].max_grad_norm)
-        losses.append(float(terms.total.detach()))
+        losses.append(float(losses_of_step.total.detach()))
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
@@ -72,10 +71,9 @@ def bare_block(recipe: Recipe, shape: Shape, device: torch.device) -> tuple[list
 
 
 def total_loss(recipe: Recipe, row: dict[str, Any]) -> float:
-    """L of DESIGN §2 from a row's unweighted terms."""
+    """The weighted sum of a row's losses."""
     graph = recipe.graph()
-    hard = sum(graph.hard[i] * row[f"loss/{graph.names[i]}/hard"] for i in graph.hard_peers())
-    return float(hard + sum(w * row[f"loss/{graph.names[i]}/soft/{graph.names[j]}"] for i, j, w in graph.edges()))
+    return float(sum(weight * row[name] for name, weight in zip(graph.terms(), graph.weights(), strict=True)))
 
 
 def measure(shape: Shape, steps: int, repetitions: int, device: torch.device, folder: Path) -> dict[str, Any]:

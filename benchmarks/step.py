@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from workload import Shape
 
 from ctcd_ds import cli
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.graph import DistillationGraph
-from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import OptimizerSection
 
 WAYS = ("naive", "naive_kept", "naive_selected", "ours", "alone")

@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import file_entry, write_manifest
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, padded
-from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import PeerSection
+from ctcd_ds.tasks.masking import Masking
+from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
 FIRST_WORD = 5  # the first id that is no special token
@@ -92,6 +94,12 @@ class Shape:
         return Corpus(Path(), "", SPECIAL, self.vocab_size, "", "", "uint16", {})
 
     @property
+    def task(self) -> MaskedLM:
+        """Masked language modelling, the same for all peers."""
+        masks = dict.fromkeys(self.names, PeerMasks(self.masking))
+        return MaskedLM(self.corpus, self.length, self.masking, masks)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The peers' names: their place and size."""
         return tuple(f"peer{k}-{size.layers}x{size.width}" for k, size in enumerate(self.peers))
@@ -137,13 +145,10 @@ def random_batch(shape: Shape, device: torch.device) -> tuple[Batch, dict[str, T
     labels = np.full_like(tokens, -100)
     np.put_along_axis(labels, places.astype(np.int64), originals, axis=1)
 
-    input_ids, positions, targets, hf_labels = (
-        torch.from_numpy(array.astype(np.int64)).to(device)
-        for array in (ids, (places + numbers[:, None] * shape.length).ravel(), originals.ravel(), labels)
-    )
-    count = float(targets.numel())
+    [batch] = shape.task.batches(tokens, 1, np.zeros_like(numbers), numbers, shape.rows)
+    input_ids, hf_labels = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (ids, labels))
     collated = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": hf_labels}
-    return Batch(input_ids, positions, targets, count, count), collated
+    return batch.to(device), collated
 
 
 def write_corpus(folder: Path, vocab_size: int, rows: int, length: int) -> Path:

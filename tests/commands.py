@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import forks
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,6 +32,12 @@ def environment() -> dict[str, str]:
     """This environment with the interpreter's folder on the path (deepspeed, ninja) and no launcher's variables."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
     return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
+
+
+def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, which is forked: what it does, prints and ends with."""
+    line = [str(ROOT / script), *map(str, arguments)]
+    return forks.run(line, environment() | {key: str(value) for key, value in variables.items()}, ROOT)
 
 
 def deepspeed_line(ranks: int, *arguments: object) -> list[str]:

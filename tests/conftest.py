@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import forks
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # two ranks on a machine with one GPU, or none
+os.environ.setdefault(forks.OWNER, str(os.getpid()))  # all workers of one pytest share the servers that fork
 
 
 @pytest.fixture(scope="session")

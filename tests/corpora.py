@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ctcd_ds.corpus.rows import Corpus, SpecialIds
+from ctcd_ds.corpus.rows import Corpus, Rows, SpecialIds
 from ctcd_ds.manifest import sampled_entry, write_manifest
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
@@ -51,7 +51,12 @@ def random_documents(number: int, vocab_size: int = 1000, longest: int = 60, see
 def small_rows(directory: Path, length: int = 32, documents: int = 200, vocab_size: int = 1000) -> Any:
     """The training rows of a new random corpus of one shard, for tests of what comes after reading."""
     path = write_corpus(directory, random_documents(documents, vocab_size), vocab_size=vocab_size)
-    return Corpus.open(path).rows("train", length)
+    return framed(Corpus.open(path), "train", length)
+
+
+def framed(corpus: Corpus, split: str, length: int) -> Rows:
+    """Rows between [CLS] and [SEP], as masked language models read them."""
+    return corpus.rows(split, length, before=(corpus.special.cls,), after=(corpus.special.sep,))
 
 
 def write_shard(directory: Path, name: str, documents: Documents, vocab_size: int, sep: int) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def values(folder: Path) -> dict[str, Any]:
     """Runs the six recipes (fp32, ZeRO 2, one rank): each one's rows of metrics and the sha256 of its weights."""
     listed = recipes(chain_corpus(folder / "corpus"))
     jobs = {
-        name: Job(recipe, folder / f"run{k}", {"gradient_accumulation_steps": pieces, "zero_optimization": {"stage": 2}})
+        name: Job(
+            recipe, folder / f"run{k}", {"gradient_accumulation_steps": pieces, "zero_optimization": {"stage": 2}}
+        )
         for k, (name, (recipe, pieces)) in enumerate(listed.items())
     }
     run_jobs(list(jobs.values()), 1, folder)

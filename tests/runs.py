@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
+import forks
 from corpora import write_corpus
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import read_manifest, write_manifest
 
+Process: TypeAlias = "subprocess.Popen[bytes] | forks.Forked"
 ROOT = Path(__file__).resolve().parents[1]
 FP32: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 FP16: dict[str, Any] = {
@@ -97,23 +99,27 @@ def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
 
 def start_ranks(
     script: Sequence[object], world: int, log: Path, before: Sequence[Sequence[str]] = (), **variables: object
-) -> list[subprocess.Popen[bytes]]:
+) -> list[Process]:
     """Starts `python SCRIPT…` once a rank, one thread each, without a launcher; output goes to LOG-rank0.log …
 
-    `before`: a command for each rank that starts it somewhere else (another network namespace). `variables`: added to
-    its environment.
+    They are forked, but for those that a command of `before` starts somewhere else (another network namespace).
+    `variables`: added to its environment.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
+    processes: list[Process] = []
     for rank in range(world):
         own = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, **variables}
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
         with log.with_name(f"{log.name}-rank{rank}.log").open("w") as file:
-            line = [*(before[rank] if before else ()), sys.executable, *map(str, script)]
-            processes.append(subprocess.Popen(line, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
+            line = list(map(str, script))
+            if before:
+                line = [*before[rank], sys.executable, *line]
+                processes.append(subprocess.Popen(line, env=environment, cwd=ROOT, stdout=file, stderr=file))
+            else:
+                processes.append(forks.start(line, environment, ROOT, file, file, server=rank))
     return processes
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import forks
 from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.manifest import file_entry, read_manifest, write_manifest
 from ctcd_ds.recipe import TrainingSection
@@ -163,12 +164,15 @@ def ranks_line(corpus: Path, folder: Path, run: Path, **training: Any) -> list[s
     (folder / "recipe.json").write_text(json.dumps(recipe(corpus, 30, width=64, **training)))
     (folder / "d.json").write_text('{"zero_optimization": {"stage": 2}}')
     line = [ROOT / "launchers" / "pretrain.py", "--recipe", folder / "recipe.json", "--deepspeed_config"]
-    return [sys.executable, *map(str, [*line, folder / "d.json", "--output_dir", run])]
+    return [*map(str, [*line, folder / "d.json", "--output_dir", run])]
 
 
 def alone(line: list[str], *before: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*before, *line], capture_output=True, text=True, env=environment, timeout=200, check=False)
+    if not before:
+        return forks.run(line, environment, ROOT)
+    line = [*before, sys.executable, *line]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=500, check=False)
 
 
 def test_a_full_disk_is_found_before_saving(corpus: Path, tmp_path: Path) -> None:

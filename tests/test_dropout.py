@@ -56,9 +56,12 @@ def test_at_the_ends_it_is_torchs(p: float) -> None:
 
 
 def test_every_dropout_of_a_peer_that_trains_is_ours() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.2)))
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = BertForMaskedLM(BertConfig(vocab_size=32, hidden_dropout_prob=0.2, **sizes))
     before = list(model.state_dict())
     CoTraining({"only": model}, DistillationGraph(("only",), (1.0,), ((0.0,),), (True,)), 10, 1.0, 0)
     found = [part for part in model.modules() if isinstance(part, nn.Dropout)]
-    assert [type(part) for part in found] == [Dropout, Dropout] and [part.p for part in found] == [0.1, 0.2]
+    assert found and {(type(part), part.p) for part in found} <= {(Dropout, 0.2), (Dropout, 0.1)}
     assert list(model.state_dict()) == before

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from commands import ROOT, command, environment
+from commands import ROOT, command, environment, run
 from ctcd_ds.experiments.experiment import with_data
 from ctcd_ds.experiments.grid import CellPlan, expand
 from ctcd_ds.experiments.planning import Planned, plan_cells
@@ -264,13 +264,8 @@ def real(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, 
     }
     glue = {"tasks": "rte", "data_dir": str(folder / "glue"), "epochs": 1.0}
     path = written(folder, corpus, cells=cells, glue=glue)
-    line = [sys.executable, "tools/run_experiment.py", "--experiment", path, "--output_dir", folder / "out"]
-    done = [
-        subprocess.run(
-            [*map(str, line), *more], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
-        )
-        for more in ([], [], ["--resume"])
-    ]
+    line = ["tools/run_experiment.py", "--experiment", path, "--output_dir", folder / "out"]
+    done = [run(*line, *more) for more in ([], [], ["--resume"])]
     return folder / "out", done
 
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"ctcd_ds", "cli", "manifest", "measuring", "memory"},
     {"recipe", "objective"},
     {"peers", "corpus"},
+    {"tasks"},
     {"training", "cluster"},
     {"export", "evaluation"},
     {"experiments", "demo"},

@@ -17,11 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpora import SPECIAL, random_documents, small_rows, write_corpus
+from corpora import SPECIAL, framed, random_documents, small_rows, write_corpus
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.loader import MicroBatch, TrainLoader, valid_batches
-from ctcd_ds.corpus.masking import VALID_SEED, Masking
 from ctcd_ds.corpus.rows import Corpus, Rows, batch_rows
+from ctcd_ds.objective.batch import Batch, View
+from ctcd_ds.tasks.loader import Cut, TrainLoader, valid_batches
+from ctcd_ds.tasks.masking import Masking
+from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
 
 MASKING = Masking(0.15, SPECIAL, 1000)
 BATCH = 24
@@ -39,46 +41,45 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return small_rows(tmp_path_factory.mktemp("loader") / "c")
 
 
-def loader(rows: Rows, cut: tuple[int, int, int] = (BATCH, 1, 1), rank: int = 0, **options: Any) -> TrainLoader:
-    micro_batch, accumulation, world = cut
-    options = {"start_step": 0, "seed": 1} | options
-    return TrainLoader(
-        rows,
-        MASKING,
-        global_batch=BATCH,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        rank=rank,
-        world=world,
-        **options,
-    )
+def task(rows: Rows, everywhere: bool = False) -> MaskedLM:
+    """What two peers are asked that see the same."""
+    return MaskedLM(rows.corpus, 32, MASKING, dict.fromkeys("ab", PeerMasks(MASKING)), everywhere)
 
 
-def steps(rows: Rows, number: int, **options: Any) -> list[list[MicroBatch]]:
+def loader(rows: Rows, cut: Cut | None = None, everywhere: bool = False, **options: Any) -> TrainLoader:
+    return TrainLoader(rows, task(rows, everywhere), **{"start_step": 0, "seed": 1, "cut": cut or Cut(BATCH)} | options)
+
+
+def steps(rows: Rows, number: int, **options: Any) -> list[list[Batch]]:
     source = loader(rows, **options)
     taken = list(itertools.islice(source, number))
     source.close()
     return taken
 
 
-def same(one: MicroBatch, other: MicroBatch) -> bool:
-    tensors = ("input_ids", "target_positions", "targets")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors) and (
-        one.rows.tolist() == other.rows.tolist()
+def same(one: Batch, other: Batch) -> bool:
+    def tensors(batch: Batch) -> list[torch.Tensor]:
+        return [tensor for view in batch.views for tensor in (*view.inputs.values(), view.positions, view.targets)]
+
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs) and (
+        one.rows.tolist() == other.rows.tolist() and one.shared == other.shared
     )
 
 
-def joined(batches: list[MicroBatch]) -> MicroBatch:
-    """Micro-batches put one under another."""
-    starts = np.cumsum([0, *(batch.input_ids.numel() for batch in batches)]).tolist()
-    flat = zip(starts, batches, strict=False)
-    return MicroBatch(
-        input_ids=torch.cat([batch.input_ids for batch in batches]),
-        target_positions=torch.cat([start + batch.target_positions for start, batch in flat]),
-        targets=torch.cat([batch.targets for batch in batches]),
-        rows=np.concatenate([batch.rows for batch in batches]),
-        soft_positions=None,
+def joined(batches: list[Batch]) -> Batch:
+    """Micro-batches put one under another, of peers that see the same."""
+    views = [batch.views[0] for batch in batches]
+    starts = np.cumsum([0, *(view.inputs["input_ids"].numel() for view in views)]).tolist()
+    view = View(
+        inputs={"input_ids": torch.cat([view.inputs["input_ids"] for view in views])},
+        positions=torch.cat([start + view.positions for start, view in zip(starts, views, strict=False)]),
+        targets=torch.cat([view.targets for view in views]),
+        hard_count=sum(view.hard_count for view in views),
     )
+    shared = sum(batch.shared for batch in batches)
+    numbers = np.concatenate([batch.rows for batch in batches])
+    return Batch((view, view), shared, torch.tensor(float(shared)), numbers)
 
 
 # --- what a batch holds --------------------------------------------------------------------------------
@@ -89,23 +90,26 @@ def test_a_batch_is_the_masked_rows_of_its_step(rows: Rows) -> None:
         epochs, numbers = batch_rows(1, len(rows), step, BATCH)
         tokens = rows.read(numbers)
         input_ids, positions, targets = MASKING.apply(tokens, 1, epochs, numbers)
+        view = batch.views[0]
+        assert batch.views[1] is view, "made once, moved once"
         assert batch.rows.tolist() == numbers.tolist()
-        assert batch.input_ids.numpy().tolist() == input_ids.tolist()
-        assert batch.targets.tolist() == targets.ravel().tolist()
-        assert tokens.ravel()[batch.target_positions.numpy()].tolist() == batch.targets.tolist()
-        row, position = np.divmod(batch.target_positions.numpy().reshape(BATCH, -1), rows.sequence_length)
+        assert view.inputs["input_ids"].numpy().tolist() == input_ids.tolist()
+        assert view.targets.tolist() == targets.ravel().tolist()
+        assert tokens.ravel()[view.positions.numpy()].tolist() == view.targets.tolist()
+        row, position = np.divmod(view.positions.numpy().reshape(BATCH, -1), tokens.shape[1])
         assert (row == np.arange(BATCH)[:, None]).all() and (position == positions).all()
-        for tensor in (batch.input_ids, batch.target_positions, batch.targets):
+        for tensor in (view.inputs["input_ids"], view.positions, view.targets):
             assert tensor.dtype == torch.int64 and tensor.is_contiguous()
-        assert batch.soft_positions is None
+        assert batch.shared == view.hard_count == batch.soft_count.item() == targets.size
 
 
 def test_all_soft_positions_are_those_of_text(rows: Rows) -> None:
-    for [batch] in steps(rows, 3, soft_positions="all"):
-        text = rows.read(batch.rows) >= 5
-        assert batch.soft_positions is not None and batch.soft_positions.dtype == torch.int64
-        assert batch.soft_positions.tolist() == np.flatnonzero(text).tolist()
-        assert set(batch.target_positions.tolist()) <= set(batch.soft_positions.tolist())
+    for whole, [batch] in zip(steps(rows, 3), steps(rows, 3, everywhere=True), strict=True):
+        view, text = batch.views[0], rows.read(batch.rows) >= 5
+        assert view.positions.tolist() == np.flatnonzero(text).tolist() and batch.shared == text.sum()
+        labelled = view.targets >= 0
+        assert view.positions[labelled].tolist() == whole[0].views[0].positions.tolist()
+        assert view.targets[labelled].tolist() == whole[0].views[0].targets.tolist()
 
 
 # --- the same rows at every cut ------------------------------------------------------------------------
@@ -114,7 +118,7 @@ def test_all_soft_positions_are_those_of_text(rows: Rows) -> None:
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_ranks_and_micro_batches_make_up_the_global_batch(rows: Rows, cut: tuple[int, int, int]) -> None:
     micro_batch, accumulation, world = cut
-    ranks = [steps(rows, 6, cut=cut, rank=rank) for rank in range(world)]
+    ranks = [steps(rows, 6, cut=Cut(micro_batch, accumulation, rank, world)) for rank in range(world)]
     for step, whole in enumerate(steps(rows, 6)):
         parts = [batch for rank in ranks for batch in rank[step]]
         assert len(parts) == accumulation * world and all(len(part.rows) == micro_batch for part in parts)
@@ -130,7 +134,7 @@ def test_a_resumed_loader_goes_on_where_it_was(rows: Rows, start: int, seed: int
 
 
 def test_an_epoch_reads_every_row_once(tmp_path: Path) -> None:
-    rows = Corpus.open(write_corpus(tmp_path / "c", [[5] * (30 * BATCH * 2 - 1)])).rows("train", 32)
+    rows = framed(Corpus.open(write_corpus(tmp_path / "c", [[5] * (30 * BATCH * 2 - 1)])), "train", 32)
     assert len(rows) == 2 * BATCH
     seen = [batch.rows for step in steps(rows, 4) for batch in step]
     for epoch in (seen[:2], seen[2:]):
@@ -147,7 +151,7 @@ def test_each_held_out_row_comes_once(rows: Rows, world: int, micro_batch: int, 
     batches = [
         batch
         for rank in range(world)
-        for batch in valid_batches(rows, MASKING, VALID_SEED, micro_batch, rank, world, max_rows)
+        for batch in valid_batches(rows, task(rows), Cut(micro_batch, rank=rank, world=world), max_rows)
     ]
     numbers = [number for batch in batches for number in batch.rows.tolist()]
     assert len(numbers) == min(max_rows or len(rows), len(rows))
@@ -160,13 +164,13 @@ def test_each_held_out_row_comes_once(rows: Rows, world: int, micro_batch: int, 
 
 
 def test_held_out_rows_are_masked_alike_at_any_cut(rows: Rows) -> None:
-    [whole] = valid_batches(rows, MASKING, VALID_SEED, len(rows), 0, 1)
-    parts = [batch for rank in range(3) for batch in valid_batches(rows, MASKING, VALID_SEED, 7, rank, 3)]
+    [whole] = valid_batches(rows, task(rows), Cut(len(rows), rank=0, world=1))
+    parts = [batch for rank in range(3) for batch in valid_batches(rows, task(rows), Cut(7, rank=rank, world=3))]
     assert same(joined(parts), whole)
 
 
 def test_more_ranks_than_held_out_rows(rows: Rows) -> None:
-    counts = [len(list(valid_batches(rows, MASKING, VALID_SEED, 4, rank, 5, max_rows=3))) for rank in range(5)]
+    counts = [len(list(valid_batches(rows, task(rows), Cut(4, rank=rank, world=5), max_rows=3))) for rank in range(5)]
     assert sum(counts) == 3 and 0 in counts
 
 
@@ -201,7 +205,7 @@ def test_a_forgotten_loader_ends_its_thread(rows: Rows) -> None:
 def test_what_goes_wrong_in_the_thread_is_raised(tmp_path: Path) -> None:
     path = write_corpus(tmp_path / "c", [[5] * 2000])
     np.full(2001, 1000, np.uint16).tofile(path / "train-00000.bin")  # ids that the tokenizer does not have
-    source = loader(Corpus.open(path).rows("train", 32))
+    source = loader(framed(Corpus.open(path), "train", 32))
     with pytest.raises(UserError, match=r"corpus .* is damaged"):
         next(source)
     with pytest.raises(StopIteration):
@@ -226,8 +230,8 @@ def test_a_process_ends_with_its_loader(tmp_path: Path, ending: str) -> None:
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_loader import Corpus, loader
-source = loader(Corpus.open(Path({str(path)!r})).rows("train", 32))
+from test_loader import Corpus, framed, loader
+source = loader(framed(Corpus.open(Path({str(path)!r})), "train", 32))
 next(source)
 {ending}
 """
@@ -241,4 +245,4 @@ next(source)
 def test_batches_arrive_on_the_gpu(rows: Rows) -> None:
     device = torch.device("cuda", 0)
     for ours, [there] in zip(steps(rows, 5), steps(rows, 5, device=device), strict=True):
-        assert there.input_ids.device == device and same(ours[0], there.to(torch.device("cpu")))
+        assert there.soft_count.device == device and same(ours[0], there.to(torch.device("cpu")))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import SPECIAL
-from ctcd_ds.corpus.masking import Masking
+from ctcd_ds.tasks.masking import Masking
 
 VOCAB = 1000
 MASKING = Masking(0.15, SPECIAL, VOCAB)

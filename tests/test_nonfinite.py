@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from corpora import write_corpus
+from corpora import framed, write_corpus
 from ctcd_ds.corpus.rows import Corpus
 from runs import BF16, FP16, FP32, Job, bert, chain_corpus, metrics, run_jobs
 
@@ -98,7 +98,7 @@ def test_stopping_names_peer_term_step_and_rows(poisoned: Path, tmp_path: Path) 
     step = int(said.split("step ")[1].split(":")[0])
     assert "loss/student/hard = nan" in said and "loss/teacher/soft/student = nan" in said
     named = {int(number) for number in said.split("rows ")[1].split(")")[0].split(", ")}
-    rows = Corpus.open(poisoned / "corpus").rows("train", 32)
+    rows = framed(Corpus.open(poisoned / "corpus"), "train", 32)
     holding = {number for number in range(len(rows)) if 299 in rows.read(np.array([number]))[0]}
     assert named & holding, "the row that did it is among those named"
     assert len(metrics(tmp_path / "run")) == step - 1

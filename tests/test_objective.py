@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ctcd_ds.objective.fused as fused
-from ctcd_ds.objective.fused import Projection, fused_objective
+from ctcd_ds.objective.batch import Batch, View
+from ctcd_ds.objective.fused import Losses, Projection, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.reference import reference_objective
 
@@ -31,18 +33,41 @@ def pair(hard: tuple[float, float] = (1, 1), soft: tuple[float, float] = (1, 4))
     return DistillationGraph(("teacher", "student"), hard, ((0, soft[0]), (soft[1], 0)), (True, True))
 
 
+def asked(targets: list[Tensor], shared: int | None = None) -> Batch:
+    """A batch of nothing but questions: one list of targets a peer; the first `shared` positions distil."""
+    shared = len(targets[0]) if shared is None else shared
+    nothing = torch.zeros(0, dtype=torch.int64)
+    views = tuple(View({}, nothing, own, max(1, int((own >= 0).sum()))) for own in targets)
+    return Batch(views, shared, torch.tensor(float(max(1, shared))), np.arange(0))
+
+
+def objective(
+    projections: list[Projection], targets: Tensor, graph: DistillationGraph, temperature: float = 1.0
+) -> Losses:
+    """All peers asked the same."""
+    return fused_objective(projections, asked([targets] * len(projections)), graph, V, temperature)
+
+
+def named(graph: DistillationGraph, hard: Tensor, soft: Tensor) -> dict[str, Tensor]:
+    """The oracle's losses under our names."""
+    values = [hard[i] for i in graph.hard_peers()] + [soft[i, j] for i, j, _ in graph.edges()]
+    return dict(zip(graph.terms(), values, strict=True))
+
+
 def padded(logits: Tensor) -> Tensor:
     """The columns beyond the vocabulary are impossible."""
     return logits.index_fill(1, torch.arange(V, PADDED), -torch.inf)
 
 
 def assert_agrees(logits: list[Tensor], targets: Tensor, graph: DistillationGraph, tau: float) -> None:
-    """Values and gradients within DESIGN §2's tolerance, padding columns untouched."""
+    """Values within 1e-5, gradients within 1e-5 of their scale, padding columns untouched."""
     ours = [x.clone().requires_grad_(graph.trained[i]) for i, x in enumerate(logits)]
     exact = [x.double().requires_grad_(graph.trained[i]) for i, x in enumerate(logits)]
-    losses = fused_objective([Projection(x) for x in ours], targets, graph, V, tau)
+    losses = objective([Projection(x) for x in ours], targets, graph, tau)
     total, hard, soft = reference_objective(exact, targets, graph, tau)
-    for found, true in ((losses.total, total), (losses.hard, hard), (losses.soft, soft)):
+    expected = named(graph, hard, soft)
+    assert losses.terms.keys() == expected.keys()
+    for found, true in [(losses.total, total), *((losses.terms[name], expected[name]) for name in expected)]:
         assert torch.isfinite(found).all()
         assert ((found.double() - true).abs() <= 1e-5 * true.abs().clamp(min=1)).all(), (found, true)
     losses.total.backward()
@@ -113,16 +138,28 @@ def projections(seed: int, dtype: torch.dtype = torch.float32) -> list[Projectio
     return made
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 7, 50, 1000])
-def test_through_the_projection_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("tiles", "kept"), [(1, True), (3, True), (1, False), (3, False)])
+def test_through_the_projection_in_tiles_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, tiles: int, kept: bool, cap: float | None
+) -> None:
     """Gradients of hidden states, output embedding and bias equal autograd's through the oracle."""
-    monkeypatch.setattr(fused, "CHUNK_BYTES", 4 * PADDED * chunk_rows)
+    monkeypatch.setattr(fused, "TILE_BYTES", 4 * 50 * PADDED // tiles)
+    monkeypatch.setattr(fused, "KEPT_BYTES", 2**20 if kept else 0)
     torch.manual_seed(3)
-    targets, ours = torch.randint(V, (50,)), projections(5)
-    exact = [[t.detach().double().requires_grad_() for t in p if t is not None] for p in ours]
-    fused_objective(ours, targets, pair(), V, 2.0).total.backward()
-    reference_objective([(h @ w.t() + b)[:, :V] for h, w, b in exact], targets, pair(), 2.0)[0].backward()
-    for mine, true in zip((t for p in ours for t in p), (t for e in exact for t in e), strict=True):
+    scale = 1.0 if cap is None else 0.7
+    targets, ours = torch.randint(V, (50,)), [p._replace(scale=scale, cap=cap) for p in projections(5)]
+    exact = [[t.detach().double().requires_grad_() for t in p[:3] if t is not None] for p in ours]
+    losses = objective(ours, targets, pair(), 2.0)
+    losses.total.backward()
+    logits = [scale * (h @ w.t()) for h, w, _ in exact]
+    capped = [x if cap is None else cap * torch.tanh(x / cap) for x in logits]
+    total, *_ = reference_objective(
+        [(x + e[2])[:, :V] for x, e in zip(capped, exact, strict=True)], targets, pair(), 2.0
+    )
+    total.backward()
+    torch.testing.assert_close(losses.total.double(), total, rtol=1e-5, atol=1e-5)
+    for mine, true in zip((t for p in ours for t in p[:3]), (t for e in exact for t in e), strict=True):
         assert mine is not None and mine.grad is not None and true.grad is not None
         torch.testing.assert_close(mine.grad.double(), true.grad, rtol=1e-4, atol=1e-6)
 
@@ -131,11 +168,11 @@ def test_bf16_projection_gives_fp32_accuracy_on_its_own_inputs() -> None:
     """With 16-bit weights the logits are still fp32: only the gradients' way through the GEMM is rounded."""
     torch.manual_seed(4)
     targets, ours = torch.randint(V, (50,)), projections(6, torch.bfloat16)
-    losses = fused_objective(ours, targets, pair(), V)
-    exact = [(h.double() @ w.double().t() + b.double())[:, :V] for h, w, b in ours]  # type: ignore[union-attr]
+    losses = objective(ours, targets, pair())
+    exact = [(h.double() @ w.double().t() + b.double())[:, :V] for h, w, b, *_ in ours]  # type: ignore[union-attr]
     assert losses.total.item() == pytest.approx(float(reference_objective(exact, targets, pair())[0]), rel=1e-5)
     losses.total.backward()
-    assert all(t.grad.dtype == torch.bfloat16 for p in ours for t in p)  # type: ignore[union-attr]
+    assert all(t.grad.dtype == torch.bfloat16 for p in ours for t in p[:3])  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
@@ -143,21 +180,21 @@ def test_a_peers_loss_has_no_gradient_for_the_other_peer(tau: float) -> None:
     """∂(loss of i)/∂(parameters of j) is exactly zero: the student alone is weighted, the teacher must not move."""
     made = projections(7)
     graph = DistillationGraph(("teacher", "student"), (0, 1), ((0, 0), (4, 0)), (True, True))
-    fused_objective(made, torch.randint(V, (50,)), graph, V, tau).total.backward()
-    assert all(t is not None and (t.grad is None or (t.grad == 0).all()) for t in made[0])
-    assert all(t is not None and t.grad is not None and (t.grad != 0).any() for t in made[1])
+    objective(made, torch.randint(V, (50,)), graph, tau).total.backward()
+    assert all(t is not None and (t.grad is None or (t.grad == 0).all()) for t in made[0][:3])
+    assert all(t is not None and t.grad is not None and (t.grad != 0).any() for t in made[1][:3])
 
 
 def test_loss_and_gradient_of_a_peer_do_not_depend_on_others_without_edges() -> None:
     """Soft weights 0: bit for bit the peer alone."""
     targets = torch.randint(V, (50,), generator=torch.Generator().manual_seed(8))
     together, alone = projections(9), projections(9)[1:]
-    both = fused_objective(together, targets, pair(soft=(0, 0)), V)
-    one = fused_objective(alone, targets, DistillationGraph(("student",), (1,), ((0,),), (True,)), V)
+    both = objective(together, targets, pair(soft=(0, 0)))
+    one = objective(alone, targets, DistillationGraph(("student",), (1,), ((0,),), (True,)))
     both.total.backward()
     one.total.backward()
-    assert both.hard[1] == one.hard[0]
-    for a, b in zip(together[1], alone[0], strict=True):
+    assert both.terms["loss/student/hard"] == one.terms["loss/student/hard"]
+    for a, b in zip(together[1][:3], alone[0][:3], strict=True):
         assert a is not None and b is not None and torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
 
 
@@ -165,12 +202,12 @@ def test_small_gradients_survive_fp16_because_the_loss_scale_comes_first() -> No
     """p/|P| is below fp16's smallest number for most entries; scaled by 2^16 it is not."""
     torch.manual_seed(10)
     logits = torch.randn(2048, V).half().requires_grad_()
-    losses = fused_objective([Projection(logits)], torch.randint(V, (2048,)), random_graph(1, 0), V)
+    losses = objective([Projection(logits)], torch.randint(V, (2048,)), random_graph(1, 0))
     (losses.total * 2.0**16).backward()
     assert logits.grad is not None and (logits.grad != 0).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("chunk_rows", [3, 1000])
+@pytest.mark.parametrize("tile_columns", [64, 192])
 @settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 3),
@@ -180,7 +217,7 @@ def test_small_gradients_survive_fp16_because_the_loss_scale_comes_first() -> No
     seed=st.integers(0, 10_000),
 )
 def test_peers_with_targets_of_their_own_agree_with_the_oracle(
-    chunk_rows: int, n: int, shared: int, own: list[int], tau: float, seed: int
+    tile_columns: int, n: int, shared: int, own: list[int], tau: float, seed: int
 ) -> None:
     """Two masks of the same rows: soft losses at the shared positions, hard losses at each peer's own labels."""
     torch.manual_seed(seed)
@@ -191,15 +228,18 @@ def test_peers_with_targets_of_their_own_agree_with_the_oracle(
     graph = random_graph(n, seed)
     ours = [x.clone().requires_grad_(trained) for x, trained in zip(logits, graph.trained, strict=True)]
     exact = [x.double().requires_grad_(trained) for x, trained in zip(logits, graph.trained, strict=True)]
+    moves = any(graph.hard) or (shared > 0 and any(graph.edges()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "CHUNK_BYTES", 4 * PADDED * chunk_rows)
-        found = fused_objective([Projection(x) for x in ours], targets, graph, V, tau, shared=shared)
+        patch.setattr(fused, "TILE_BYTES", 4 * max(len(x) for x in logits) * tile_columns)
+        found = fused_objective([Projection(x) for x in ours], asked(targets, shared), graph, V, tau)
+        if moves:
+            found.total.backward()
     total, hard, soft = reference_objective(exact, targets, graph, tau, shared)
-    for mine, true in ((found.total, total), (found.hard, hard), (found.soft, soft)):
-        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
-    if not any(graph.hard) and (shared == 0 or not list(graph.edges())):
+    torch.testing.assert_close(found.total.double(), total, rtol=1e-5, atol=1e-5)
+    for name, true in named(graph, hard, soft).items():
+        torch.testing.assert_close(found.terms[name].double(), true, rtol=1e-5, atol=1e-5)
+    if not moves:
         return
-    found.total.backward()
     total.backward()
     for mine, true in zip(ours, exact, strict=True):
         if mine.requires_grad:

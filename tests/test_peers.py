@@ -10,9 +10,10 @@ import torch
 
 from corpora import write_corpus
 from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, config_mistakes, peer_config, weights_sha256
-from ctcd_ds.peers.cotrain import Batch, CoTraining
+from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import OptimizerSection, PeerSection, Recipe
 from runs import bert, chain_documents
 
@@ -47,6 +48,14 @@ def peer(corpus: Corpus, name: str = "teacher", **section: Any) -> Any:
     return build_peer(name, PeerSection.model_validate(section), corpus, seed=1)
 
 
+def batch(peers: int) -> Batch:
+    """Five positions of `inputs`, asked of each peer."""
+    ids, positions = inputs()
+    labels = torch.full_like(ids, -100).flatten()
+    labels[positions] = ids.flatten()[positions]
+    return Batch.of({"input_ids": ids}, labels.view(ids.shape), peers)
+
+
 def inputs(rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(5, VOCABULARY, (rows, LENGTH), generator=g)
@@ -60,8 +69,7 @@ def test_every_architecture_gets_gradients_and_keeps_its_tied_weights(corpus: Co
         {"corpus": {"path": "x"}, "peers": {"a": {"model": SMALL[kind]}}, "training": {"steps": 1}}
     ).graph()
     module = CoTraining({"a": build_peer("a", section, corpus, 1)}, graph, VOCABULARY, 1.0, seed=1)
-    ids, positions = inputs()
-    losses = module(Batch(ids, positions, ids.flatten()[positions], 5.0, 5.0), 0, 0)
+    losses = module(batch(1), 0, 0)
     losses.total.backward()
     assert torch.isfinite(losses.total)
     assert losses.total.item() == pytest.approx(float(torch.log(torch.tensor(float(VOCABULARY)))), rel=0.1)
@@ -104,8 +112,7 @@ def test_a_frozen_peer_stays_in_eval_mode_and_is_not_optimised(corpus: Corpus) -
     assert not module.peers["teacher"].training and module.peers["student"].training
     groups = module.parameter_groups({"student": OptimizerSection(), "teacher": OptimizerSection()})
     assert {group["peer"] for group in groups} == {"student"}
-    ids, positions = inputs()
-    module(Batch(ids, positions, ids.flatten()[positions], 5.0, 5.0), 0, 0).total.backward()
+    module(batch(2), 0, 0).total.backward()
     assert all(p.grad is None for p in module.peers["teacher"].parameters())
     assert all(p.grad is not None for p in module.peers["student"].parameters())
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from commands import ROOT, deepspeed, environment
+from commands import deepspeed, run
 from runs import bert, metrics
 
 pytestmark = pytest.mark.data
@@ -22,16 +20,7 @@ def corpus(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wiki") / "corpus"
     files = ("--input", shared_data / "corpus" / "wiki_en.txt.xz")
     files += ("--tokenizer", shared_data / "vocab" / "bert-base-uncased-vocab.txt", "--output_dir", place)
-    line = [
-        sys.executable,
-        "tools/prepare_corpus.py",
-        *map(str, files),
-        "--fraction",
-        "0.1",
-        "--valid_fraction",
-        "0.02",
-    ]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    done = run("tools/prepare_corpus.py", *files, "--fraction", 0.1, "--valid_fraction", 0.02)
     assert done.returncode == 0, done.stderr
     return place
 

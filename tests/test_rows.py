@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpora import SPECIAL, index_header, random_documents, write_corpus, write_corpus_manifest
+from corpora import SPECIAL, framed, index_header, random_documents, write_corpus, write_corpus_manifest
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus, RowOrder, Rows, batch_rows
 from ctcd_ds.manifest import write_manifest
@@ -45,7 +45,7 @@ def test_rows_are_the_stream_across_documents_and_shards(tmp_path: Path, vocab_s
         [[], [7]],
         documents[21:],
     ]  # the small ones end inside a row
-    rows = Corpus.open(write_corpus(tmp_path / "c", shards, vocab_size=vocab_size)).rows("train", length)
+    rows = framed(Corpus.open(write_corpus(tmp_path / "c", shards, vocab_size=vocab_size)), "train", length)
 
     tokens, width = stream(shards), length - 2
     assert len(rows) == len(tokens) // width  # the tail is no row
@@ -57,7 +57,7 @@ def test_rows_are_the_stream_across_documents_and_shards(tmp_path: Path, vocab_s
 
 def test_rows_come_as_asked_for(tmp_path: Path) -> None:
     documents = random_documents(100)
-    rows = Corpus.open(write_corpus(tmp_path / "c", [documents[:50], documents[50:]])).rows("train", 16)
+    rows = framed(Corpus.open(write_corpus(tmp_path / "c", [documents[:50], documents[50:]])), "train", 16)
     every, numbers = all_rows(rows), np.random.default_rng(0).integers(len(rows), size=300)
     assert (rows.read(numbers) == every[numbers]).all()
     assert rows.read(np.array([], np.int64)).shape == (0, 16)
@@ -65,8 +65,8 @@ def test_rows_come_as_asked_for(tmp_path: Path) -> None:
 
 def test_the_splits_are_apart(tmp_path: Path) -> None:
     corpus = Corpus.open(write_corpus(tmp_path / "c", [[5] * 100], valid=[[6] * 50, [6] * 9]))
-    assert set(all_rows(corpus.rows("train", 12))[:, 1:-1].ravel()) == {5}
-    assert 5 not in all_rows(corpus.rows("valid", 12))
+    assert set(all_rows(framed(corpus, "train", 12))[:, 1:-1].ravel()) == {5}
+    assert 5 not in all_rows(framed(corpus, "valid", 12))
     assert (corpus.tokens("train"), corpus.documents("train")) == (101, 1)
     assert (corpus.tokens("valid"), corpus.documents("valid")) == (61, 2)
 
@@ -85,7 +85,7 @@ def test_megatron_reads_the_same_tokens(tmp_path: Path) -> None:
         read += [dataset[number].tolist() for number in range(len(dataset))]
     assert read == [[*document, SPECIAL.sep] for document in documents]
     width = 30
-    rows = Corpus.open(path).rows("train", width + 2)
+    rows = framed(Corpus.open(path), "train", width + 2)
     assert all_rows(rows)[:, 1:-1].ravel().tolist() == list(itertools.chain(*read))[: len(rows) * width]
 
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
@@ -210,7 +210,7 @@ from pathlib import Path
 import numpy as np
 from ctcd_ds.corpus.rows import Corpus, batch_rows
 started = time.perf_counter()
-rows = Corpus.open(Path({str(path)!r})).rows("train", 128)
+rows = Corpus.open(Path({str(path)!r})).rows("train", 128, before=(2,), after=(3,))
 opened = time.perf_counter() - started
 for step in range(8):
     _, numbers = batch_rows(1, len(rows), step, 128)
@@ -229,21 +229,21 @@ def test_opening_leaves_contents_alone(tmp_path: Path) -> None:
     """Hashes are for `ctcd verify`: a changed token is not found here, an impossible one on reading."""
     path = write_corpus(tmp_path / "c", [[5] * 100], vocab_size=1000)
     np.full(101, 1000, np.uint16).tofile(path / "train-00000.bin")
-    rows = Corpus.open(path).rows("train", 12)
+    rows = framed(Corpus.open(path), "train", 12)
     with pytest.raises(UserError, match=r"row 2 of split 'train' holds token ids outside 0 … 999"):
         rows.read(np.array([2, 3]))
 
 
 def test_too_little_text_says_what_to_do(tmp_path: Path) -> None:
     corpus = Corpus.open(write_corpus(tmp_path / "c", [[5] * 100], valid=[[6] * 9]))
-    assert len(corpus.rows("valid", 12)) == 1  # 9 tokens and a [SEP] just fill it
+    assert len(framed(corpus, "valid", 12)) == 1  # 9 tokens and a [SEP] just fill it
     with pytest.raises(UserError, match=r"'valid' holds 10 tokens.*sequence_length 13.*--valid_fraction"):
-        corpus.rows("valid", 13)
+        framed(corpus, "valid", 13)
     with pytest.raises(UserError, match=r"'train' holds 101 tokens.*more text, or lower sequence_length"):
-        corpus.rows("train", 128)
+        framed(corpus, "train", 128)
     without = Corpus.open(write_corpus(tmp_path / "d", [[5] * 100]))
     with pytest.raises(UserError, match=r"'valid' holds 0 tokens"):
-        without.rows("valid", 12)
+        framed(without, "valid", 12)
 
 
 def test_no_corpus_no_directory_not_finished(tmp_path: Path) -> None:

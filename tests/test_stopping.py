@@ -16,7 +16,7 @@ import pytest
 
 from cluster.hosts import Network, skip_without
 from commands import deepspeed_line, environment
-from runs import ROOT, bert, chain_corpus, final_weights, metrics, start_ranks
+from runs import ROOT, Process, bert, chain_corpus, final_weights, metrics, start_ranks
 
 pytestmark = pytest.mark.faults
 STEPS = 4000  # more than any test waits for
@@ -44,7 +44,7 @@ def pretrain(corpus: Path, folder: Path, *changes: str, resume: bool = False) ->
     return [*line, *(["--resume"] if resume else []), *(["--set", *changes] if changes else [])]
 
 
-def wait_for(condition: Callable[[], Any], processes: list[subprocess.Popen[bytes]], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], Any], processes: list[Process], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end and all(p.poll() is None for p in processes), "the run never got there"

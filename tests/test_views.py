@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import SPECIAL, small_rows
-from ctcd_ds.corpus.loader import MicroBatch, TrainLoader
-from ctcd_ds.corpus.masking import Masking
-from ctcd_ds.corpus.rows import Rows
-from ctcd_ds.corpus.views import PeerMasks, peer_views
+from ctcd_ds.corpus.rows import Corpus, Rows
+from ctcd_ds.objective.batch import Batch
+from ctcd_ds.tasks.loader import Cut, TrainLoader
+from ctcd_ds.tasks.masking import Masking
+from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
 
 VOCAB = 1000
 MASKING = Masking(0.15, SPECIAL, VOCAB)
 
 
 def masks(fraction: float = 0.15, seed: int | None = None, noise: float = 0.0, distils: bool = True) -> PeerMasks:
-    return PeerMasks(Masking(fraction, SPECIAL, VOCAB), seed, noise, distils)
+    return PeerMasks(Masking(fraction, SPECIAL, VOCAB), seed, noise, "", distils)
 
 
 def tokens_of(rows: int, length: int = 66) -> np.ndarray:
@@ -31,10 +34,20 @@ def tokens_of(rows: int, length: int = 66) -> np.ndarray:
     return tokens
 
 
+def task(peers: dict[str, PeerMasks], everywhere: bool = False) -> MaskedLM:
+    """What these peers are asked; each one's noise is keyed by its name."""
+    corpus = Corpus(Path(), "", SPECIAL, VOCAB, "", "", "uint16", {})
+    named = {name: replace(own, noise_of=name if own.label_noise else "") for name, own in peers.items()}
+    return MaskedLM(corpus, 66, MASKING, named, everywhere)
+
+
 def views_of(rows: int, everywhere: bool = False, seed: int = 1, **peers: PeerMasks) -> Any:
+    """The rows' tokens, each peer's view of them by name, and the positions of the soft losses."""
     tokens, numbers = tokens_of(rows), np.arange(rows)
-    views, soft = peer_views(peers, everywhere, tokens, seed, np.zeros_like(numbers), numbers)
-    return tokens, views, soft
+    [batch] = task(peers, everywhere).batches(tokens, seed, np.zeros_like(numbers), numbers, rows)
+    views = dict(zip(peers, batch.views, strict=True))
+    soft = next((v.positions[: batch.shared] for n, v in views.items() if peers[n].distils), torch.zeros(0))
+    return tokens, views, soft.numpy()
 
 
 @given(
@@ -51,12 +64,12 @@ def test_each_peer_is_asked_for_its_targets_and_both_for_the_common_ones(
     tokens, views, soft = views_of(rows, everywhere, **peers)
     chosen = {}
     for name, own in peers.items():
-        input_ids, positions, targets = own.apply(name, tokens, 1, np.zeros(rows, np.int64), np.arange(rows))
+        input_ids, positions, targets = own.apply(tokens, 1, np.zeros(rows, np.int64), np.arange(rows))
         flat = (positions + np.arange(rows)[:, None] * tokens.shape[1]).ravel()
         chosen[name] = set(flat.tolist())
         view = views[name]
         labelled = view.targets >= 0
-        assert view.input_ids.tolist() == input_ids.tolist()
+        assert view.inputs["input_ids"].tolist() == input_ids.tolist()
         assert view.hard_count == targets.size == int(labelled.sum())
         assert set(view.positions[labelled].tolist()) == chosen[name]
         assert len(set(view.positions.tolist())) == len(view.positions)
@@ -68,7 +81,10 @@ def test_each_peer_is_asked_for_its_targets_and_both_for_the_common_ones(
 
 def test_equal_mask_seeds_give_equal_masks_and_others_independent_ones() -> None:
     _, views, soft = views_of(200, a=masks(seed=5), b=masks(seed=5))
-    assert torch.equal(views["a"].input_ids, views["b"].input_ids) and len(soft) == views["a"].hard_count
+    assert (
+        torch.equal(views["a"].inputs["input_ids"], views["b"].inputs["input_ids"])
+        and len(soft) == views["a"].hard_count
+    )
     _, views, soft = views_of(2000, a=masks(), b=masks(seed=5))
     expected = 2000 * 10 * 10 / 64  # k = 10 of 64 places
     assert abs(len(soft) - expected) < 6 * expected**0.5
@@ -77,7 +93,7 @@ def test_equal_mask_seeds_give_equal_masks_and_others_independent_ones() -> None
 def test_with_one_seed_the_fewer_targets_lie_among_the_more() -> None:
     _, views, soft = views_of(50, a=masks(0.1), b=masks(0.4))
     assert len(soft) == views["a"].hard_count < views["b"].hard_count
-    both = views["a"].input_ids.ravel()[soft] == views["b"].input_ids.ravel()[soft]
+    both = views["a"].inputs["input_ids"].ravel()[soft] == views["b"].inputs["input_ids"].ravel()[soft]
     assert bool(both.all()), "what is masked for both looks the same to both"
 
 
@@ -108,34 +124,32 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return small_rows(tmp_path_factory.mktemp("views") / "c")
 
 
-def steps(rows: Rows, cut: tuple[int, int, int], rank: int = 0, start: int = 0) -> list[list[MicroBatch]]:
-    peers = {"a": masks(noise=0.2), "b": masks(0.3, seed=5)}
-    micro_batch, accumulation, world = cut
-    source = TrainLoader(rows, MASKING, 1, 24, micro_batch, accumulation, rank, world, start, peers=peers)
+def steps(rows: Rows, cut: Cut, start: int = 0) -> list[list[Batch]]:
+    asked = task({"a": masks(noise=0.2), "b": masks(0.3, seed=5)})
+    source = TrainLoader(rows, asked, 1, cut, start)
     taken = list(itertools.islice(source, 4))
     source.close()
     return taken
 
 
-@pytest.mark.parametrize("cut", [(24, 1, 1), (6, 4, 1), (4, 2, 3), (12, 1, 2)], ids=str)
-def test_views_do_not_depend_on_ranks_micro_batches_and_where_a_run_began(
-    rows: Rows, cut: tuple[int, int, int]
-) -> None:
+@pytest.mark.parametrize("cut", [Cut(24), Cut(6, 4), Cut(4, 2, 0, 3), Cut(12, 1, 0, 2)], ids=str)
+def test_views_do_not_depend_on_ranks_micro_batches_and_where_a_run_began(rows: Rows, cut: Cut) -> None:
     """Labels by (row, position), and how many positions the soft losses of a step have, are the same at every cut."""
 
-    def labels(batches: list[MicroBatch], name: str) -> dict[tuple[int, int], int]:
+    def labels(batches: list[Batch], peer: int) -> dict[tuple[int, int], int]:
         found = {}
         for batch in batches:
-            view, length = batch.views[name], batch.input_ids.shape[1]
+            view = batch.views[peer]
+            length = view.inputs["input_ids"].shape[1]
             for flat, target in zip(view.positions.tolist(), view.targets.tolist(), strict=True):
                 found[int(batch.rows[flat // length]), flat % length] = target
         return found
 
-    ranks = [steps(rows, cut, rank) for rank in range(cut[2])]
-    for step, whole in enumerate(steps(rows, (24, 1, 1))):
+    ranks = [steps(rows, replace(cut, rank=rank)) for rank in range(cut.world)]
+    for step, whole in enumerate(steps(rows, Cut(24))):
         parts = [batch for rank in ranks for batch in rank[step]]
-        assert all(labels(parts, name) == labels(whole, name) for name in "ab")
-        soft = [sum(len(b.soft_positions) for b in some if b.soft_positions is not None) for some in (parts, whole)]
+        assert all(labels(parts, peer) == labels(whole, peer) for peer in (0, 1))
+        soft = [sum(batch.shared for batch in some) for some in (parts, whole)]
         assert soft[0] == soft[1] > 0
-    resumed = steps(rows, (24, 1, 1), start=2)
-    assert labels(resumed[0], "a") == labels(steps(rows, (24, 1, 1))[2], "a")
+    resumed = steps(rows, Cut(24), start=2)
+    assert labels(resumed[0], 0) == labels(steps(rows, Cut(24))[2], 0)

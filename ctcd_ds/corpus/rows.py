@@ -108,16 +108,17 @@ class Corpus:
         """Number of stored ids of a split, one [SEP] for each document among them."""
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
-    def rows(self, split: str, sequence_length: int) -> Rows:
-        """The rows of `split` ("train" or "valid"), each of `sequence_length` ≥ 3 ids.
+    def rows(self, split: str, sequence_length: int, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> Rows:
+        """The rows of `split` ("train" or "valid"), each of `sequence_length` ids, framed by the ids `before`, `after`.
 
         Raises UserError where the split has not enough text for one row.
         """
-        if (tokens := self.tokens(split)) < sequence_length - 2:
+        width = sequence_length - len(before) - len(after)
+        if (tokens := self.tokens(split)) < width:
             remedy = "prepare it with a larger --valid_fraction" if split == "valid" else "give it more text"
             raise UserError(
                 f"corpus {self.path}: split {split!r} holds {tokens} tokens, but one row of sequence_length "
-                f"{sequence_length} takes {sequence_length - 2}: {remedy}, or lower sequence_length"
+                f"{sequence_length} takes {width}: {remedy}, or lower sequence_length"
             )
         ahead = tokens * np.dtype(self.dtype).itemsize <= _READ_AHEAD_BYTES
         streams = [
@@ -125,7 +126,7 @@ class Corpus:
             for shard in self.splits[split]
             if shard.tokens  # an empty file cannot be mapped
         ]
-        return Rows(self, split, sequence_length, streams)
+        return Rows(self, split, streams, width, before, after)
 
 
 def _mapped(file: Path, read_ahead: bool) -> mmap.mmap:
@@ -210,32 +211,40 @@ def _damaged(file: Path, what: str) -> Damage:
 
 
 class Rows:
-    """The rows of one split: row r is [CLS] + S[r(L−2) : (r+1)(L−2)] + [SEP], S the split's token stream.
+    """The rows of one split: row r is `before` + S[r·width : (r+1)·width] + `after`, S the split's token stream.
 
     Rows run on over borders of documents and shards; what is left at the end of S is no row.
     """
 
-    def __init__(self, corpus: Corpus, split: str, sequence_length: int, streams: Sequence[np.ndarray]) -> None:
-        self.corpus, self.split, self.sequence_length = corpus, split, sequence_length
-        self._streams = streams
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: str,
+        streams: Sequence[np.ndarray],
+        width: int,
+        before: tuple[int, ...] = (),
+        after: tuple[int, ...] = (),
+    ) -> None:
+        self.corpus, self.split, self._streams = corpus, split, streams
+        self._width, self._before, self._after = width, before, after
         lengths = np.array([len(stream) for stream in streams], np.int64)
         self._ends = np.cumsum(lengths)
         self._begins = self._ends - lengths
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) // (self.sequence_length - 2)
+        return int(self._ends[-1]) // self._width
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length].
 
         Raises Damage where the stored ids are none of the tokenizer's (a damaged shard).
         """
-        width = self.sequence_length - 2
-        rows = np.empty((len(numbers), self.sequence_length), np.int32)
-        rows[:, 0], rows[:, -1] = self.corpus.special.cls, self.corpus.special.sep
+        width, begin = self._width, len(self._before)
+        rows = np.empty((len(numbers), begin + width + len(self._after)), np.int32)
+        rows[:, :begin], rows[:, begin + width :] = self._before, self._after
         first = np.searchsorted(self._ends, numbers * width, side="right")
         starts = numbers * width - self._begins[first]
-        for row, shard, start in zip(rows[:, 1:-1], first.tolist(), starts.tolist(), strict=True):
+        for row, shard, start in zip(rows[:, begin : begin + width], first.tolist(), starts.tolist(), strict=True):
             piece = self._streams[shard][start : start + width]
             filled = len(piece)
             row[:filled] = piece

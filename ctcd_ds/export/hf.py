@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ctcd_ds.cli import Damage, RunFailure, UserError
-from ctcd_ds.corpus.loader import valid_batches
-from ctcd_ds.corpus.masking import VALID_SEED, Masking
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.peers.build import load_fitted
 from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
+from ctcd_ds.tasks import TASKS
+from ctcd_ds.tasks.loader import Cut, valid_batches
 from ctcd_ds.training import checkpoint as checkpoints
 from ctcd_ds.training.loading import consolidated
 from ctcd_ds.training.run_directory import RunDirectory
@@ -124,8 +124,8 @@ def _probe(recipe: Recipe, vocab_size: int) -> Tensor:
     length = recipe.corpus.sequence_length
     try:
         corpus = Corpus.open(Path(recipe.corpus.path))
-        rows = corpus.rows("valid" if corpus.tokens("valid") else "train", length)
+        task = TASKS[recipe.objective.task].of(recipe, corpus)
+        rows = task.rows("valid" if corpus.tokens("valid") else "train")
     except UserError:
         return torch.randint(5, vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
-    masking = Masking(recipe.corpus.mask_fraction, corpus.special, corpus.vocab_size)
-    return next(iter(valid_batches(rows, masking, VALID_SEED, 4, 0, 1, max_rows=4))).input_ids
+    return next(valid_batches(rows, task, Cut(4), max_rows=4)).views[0].inputs["input_ids"]

@@ -1,38 +1,47 @@
-"""The objective that training uses: closed-form gradients, chunked over positions, LM-head projection included.
+"""The objective that training uses: closed-form gradients in tiles of the vocabulary, LM-head projection included.
 
-∂L/∂z_i = [ hard_i (p_i − y) + τ Σ_j soft_ij (p_i^τ − p_j^τ) ] / |P|        (DESIGN §2)
+    ∂L/∂z_i = [ hard_i (p_i − y) + τ Σ_j soft_ij (p_i^τ − p_j^τ) ] / |P|        (docs/architecture.md)
 
-The gradient needs the same softmax as the loss, so one pass over a chunk of positions gives both: logits of all
-peers, their statistics, every loss, and then every gradient, which goes at once through the projection into
-the hidden states and the output embedding. No tensor of vocabulary size outlives its chunk.
+All peers that distil go through the vocabulary together, a tile of [P, T] logits at a time. The forward pass keeps a
+few numbers a position (largest logit, sums of exponentials, one cross sum an edge), from which every loss follows. The
+backward pass makes each tile of p_i − y and p_i − p_j from them and multiplies it at once into the gradients: a tile's
+rows of the output embedding are final after one GEMM. So nothing of vocabulary size is ever held but the gradients
+themselves, and they are written once, with the loss scale in. Where a batch's logits are few, they are kept for the
+backward pass; else they are computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.graph import DistillationGraph
 
-# Logits of one peer in one chunk: large enough for a GEMM at full rate, small beside a model.
-CHUNK_BYTES = 128 * 2**20
-
-Count = float | Tensor  # of positions
+# fp32 logits of one peer that are worked on at once: enough columns for a GEMM at full rate. Tiles depend on the sizes
+# of one peer's batch only, so that a peer's sums are the same whoever else is in the run.
+TILE_BYTES = 16 * 2**20
+# fp32 logits of one peer that are kept from forward to backward instead of being computed again (a GEMM of four).
+KEPT_BYTES = 384 * 2**20
+_TILE_COLUMNS = 64  # widths that are no multiple of it run at a fraction of their rate
 
 
 class Projection(NamedTuple):
-    """The last linear map of a peer: logits = hidden · weightᵀ + bias.
+    """The last map of a peer: logits = softcap(scale · hidden · weightᵀ) + bias, softcap(z) = cap · tanh(z / cap).
 
-    hidden: [P, E]; weight: [V, E]; bias: [V] or None. `weight` is None where an architecture is only known by its
-    logits (the general path): then `hidden` holds the logits [P, V] themselves. V may exceed the vocabulary.
+    hidden: [P, E]; weight: [V, E]; bias: [V] or None; cap: None is no cap. `weight` is None where an architecture is
+    only known by its logits (the general path): then `hidden` holds the logits [P, V] themselves. V may exceed the
+    vocabulary.
     """
 
     hidden: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
 
     @property
     def width(self) -> int:
@@ -41,206 +50,274 @@ class Projection(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """total: 0-dim fp32, differentiable. hard [N] and soft [N, N]: fp32, unweighted, τ² in, detached."""
+    """total: 0-dim fp32, differentiable. terms: each loss by its name in metrics.jsonl, unweighted, τ² in, detached."""
 
     total: Tensor
-    hard: Tensor
-    soft: Tensor
+    terms: dict[str, Tensor]
 
 
 def fused_objective(
     projections: Sequence[Projection],
-    targets: Tensor | Sequence[Tensor],
+    batch: Batch,
     graph: DistillationGraph,
     vocab_size: int,
     temperature: float = 1.0,
-    hard_count: Count | Sequence[Count] | None = None,
-    soft_count: Count | None = None,
-    shared: int | None = None,
 ) -> Losses:
-    """CTCD's loss over one set of positions, all peers at once. The oracle is `reference_objective`.
+    """CTCD's loss over one micro-batch, all peers at once. The oracle is `reference_objective`.
 
-    Args:
-        projections: one a peer, all over the same P positions; or each over P_i, of which the first `shared` are the
-            same positions for all peers that distil.
-        targets: int64 [P], or one [P_i] a peer; −100 where a position has no hard loss.
-        vocab_size: columns from here on are padding: they get no probability and no gradient.
-        hard_count, soft_count: what the sums are divided by; default: positions with a target, shared positions.
-            `hard_count` may be one a peer. A run passes its global share (positions over all ranks and accumulation
-            steps, divided by world size · accumulation), because DeepSpeed averages over both.
-        shared: how many positions have a soft loss, where peers were masked differently; default: all.
+    `projections`: one a peer, over the positions of its view. Columns from `vocab_size` on are padding: they get no
+    probability and no gradient.
     """
-    labels = [targets] * len(projections) if isinstance(targets, Tensor) else list(targets)
-    shared = labels[0].numel() if shared is None else shared
-    if hard_count is None:
-        hard_count = [(own >= 0).sum() for own in labels]
-    elif isinstance(hard_count, (int, float, Tensor)):
-        hard_count = [hard_count] * len(labels)
-    soft_count = max(1, shared) if soft_count is None else soft_count
-    task = _Task(graph, vocab_size, float(temperature), labels, shared, list(hard_count), soft_count)
-    flat = [tensor for projection in projections for tensor in projection]
-    total, hard, soft = _Fused.apply(task, *flat)
-    return Losses(total, hard, soft)
+    question = _Question(batch, graph, vocab_size, float(temperature), [(p.scale, p.cap) for p in projections])
+    flat = [tensor for p in projections for tensor in (p.hidden, p.weight, p.bias)]
+    total, *terms = _Fused.apply(question, *flat)
+    return Losses(total, dict(zip(graph.terms(), terms, strict=True)))
 
 
-def project(projection: Projection, rows: slice) -> Tensor:
-    """fp32 logits [rows, V] of a chunk of positions, always in a buffer of their own.
+def project(projection: Projection, rows: slice, columns: slice = slice(None)) -> Tensor:
+    """fp32 logits [rows, columns] of some positions and tokens, always in a buffer of their own.
 
     The GEMM accumulates in fp32 anyway and is asked to give it out: p_i − p_j is a difference of nearly
     equal numbers, and logits rounded to bf16 put 4 to 20 % error into it.
     """
-    hidden, weight, bias = projection
+    hidden, weight, bias, scale, cap = projection
     if weight is None:
-        return hidden[rows].to(torch.float32, copy=True)
-    logits = _mm(hidden[rows], weight.t())
-    return logits if bias is None else logits.add_(bias)
+        return hidden[rows, columns].to(torch.float32, copy=True)
+    logits = _mm(hidden[rows], weight[columns].t())
+    if scale != 1.0:
+        logits.mul_(scale)
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits if bias is None else logits.add_(bias[columns])
 
 
-class _Task(NamedTuple):
+def chunks(positions: int, width: int) -> Iterator[slice]:
+    """Positions to evaluate at once: their fp32 logits of `width` columns are 128 MiB at most."""
+    size = max(1, 2**27 // (4 * width))
+    return (slice(start, min(start + size, positions)) for start in range(0, positions, size))
+
+
+def logits_bytes(positions: int, vocab_size: int) -> int:
+    """What the logits of one peer take at most in a step: those that are kept, and some tiles being worked on."""
+    whole = 4 * positions * vocab_size
+    return (whole if whole <= KEPT_BYTES else 0) + 3 * min(whole, TILE_BYTES)
+
+
+class _Question(NamedTuple):
+    batch: Batch
     graph: DistillationGraph
     vocab_size: int
     temperature: float
-    targets: list[Tensor]
-    shared: int
-    hard_count: list[Count]
-    soft_count: Count
+    caps: list[tuple[float, float | None]]  # each projection's scale and cap
+
+    def projections(self, flat: Sequence[Tensor | None]) -> list[Projection]:
+        own = [flat[k : k + 3] for k in range(0, len(flat), 3)]
+        return [Projection(h, w, b, *caps) for (h, w, b), caps in zip(own, self.caps, strict=True)]  # type: ignore[arg-type]
+
+    def groups(self) -> list[list[int]]:
+        """Peers that go through the vocabulary together: those that distil; every other that learns, by itself."""
+        distilling = sorted({k for i, j, _ in self.graph.edges() for k in (i, j)})
+        alone = [[i] for i in self.graph.hard_peers() if i not in distilling]
+        return [distilling, *alone] if distilling else alone
+
+    def tiles(self, group: list[int]) -> list[slice]:
+        """Columns to do at once. The last tile runs to the end of the padding, or of `_TILE_COLUMNS` of it."""
+        positions = max(1, *(len(self.batch.views[i].targets) for i in group))
+        width = max(1, TILE_BYTES // (4 * positions) // _TILE_COLUMNS) * _TILE_COLUMNS
+        end = -(-self.vocab_size // _TILE_COLUMNS) * _TILE_COLUMNS
+        return [slice(start, min(start + width, end)) for start in range(0, end, width)]
+
+    def keeps(self, peer: int) -> bool:
+        """Whether a peer's logits wait for the backward pass."""
+        return 4 * len(self.batch.views[peer].targets) * self.vocab_size <= KEPT_BYTES
+
+
+class _Seen:
+    """What is known of one peer's logits [P, V] after some tiles; all fp32.
+
+    largest [P, 1]; total [P, 1]: Σ exp(z − largest), and total_tau that of z/τ; picked [P]: z of the right token.
+    """
+
+    def __init__(self, targets: Tensor, tau: float) -> None:
+        # The lowest finite number, not −∞: differences of two such are numbers.
+        self.largest = torch.full((len(targets), 1), torch.finfo(torch.float32).min, device=targets.device)
+        self.total = torch.zeros_like(self.largest)
+        self.total_tau = self.total if tau == 1.0 else torch.zeros_like(self.largest)
+        self.picked = torch.zeros(len(targets), device=targets.device)
 
 
 class _Fused(torch.autograd.Function):
-    """Forward computes losses and gradients together; backward only scales what is there."""
+    """Forward: one pass over the logits for all losses. Backward: one for all gradients."""
 
     @staticmethod
-    def forward(ctx: Any, task: _Task, *flat: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        projections = [Projection(*flat[k : k + 3]) for k in range(0, len(flat), 3)]  # type: ignore[arg-type]
-        graph, n = task.graph, len(projections)
-        device = task.targets[0].device
-        hard = torch.zeros(n, device=device)
-        soft = torch.zeros(n, n, device=device)
-        wanted = ctx.needs_input_grad[1:]
-        learning = [graph.trained[i] and any(wanted[3 * i : 3 * i + 3]) for i in range(n)]
-        gradients = [_Gradients.zeros(p) if learning[i] else None for i, p in enumerate(projections)]
+    def forward(ctx: Any, question: _Question, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        batch, graph, tau = question.batch, question.graph, question.temperature
+        projections = question.projections(flat)
+        learning = [t and any(ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i]) for i, t in enumerate(graph.trained)]
+        seen = {i: _Seen(batch.views[i].targets, tau) for group in question.groups() for i in group}
+        cross = {(i, j): torch.zeros(batch.shared, 1, device=seen[i].largest.device) for i, j, _ in graph.edges()}
+        kept: dict[tuple[int, int], Tensor] = {}  # (peer, first column) → logits
+        for group in question.groups():
+            for tile in question.tiles(group):
+                logits = {i: project(projections[i], slice(None), tile) for i in group}
+                _look(logits, tile, question, seen, cross)
+                if any(learning[i] for i in group):
+                    kept.update({(i, tile.start): z for i, z in logits.items() if question.keeps(i)})
 
-        for rows, peers in _chunks(task, projections[0].width):
-            logits = {i: project(projections[i], rows) for i in peers}
-            _losses_then_gradients(logits, rows, task, hard, soft, learning)
-            for i in peers:
-                gradient = gradients[i]
-                if gradient is not None:
-                    gradient.add(projections[i], rows, logits[i])
-
-        for i in range(n):
-            hard[i] /= task.hard_count[i]
-        soft *= task.temperature**2
-        soft /= task.soft_count
-        total = torch.zeros((), device=device)
+        terms = []
         for i in graph.hard_peers():
-            total = total + graph.hard[i] * hard[i]
-        for i, j, weight in graph.edges():
-            total = total + weight * soft[i, j]
-        ctx.gradients, ctx.hard_count = gradients, task.hard_count
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in flat]
-        ctx.mark_non_differentiable(hard, soft)
-        return total, hard, soft
+            s, known = seen[i], batch.views[i].targets >= 0
+            surprise = s.total.log().squeeze(1) - (s.picked - s.largest.squeeze(1))
+            terms.append(torch.where(known, surprise, 0.0).sum() / batch.views[i].hard_count)
+        for i, j, _ in graph.edges():
+            one, other = (seen[k].total_tau[: batch.shared] for k in (i, j))
+            divergence = (cross[i, j] / other / tau - other.log() + one.log()).sum()
+            terms.append(divergence * tau**2 / batch.soft_count)
+        total = torch.zeros((), device=batch.soft_count.device)
+        for weight, term in zip(graph.weights(), terms, strict=True):
+            total = total + weight * term
+
+        ctx.question, ctx.seen, ctx.kept, ctx.learning = question, seen, kept, learning
+        ctx.save_for_backward(*flat)
+        ctx.mark_non_differentiable(*terms)
+        return total, *terms
 
     @staticmethod
     def backward(ctx: Any, total_gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # Unnormalised fp32 until here: only now the loss scale is in, so p/|P| survives the cast to fp16.
-        flat: list[Tensor | None] = []
-        for gradient, hard_count in zip(ctx.gradients, ctx.hard_count, strict=True):
-            scale = total_gradient / hard_count
-            flat += [None if g is None else g.mul_(scale) for g in gradient or (None, None, None)]
-        ctx.gradients = None
-        return None, *(None if g is None else g.to(dtype) for g, dtype in zip(flat, ctx.dtypes, strict=True))
-
-
-def _chunks(task: _Task, width: int) -> Iterator[tuple[slice, list[int]]]:
-    """Positions to do at once, and whose: the shared ones of all peers that distil, then what each has of its own."""
-    size = max(1, CHUNK_BYTES // (4 * width))
-    distilling = sorted({k for i, j, _ in task.graph.edges() for k in (i, j)})
-    for start in range(0, task.shared if distilling else 0, size):
-        yield slice(start, min(start + size, task.shared)), distilling
-    for i in task.graph.hard_peers():
-        for start in range(task.shared if i in distilling else 0, len(task.targets[i]), size):
-            yield slice(start, start + size), [i]
-
-
-class _Gradients(NamedTuple):
-    """Sums over the chunks, fp32, not yet divided by the number of positions."""
-
-    hidden: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @staticmethod
-    def zeros(projection: Projection) -> _Gradients:
-        hidden, weight, bias = (
-            None if t is None else torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in projection
+        question, seen, kept = ctx.question, ctx.seen, ctx.kept
+        projections = question.projections(ctx.saved_tensors)
+        # Only now the loss scale is in: unnormalised until it is multiplied in, p/|P| survives the cast to fp16.
+        gradients = {
+            i: _Gradients(projections[i], total_gradient / view.hard_count)
+            for i, view in enumerate(question.batch.views)
+            if ctx.learning[i]
+        }
+        for group in question.groups():
+            for tile in question.tiles(group) if any(ctx.learning[i] for i in group) else ():
+                logits = {}
+                for i in group:
+                    z = kept.pop((i, tile.start), None)
+                    logits[i] = project(projections[i], slice(None), tile) if z is None else z
+                slopes = {i: _slope(projections[i], logits[i], tile) for i in group if i in gradients}
+                _overwrite_with_gradients(logits, tile, question, seen, gradients)
+                for i, slope in slopes.items():
+                    gradients[i].add(projections[i], tile, logits[i], slope)
+        nothing = (None, None, None)
+        return None, *(
+            g for i in range(len(projections)) for g in (gradients.pop(i).done() if i in gradients else nothing)
         )
-        assert hidden is not None
-        return _Gradients(hidden, weight, bias)
-
-    def add(self, projection: Projection, rows: slice, logits_gradient: Tensor) -> None:
-        if projection.weight is None or self.weight is None:
-            self.hidden[rows] = logits_gradient
-            return
-        low = logits_gradient.to(projection.weight.dtype)
-        self.hidden[rows] = _mm(low, projection.weight)
-        if low.dtype == torch.float32:
-            self.weight.addmm_(low.t(), projection.hidden[rows])
-        else:
-            self.weight.add_(_mm(low.t(), projection.hidden[rows]))
-        if self.bias is not None:
-            self.bias.add_(logits_gradient.sum(dim=0))
 
 
-def _losses_then_gradients(
-    logits: dict[int, Tensor], rows: slice, task: _Task, hard: Tensor, soft: Tensor, learning: list[bool]
+def _look(
+    logits: dict[int, Tensor],
+    tile: slice,
+    question: _Question,
+    seen: dict[int, _Seen],
+    cross: dict[tuple[int, int], Tensor],
 ) -> None:
-    """Adds one chunk's loss sums to `hard` and `soft`, then overwrites the logits of learning peers with gradients.
+    """Takes one tile of the logits into what is known of them. `logits`: fp32 [P, T], left as they are.
 
-    `logits`: fp32 [C, V] of the peers that have these positions. The gradients are those of the sum over positions
-    times hard_count/|P| of each loss (so that one division by the peer's hard_count remains), and 0 in the padding
-    columns.
+    Sums are those of exp(z − largest so far): where a tile has a larger logit, what was summed is shrunk to fit.
     """
-    graph, tau = task.graph, task.temperature
-    edges = [(i, j, weight) for i, j, weight in graph.edges() if i in logits and j in logits]
-    targets = {i: task.targets[i][rows] for i in logits}
-    known = {i: own.clamp(min=0).unsqueeze(1) for i, own in targets.items()}
-    z = {i: x[:, : task.vocab_size] for i, x in logits.items()}
-    for x in z.values():
-        x -= x.amax(dim=1, keepdim=True)  # max and log-sum stay apart: log-sum-exp itself would lose digits
+    tau, shared = question.temperature, question.batch.shared
+    columns = min(tile.stop, question.vocab_size) - tile.start
+    shifted, powers, risen = {}, {}, {}
+    before = {i: (seen[i].largest, seen[i].total_tau) for i in logits}
+    for i, whole in logits.items():
+        z, s = whole[:, :columns], seen[i]
+        inside, at = _inside(question.batch.views[i].targets, tile.start, columns)
+        s.picked += torch.where(inside, z.gather(1, at).squeeze(1), 0.0)
+        s.largest = torch.maximum(s.largest, z.amax(dim=1, keepdim=True))
+        risen[i] = before[i][0] - s.largest
+        shifted[i] = z - s.largest
+        powers[i] = torch.exp(shifted[i])
+        s.total = s.total * torch.exp(risen[i]) + powers[i].sum(dim=1, keepdim=True)
+        if tau == 1.0:
+            s.total_tau = s.total
+        else:
+            powers[i] = torch.exp(shifted[i] / tau)
+            s.total_tau = s.total_tau * torch.exp(risen[i] / tau) + powers[i].sum(dim=1, keepdim=True)
+    first = slice(0, shared)
+    for i, j in cross:
+        if i in logits:
+            both = risen[j][first] - risen[i][first]
+            old = torch.exp(risen[j][first] / tau) * (cross[i, j] + before[j][1][first] * both)
+            new = (shifted[j][first] - shifted[i][first]).mul_(powers[j][first])
+            cross[i, j] = old + new.sum(dim=1, keepdim=True)
 
-    # (softmax [C, V], log of its normaliser [C]) at temperature 1 for hard losses, at τ for soft ones
-    at_1 = {i: _softmax(z[i], 1.0) for i in graph.hard_peers() if i in z}
-    distilled = sorted({k for i, j, _ in edges for k in (i, j)})
-    at_tau = {i: at_1[i] if tau == 1.0 and i in at_1 else _softmax(z[i], tau) for i in distilled}
 
-    for i, (_, log_sum) in at_1.items():
-        hard[i] += torch.where(targets[i] >= 0, log_sum - z[i].gather(1, known[i]).squeeze(1), 0.0).sum()
-    for i, j, _ in edges:
-        (_, log_sum_i), (q_j, log_sum_j) = at_tau[i], at_tau[j]
-        cross = (z[j] - z[i]).mul_(q_j).sum(dim=1) / tau
-        soft[i, j] += (cross - log_sum_j + log_sum_i).sum()
+def _overwrite_with_gradients(
+    logits: dict[int, Tensor], tile: slice, question: _Question, seen: dict[int, _Seen], learning: Collection[int]
+) -> None:
+    """One tile of the logits of learning peers (fp32 [P, T]) becomes the gradient by these logits.
 
-    for i in logits:
-        if not learning[i]:
+    It is that of the sum over positions, times hard_count/|P| of each loss (so that one division by the peer's
+    hard_count remains), and 0 in the padding columns.
+    """
+    graph, batch, tau = question.graph, question.batch, question.temperature
+    columns = min(tile.stop, question.vocab_size) - tile.start
+    first = slice(0, batch.shared)
+    p, p_tau = {}, {}
+    for i, whole in logits.items():
+        z = whole[:, :columns].sub_(seen[i].largest)
+        p[i] = torch.exp(z).div_(seen[i].total)
+        p_tau[i] = p[i] if tau == 1.0 else torch.exp(z.div_(tau)).div_(seen[i].total_tau)
+    for i, whole in logits.items():
+        if i not in learning:
             continue
-        logits[i].zero_()
+        gradient = whole.zero_()[:, :columns]
         if graph.hard[i]:
-            z[i].add_(at_1[i][0], alpha=graph.hard[i])
-            z[i].scatter_add_(1, known[i], torch.full_like(known[i], -graph.hard[i], dtype=z[i].dtype))
-            z[i].mul_((targets[i] >= 0).unsqueeze(1))
-        ratio = task.hard_count[i] / task.soft_count
-        for learner, j, weight in edges:
+            gradient.add_(p[i], alpha=graph.hard[i])
+            targets = batch.views[i].targets
+            inside, at = _inside(targets, tile.start, columns)
+            gradient.scatter_add_(1, at, torch.where(inside, -graph.hard[i], 0.0).unsqueeze(1))
+            gradient.mul_((targets >= 0).unsqueeze(1))
+        ratio = batch.views[i].hard_count / batch.soft_count
+        for learner, j, weight in graph.edges():
             if learner == i:
-                z[i].add_((at_tau[i][0] - at_tau[j][0]).mul_(ratio), alpha=weight * tau)
+                gradient[first].add_((p_tau[i][first] - p_tau[j][first]).mul_(ratio), alpha=weight * tau)
 
 
-def _softmax(shifted: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """softmax(shifted / tau) [C, V] and the log of its normaliser [C]; the largest entry of a row is 0."""
-    p = torch.exp(shifted if tau == 1.0 else shifted / tau)
-    total = p.sum(dim=1, keepdim=True)
-    return p.div_(total), total.log().squeeze(1)
+def _inside(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Which targets [P] lie in these columns of the vocabulary, and at which of them: bool [P], int64 [P, 1]."""
+    at = targets - start
+    return (at >= 0) & (at < columns), at.clamp(0, columns - 1).unsqueeze(1)
+
+
+class _Gradients:
+    """The gradients of one projection, tile by tile: hidden's in fp32, the others in their own dtype, final at once."""
+
+    def __init__(self, projection: Projection, scale: Tensor) -> None:
+        hidden, weight, bias, *_ = projection
+        self._scale, self._dtype = scale, hidden.dtype
+        self._hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        self._weight = None if weight is None else torch.zeros_like(weight)
+        self._bias = None if bias is None else torch.zeros_like(bias)
+
+    def add(self, projection: Projection, tile: slice, gradient: Tensor, slope: float | Tensor) -> None:
+        """`gradient`: by the logits [P, T] of this tile; `slope`: of the logits by hidden · weightᵀ."""
+        if projection.weight is None or self._weight is None:
+            self._hidden[:, tile] = gradient
+            return
+        if self._bias is not None:
+            self._bias[tile] = gradient.sum(dim=0).mul_(self._scale)
+        if isinstance(slope, Tensor) or slope != 1.0:
+            gradient.mul_(slope)
+        low = gradient.to(projection.weight.dtype)
+        self._hidden.add_(_mm(low, projection.weight[tile]))
+        self._weight[tile] = _mm(low.t(), projection.hidden).mul_(self._scale)
+
+    def done(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of hidden, weight and bias, in their dtypes."""
+        return self._hidden.mul_(self._scale).to(self._dtype), self._weight, self._bias
+
+
+def _slope(projection: Projection, logits: Tensor, tile: slice) -> float | Tensor:
+    """Derivative of a tile of the logits by hidden · weightᵀ: scale · (1 − tanh²)."""
+    if projection.cap is None:
+        return projection.scale
+    capped = logits if projection.bias is None else logits - projection.bias[tile]
+    return (1.0 - (capped / projection.cap).square_()).mul_(projection.scale)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

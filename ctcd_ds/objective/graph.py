@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class DistillationGraph:
-    """All weights of a run (DESIGN §2). Every mode of training is such a graph, never another code path.
+    """All weights of a run. Every mode of training is such a graph, never another code path.
 
     `hard[i]` weighs the hard loss of peer i; `soft[i][j]` weighs what peer i learns from peer j.
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
@@ -41,6 +41,19 @@ class DistillationGraph:
     def edges(self) -> Iterator[tuple[int, int, float]]:
         """(learner i, taught by j, weight) for every soft loss."""
         return ((i, j, w) for i, row in enumerate(self.soft) for j, w in enumerate(row) if w)
+
+    def distilling(self) -> set[str]:
+        """The peers that teach another or learn from one."""
+        return {self.names[k] for i, j, _ in self.edges() for k in (i, j)}
+
+    def terms(self) -> list[str]:
+        """Every loss by its name in metrics.jsonl, hard losses first."""
+        hard = [f"loss/{self.names[i]}/hard" for i in self.hard_peers()]
+        return hard + [f"loss/{self.names[i]}/soft/{self.names[j]}" for i, j, _ in self.edges()]
+
+    def weights(self) -> list[float]:
+        """The weight of every loss, in the order of `terms`."""
+        return [self.hard[i] for i in self.hard_peers()] + [weight for *_, weight in self.edges()]
 
     def describe(self) -> list[str]:
         """One line for every loss term, in the field's words."""

@@ -1,4 +1,4 @@
-"""The oracle: the objective of DESIGN §2, written as it reads, in fp64, with autograd. Slow and plain on purpose.
+"""The oracle: our formulas (docs/architecture.md) as they read, in fp64, with autograd. Slow and plain on purpose.
 
 It shares no code and no cast with `fused.py`, so that agreement of the two means something.
 """
@@ -20,7 +20,7 @@ def reference_objective(
     temperature: float = 1.0,
     shared: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CTCD's loss over one set of positions (arXiv 2311.02849, equations 1 to 4; DESIGN §2).
+    """CTCD's loss over one set of positions (arXiv 2311.02849; our formulas in docs/architecture.md).
 
     Args:
         logits: one [P, V] tensor a peer, any floating dtype; −inf where a token is impossible for all peers.

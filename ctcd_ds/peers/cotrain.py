@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ctcd_ds.corpus.views import View
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
 from ctcd_ds.peers.dropout import quicken_dropout
 from ctcd_ds.peers.heads import compilable, project_positions, way_of
-
-
-class Batch(NamedTuple):
-    """One micro-batch as the peers see it.
-
-    input_ids: int64 [B, L]. positions: int64 [P], flat indices into B·L, where logits are needed.
-    targets: int64 [P], −100 where only the soft loss counts.
-    hard_count, soft_count: this micro-batch's share of the positions (see `fused_objective`).
-    views: peer → what it sees instead, where peers do not all see the same: then one for each, and the first `shared`
-    of their positions are those of the soft losses.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    hard_count: float | Tensor
-    soft_count: float | Tensor
-    views: Mapping[str, View] | None = None
-    shared: int | None = None
 
 
 class CoTraining(nn.Module):
@@ -63,23 +44,12 @@ class CoTraining(nn.Module):
 
     def forward(self, batch: Batch, micro_step: int, rank: int, graph: DistillationGraph | None = None) -> Losses:
         """The losses of one micro-batch; `micro_step` counts over the whole run, `graph` is what holds at this step."""
-        views = [batch.views[name] if batch.views else None for name in self.graph.names]
         projections = []
-        for name, trained, view in zip(self.graph.names, self.graph.trained, views, strict=True):
+        for name, trained, view in zip(self.graph.names, self.graph.trained, batch.views, strict=True):
             torch.manual_seed(seed_of(self.seed, "dropout", name, micro_step, rank))
-            seen = view or batch
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                projections.append(project_positions(self.peers[name], {"input_ids": seen.input_ids}, seen.positions))
-        return fused_objective(
-            projections,
-            [(view or batch).targets for view in views],
-            self.graph if graph is None else graph,
-            self.vocab_size,
-            self.temperature,
-            [float(view.hard_count) if view else batch.hard_count for view in views],
-            batch.soft_count,
-            batch.shared,
-        )
+                projections.append(project_positions(self.peers[name], view.inputs, view.positions))
+        return fused_objective(projections, batch, graph or self.graph, self.vocab_size, self.temperature)
 
     def compile_encoders(self) -> None:
         """Compiles each peer's encoder in place (names of weights stay); rows and batches have one shape all along.

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctcd_ds.corpus.loader import valid_batches
-from ctcd_ds.corpus.masking import VALID_SEED
-from ctcd_ds.objective.fused import CHUNK_BYTES, project
+from ctcd_ds.objective.batch import Batch
+from ctcd_ds.objective.fused import chunks, project
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
+from ctcd_ds.tasks.loader import Cut, valid_batches
 from ctcd_ds.training.plan import Plan
 
 
@@ -29,18 +29,10 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     names, pairs = module.graph.names, list(combinations(range(len(module.graph.names)), 2))
     sums = torch.zeros(2 * len(names) + len(pairs) + 1, dtype=torch.float64, device=device)
     module.eval()
-    for batch in valid_batches(
-        plan.valid,
-        plan.masking,
-        VALID_SEED,
-        plan.deepspeed.micro_batch,
-        dist.get_rank(),
-        dist.get_world_size(),
-        max_rows=plan.recipe.training.valid_rows,
-    ):
-        input_ids, positions = batch.input_ids.to(device), batch.target_positions.to(device)
+    cut = Cut(plan.deepspeed.micro_batch, rank=dist.get_rank(), world=dist.get_world_size())
+    for batch in valid_batches(plan.valid, plan.task, cut, plan.recipe.training.valid_rows):
         with torch.compiler.set_stance("force_eager"):  # compiled encoders know one shape, and training mode
-            sums += _sums(module, input_ids, positions, batch.targets.to(device), pairs)
+            sums += _sums(module, batch.to(device), pairs)
     module.train()
     dist.all_reduce(sums)
     *values, count = sums.tolist()
@@ -51,15 +43,13 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     return {key: value / count for key, value in zip(keys, values, strict=True)}
 
 
-def _sums(
-    module: CoTraining, input_ids: Tensor, positions: Tensor, targets: Tensor, pairs: list[tuple[int, int]]
-) -> Tensor:
+def _sums(module: CoTraining, batch: Batch, pairs: list[tuple[int, int]]) -> Tensor:
     """fp64: losses and right answers of each peer, equal answers of each pair, and the number of positions."""
-    projections = [project_positions(peer, {"input_ids": input_ids}, positions) for peer in module.peers.values()]
+    seen = zip(module.peers.values(), batch.views, strict=True)
+    projections = [project_positions(peer, view.inputs, view.positions) for peer, view in seen]
+    targets = batch.views[0].targets
     total = torch.zeros(2 * len(projections) + len(pairs) + 1, dtype=torch.float64, device=targets.device)
-    chunk = max(1, CHUNK_BYTES // (4 * projections[0].width))
-    for start in range(0, len(targets), chunk):
-        rows = slice(start, start + chunk)
+    for rows in chunks(len(targets), projections[0].width):
         logits = [project(p, rows)[:, : module.vocab_size] for p in projections]
         answers = [x.argmax(dim=1) for x in logits]
         losses = [torch.nn.functional.cross_entropy(x, targets[rows], reduction="sum") for x in logits]

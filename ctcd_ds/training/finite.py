@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ctcd_ds.cli import RunFailure
-from ctcd_ds.corpus.loader import MicroBatch
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.fused import Losses
 
 MAX_SKIPS_IN_A_ROW = 10
@@ -31,7 +31,7 @@ class FiniteGuard:
         self._in_a_row = 0
 
     def judge(
-        self, values: Mapping[str, float], step: int, seen: Sequence[Losses], micro_batches: Sequence[MicroBatch]
+        self, values: Mapping[str, float], step: int, seen: Sequence[Losses], micro_batches: Sequence[Batch]
     ) -> str | None:
         """None where all values are finite; else what is said of the step (counted from 1), which must be skipped.
 
@@ -76,12 +76,12 @@ class FiniteGuard:
         )
 
 
-def _where(seen: Sequence[Losses], micro_batches: Sequence[MicroBatch]) -> str:
+def _where(seen: Sequence[Losses], micro_batches: Sequence[Batch]) -> str:
     """In which rows a loss is not finite, over all ranks; where all losses are finite, it is a gradient's overflow."""
     own = [
         int(row)
         for terms, batch in zip(seen, micro_batches, strict=True)
-        if not bool(torch.isfinite(terms.hard).all() and torch.isfinite(terms.soft).all())
+        if not all(bool(torch.isfinite(loss)) for loss in terms.terms.values())
         for row in batch.rows
     ]
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]

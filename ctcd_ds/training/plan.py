@@ -6,18 +6,19 @@ Making a plan starts no process group and writes nothing. `--dry_run` prints it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.cluster.scaling import Work, state_bytes
-from ctcd_ds.corpus.masking import Masking
 from ctcd_ds.corpus.rows import Corpus, Rows
-from ctcd_ds.corpus.views import PeerMasks
+from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, padded, peer_config
-from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
+from ctcd_ds.recipe import Mistakes, Recipe
+from ctcd_ds.tasks import TASKS
+from ctcd_ds.tasks.task import Task
 from ctcd_ds.training.deepspeed_config import DeepSpeedConfig, resolve
 
 GIB = 2**30
@@ -33,24 +34,10 @@ class Plan:
     world: int
     rows: Rows
     valid: Rows | None
-    masking: Masking
+    task: Task
     configs: dict[str, Any]
     costs: dict[str, Cost]
     steps: int
-
-    @property
-    def peer_masks(self) -> dict[str, PeerMasks]:
-        """How each peer's rows are masked, where not all peers see the same; else empty."""
-        if not any(section.sees_its_own for section in self.recipe.peers.values()):
-            return {}
-        graph = self.recipe.graph()
-        distilling = {graph.names[k] for i, j, _ in graph.edges() for k in (i, j)}
-        return {
-            name: PeerMasks(
-                _own_masking(section, self.masking), section.mask_seed, section.label_noise or 0.0, name in distilling
-            )
-            for name, section in self.recipe.peers.items()
-        }
 
     @property
     def tokens_per_step(self) -> int:
@@ -95,10 +82,10 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     for name, section in recipe.peers.items():
         mistakes += [f"peers.{name}.{said}" for said in config_mistakes(section, corpus, recipe.corpus.sequence_length)]
         mistakes += [f"peers.{name}.{said}" for said in _tokenizer_mistakes(section.pretrained, corpus)]
-    rows = valid = None
+    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, None
     try:
-        rows = corpus.rows("train", recipe.corpus.sequence_length)
-        valid = corpus.rows("valid", recipe.corpus.sequence_length) if corpus.tokens("valid") else None
+        rows = task.rows("train")
+        valid = task.rows("valid") if corpus.tokens("valid") else None
     except UserError as mistake:
         mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
     steps = _steps(recipe, len(rows)) if rows is not None else 1
@@ -109,15 +96,10 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         )
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
-    masking = masking_of(recipe, corpus)
     configs = {name: peer_config(section, corpus) for name, section in recipe.peers.items()}
     length = recipe.corpus.sequence_length
-    costs = {}
-    for name, c in configs.items():
-        everywhere = recipe.objective.soft_positions == "all"
-        targets = _own_masking(recipe.peers[name], masking).count(length)
-        costs[name] = cost(c, length, 1.0 if everywhere else targets / length)
-    return Plan(recipe, corpus, config, world, rows, valid, masking, configs, costs, steps)
+    costs = {name: cost(c, length, task.asked(recipe, name) / length) for name, c in configs.items()}
+    return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps)
 
 
 def _steps(recipe: Recipe, rows: int) -> int:
@@ -125,27 +107,6 @@ def _steps(recipe: Recipe, rows: int) -> int:
         return recipe.training.steps
     assert recipe.training.epochs is not None
     return int(recipe.training.epochs * rows // recipe.training.global_batch_rows)
-
-
-def masking_of(recipe: Recipe, corpus: Corpus) -> Masking:
-    """How the recipe masks the rows of this corpus."""
-    continuing = None
-    if recipe.corpus.whole_word_masking:
-        from ctcd_ds.corpus.tokenizer import continuations, load_tokenizer
-
-        continuing = continuations(load_tokenizer(corpus.tokenizer_path))
-    return Masking(
-        mask_fraction=recipe.corpus.mask_fraction,
-        special=corpus.special,
-        vocab_size=corpus.vocab_size,
-        whole_word=recipe.corpus.whole_word_masking,
-        continuations=continuing,
-    )
-
-
-def _own_masking(section: PeerSection, masking: Masking) -> Masking:
-    """The recipe's masking with the peer's own fraction."""
-    return masking if section.mask_fraction is None else replace(masking, mask_fraction=section.mask_fraction)
 
 
 def _tokenizer_mistakes(pretrained: str | None, corpus: Corpus) -> Iterator[str]:
@@ -177,7 +138,7 @@ def describe(plan: Plan) -> str:
         sizes = f"{c.parameters:>12,}{c.without_embeddings:>12,}  {flops / 1e6:>10.1f} M"
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
     lines += ["", "distillation graph", *(f"  {line}" for line in recipe.graph().describe())]
-    lines += [f"  {name}: {said}" for name, said in _own_views(recipe)]
+    lines += [f"  {name}: {said}" for name, said in plan.task.exceptions()]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows
     epochs, tokens = rows_seen / len(plan.rows), plan.steps * plan.tokens_per_step
@@ -186,7 +147,7 @@ def describe(plan: Plan) -> str:
         f"corpus         {plan.corpus.path}: {len(plan.rows):,} rows of {length} tokens, "
         f"{len(plan.valid) if plan.valid else 0:,} held out; vocabulary {plan.corpus.vocab_size:,}, "
         f"{padded(plan.corpus.vocab_size):,} inside the models",
-        f"targets        {plan.masking.count(length)} a row ({recipe.objective.task}), soft loss at "
+        f"targets        {plan.task.describe()} ({recipe.objective.task}), soft loss at "
         f"{recipe.objective.soft_positions}, temperature {recipe.objective.temperature:g}",
         f"batch          {training.global_batch_rows} rows = {plan.world} ranks × {config.micro_batch} rows "
         f"× {config.accumulation} accumulation",
@@ -198,18 +159,6 @@ def describe(plan: Plan) -> str:
         f"memory a rank  {states / GIB:.2f} GiB model states, about {activations / GIB:.2f} GiB activations (estimate)",
     ]
     return "\n".join(lines)
-
-
-def _own_views(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What single peers see that the others do not."""
-    for name, section in recipe.peers.items():
-        if section.label_noise:
-            yield name, f"{section.label_noise:.0%} of its hard targets are random tokens"
-        if section.mask_seed is not None or section.mask_fraction is not None:
-            fraction = recipe.corpus.mask_fraction if section.mask_fraction is None else section.mask_fraction
-            seed = "the run's seed" if section.mask_seed is None else f"mask_seed {section.mask_seed}"
-            common = "; soft losses where both are masked" if recipe.objective.soft_positions == "targets" else ""
-            yield name, f"masks of its own ({fraction:.0%}, {seed}){common}"
 
 
 def checkpoint_bytes(plan: Plan) -> int:
@@ -224,12 +173,11 @@ def memory_per_rank(plan: Plan) -> tuple[float, float]:
 
 
 def _activation_bytes(plan: Plan) -> float:
-    """17 values a token, layer and hidden unit, and the objective's fp32 tiles."""
+    """17 values a token, layer and hidden unit, and the objective's fp32 logits."""
     config, recipe = plan.deepspeed, plan.recipe
     tokens = config.micro_batch * recipe.corpus.sequence_length
     widths = [c.hidden_size * c.num_hidden_layers for name, c in plan.configs.items() if not recipe.peers[name].frozen]
-    positions = tokens if recipe.objective.soft_positions == "all" else plan.masking.count(
-        recipe.corpus.sequence_length
-    ) * config.micro_batch  # fmt: skip
-    tile = min(positions * padded(plan.corpus.vocab_size) * 4, 128 * 2**20)
-    return 17 * config.weight_bytes * tokens * sum(widths) + 4 * len(plan.configs) * tile
+    return 17 * config.weight_bytes * tokens * sum(widths) + sum(
+        logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size)
+        for name in plan.configs
+    )

@@ -6,6 +6,7 @@ import errno
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from torch import Tensor
 
 from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.corpus.loader import MicroBatch, TrainLoader
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.fused import Losses
-from ctcd_ds.objective.graph import DistillationGraph
-from ctcd_ds.peers.cotrain import Batch
+from ctcd_ds.tasks.loader import Cut, TrainLoader
 from ctcd_ds.training import checkpoint, loading
 from ctcd_ds.training.clock import Clock
 from ctcd_ds.training.engine import build_engine, start_processes
@@ -49,23 +49,11 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     device = start_processes(ranks)
     watchdog = Watchdog(training.step_timeout_s, run.write_failure)
     ending.callback(watchdog.stop)
-    found, best = by_rank_0(lambda: _begin(plan, run, ranks, device), device)
-    engine = build_engine(plan, universal=found is not None and found[1]["world"] != ranks.world)
-    step = first_step = loading.load(engine, *found) if found is not None else 0
-    loader = TrainLoader(
-        plan.rows,
-        plan.masking,
-        plan.recipe.seed,
-        training.global_batch_rows,
-        config.micro_batch,
-        config.accumulation,
-        ranks.rank,
-        ranks.world,
-        start_step=step,
-        soft_positions=plan.recipe.objective.soft_positions,
-        device=device if device.type == "cuda" else None,
-        peers=plan.peer_masks,
-    )
+    newest, best = by_rank_0(lambda: _begin(plan, run, ranks, device), device)
+    engine = build_engine(plan, universal=newest is not None and newest[1]["world"] != ranks.world)
+    step = first_step = loading.load(engine, *newest) if newest is not None else 0
+    cut = Cut(config.micro_batch, config.accumulation, ranks.rank, ranks.world)
+    loader = TrainLoader(plan.rows, plan.task, plan.recipe.seed, cut, step, device if device.type == "cuda" else None)
     ending.callback(loader.close)
     whole, settings = plan.recipe.graph(), {name: plan.recipe.optimizer_of(name) for name in plan.recipe.peers}
     gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)
@@ -83,21 +71,19 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         for group in engine.optimizer.param_groups:
             group["lr"] = settings[group["peer"]].lr * factor
 
-        micro_batches, seen = next(loader), []
-        soft_count = _soft_count(micro_batches, ranks.world, device)
-        for k, micro_batch in enumerate(micro_batches):
-            micro_step = step * config.accumulation + k
-            terms = engine(_batch(micro_batch, soft_count), micro_step, ranks.rank, graph)
-            engine.backward(terms.total)
-            seen.append(terms)
+        batches, seen = next(loader), []
+        if plan.task.soft_count_varies:
+            batches = _with_global_soft_count(batches, device)
+        for k, batch in enumerate(batches):
+            found = engine(batch, step * config.accumulation + k, ranks.rank, graph)
+            engine.backward(found.total)
+            seen.append(found)
             if k + 1 < config.accumulation:
                 engine.step()  # counts a micro-step; the optimizer moves at the last one
 
-        values, norms, save_due, stop = _exchange(
-            seen, gradients, graph, clock.save_due(), signals.reason or clock.over()
-        )
-        losses, grad_norms = _named(values, graph, list(gradients.groups))
-        bad = guard.judge({**losses, **grad_norms}, step + 1, seen, micro_batches)
+        wish = signals.reason or clock.over()
+        losses, grad_norms, norms, save_due, stop = _exchange(seen, gradients, clock.save_due(), wish)
+        bad = guard.judge({**losses, **grad_norms}, step + 1, seen, batches)
         gradients.clip(norms, settings)
         gradients.allow_step(bad is None)
         engine.step()
@@ -184,41 +170,24 @@ def _improve(best: dict[str, float], losses: dict[str, float]) -> bool:
     return bool(better)
 
 
-def _soft_count(micro_batches: list[MicroBatch], world: int, device: torch.device) -> Tensor | None:
-    """A micro-batch's share of the step's soft positions over all ranks; None where they are the targets."""
-    if micro_batches[0].soft_positions is None:
-        return None
-    own = sum(len(b.soft_positions) for b in micro_batches if b.soft_positions is not None)
-    count = torch.tensor(float(own), device=device)
+def _with_global_soft_count(batches: list[Batch], device: torch.device) -> list[Batch]:
+    """Each with its share of the step's soft positions over all ranks."""
+    count = torch.tensor(float(sum(batch.shared for batch in batches)), device=device)
     dist.all_reduce(count)
-    return count.clamp(min=1) / (world * len(micro_batches))  # two masks may have nothing in common
-
-
-def _batch(micro_batch: MicroBatch, soft_count: Tensor | None) -> Batch:
-    """The positions of a micro-batch with what each is divided by: DeepSpeed averages over ranks and accumulation."""
-    ids, targets, count = micro_batch.input_ids, micro_batch.targets, float(len(micro_batch.targets))
-    if micro_batch.soft_positions is None or soft_count is None:
-        return Batch(ids, micro_batch.target_positions, targets, count, count)
-    if micro_batch.views:
-        shared = len(micro_batch.soft_positions)
-        return Batch(ids, micro_batch.target_positions, targets, count, soft_count, micro_batch.views, shared)
-    everywhere = torch.full((ids.numel(),), -100, dtype=targets.dtype, device=targets.device)
-    everywhere[micro_batch.target_positions] = targets
-    return Batch(ids, micro_batch.soft_positions, everywhere[micro_batch.soft_positions], count, soft_count)
+    share = count.clamp(min=1) / (dist.get_world_size() * len(batches))  # two masks may have nothing in common
+    return [replace(batch, soft_count=share) for batch in batches]
 
 
 def _exchange(
-    seen: list[Losses], gradients: PeerGradients, graph: DistillationGraph, save_due: bool, stop: str | None
-) -> tuple[list[float], Tensor, bool, str | None]:
+    seen: list[Losses], gradients: PeerGradients, save_due: bool, stop: str | None
+) -> tuple[dict[str, float], dict[str, float], Tensor, bool, str | None]:
     """The step's global values, and what any rank wishes, in one all-reduce and one host sync.
 
-    Returns (hard losses, soft losses by edge, gradient norms by trained peer) as one flat list, the norms as a
-    tensor on the device, whether a checkpoint is due, and why to stop (None: go on).
+    Returns the losses and the gradient norms (before clipping) by their names in metrics.jsonl, the norms as a tensor
+    on the device, whether a checkpoint is due, and why to stop (None: go on).
     """
-    hard = torch.stack([terms.hard for terms in seen]).mean(dim=0)
-    soft = torch.stack([terms.soft for terms in seen]).mean(dim=0)
-    edges = [soft[i, j] for i, j, _ in graph.edges()]
-    terms = torch.stack([*(hard[i] for i in graph.hard_peers()), *edges]).double() / dist.get_world_size()
+    terms = torch.stack([torch.stack(list(losses.terms.values())) for losses in seen]).mean(dim=0)
+    terms = terms.double() / dist.get_world_size()
     wishes = torch.tensor([save_due, *(stop == reason for reason in REASONS)], dtype=torch.float64).to(terms.device)
     packed = torch.cat([terms, gradients.squared_norms(), wishes])
     dist.all_reduce(packed)
@@ -226,18 +195,9 @@ def _exchange(
     norms = packed[first:last].sqrt()
     host = torch.cat([packed[:first], norms, packed[last:]]).tolist()
     reason = next((reason for reason, count in zip(REASONS, host[last + 1 :], strict=True) if count), None)
-    return host[:last], norms, host[last] > 0, reason
-
-
-def _named(
-    values: list[float], graph: DistillationGraph, trained: list[str]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The exchanged values under their names in metrics.jsonl: losses, gradient norms (before clipping)."""
-    keys = [f"loss/{graph.names[i]}/hard" for i in graph.hard_peers()]
-    keys += [f"loss/{graph.names[i]}/soft/{graph.names[j]}" for i, j, _ in graph.edges()]
-    losses = dict(zip(keys, values, strict=False))
-    norms = {f"grad_norm/{name}": norm for name, norm in zip(trained, values[len(keys) :], strict=True)}
-    return losses, norms
+    named = dict(zip(seen[0].terms, host[:first], strict=True))
+    grad_norms = {f"grad_norm/{peer}": norm for peer, norm in zip(gradients.groups, host[first:last], strict=True)}
+    return named, grad_norms, norms, host[last] > 0, reason
 
 
 def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:

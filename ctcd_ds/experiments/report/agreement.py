@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.loader import valid_batches
-from ctcd_ds.corpus.masking import VALID_SEED
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.hf import peer_model
-from ctcd_ds.objective.fused import CHUNK_BYTES, project
+from ctcd_ds.objective.batch import View
+from ctcd_ds.objective.fused import chunks, project
 from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.tasks import TASKS
+from ctcd_ds.tasks.loader import Cut, valid_batches
 from ctcd_ds.training import checkpoint as checkpoints
 from ctcd_ds.training.loading import consolidated
-from ctcd_ds.training.plan import masking_of
 from ctcd_ds.training.run_directory import RunDirectory
 
 _ROWS_AT_ONCE = 16
@@ -81,23 +81,20 @@ def held_out_answers(run: RunDirectory, rows: int) -> Answers:
     if not corpus.tokens("valid"):
         raise UserError(f"{corpus.path} holds no documents out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = corpus.rows("valid", recipe.corpus.sequence_length)
-    masking = masking_of(recipe, corpus)
-    batches = list(valid_batches(source, masking, VALID_SEED, _ROWS_AT_ONCE, 0, 1, max_rows=rows))
+    task = TASKS[recipe.objective.task].of(recipe, corpus)
+    batches = valid_batches(task.rows("valid"), task, Cut(_ROWS_AT_ONCE), max_rows=rows)
+    views = [batch.to(device).views[0] for batch in batches]
     found = {
-        name: np.concatenate(
-            [_likeliest(model, b.input_ids.to(device), b.target_positions.to(device), corpus) for b in batches]
-        )
+        name: np.concatenate([_likeliest(model, view, corpus) for view in views])
         for name, model in _models(run, recipe, device)
     }
-    return Answers(np.concatenate([batch.targets.numpy() for batch in batches]), found)
+    return Answers(torch.cat([view.targets for view in views]).cpu().numpy(), found)
 
 
 @torch.no_grad()
-def _likeliest(model: Any, input_ids: torch.Tensor, positions: torch.Tensor, corpus: Corpus) -> np.ndarray:
-    projection = project_positions(model, {"input_ids": input_ids}, positions)
-    chunk = max(1, CHUNK_BYTES // (4 * projection.width))
-    parts = [slice(start, start + chunk) for start in range(0, len(positions), chunk)]
+def _likeliest(model: Any, view: View, corpus: Corpus) -> np.ndarray:
+    projection = project_positions(model, view.inputs, view.positions)
+    parts = chunks(len(view.targets), projection.width)
     likeliest = [project(projection, part)[:, : corpus.vocab_size].argmax(dim=1) for part in parts]
     return torch.cat(likeliest).cpu().numpy()
 

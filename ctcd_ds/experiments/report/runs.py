@@ -13,6 +13,7 @@ from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult,
 from ctcd_ds.experiments.statistics import MINIMUM_PAIRS, caveats, compare
 from ctcd_ds.manifest import canonical_sha256
 from ctcd_ds.peers.accounting import Cost, cost
+from ctcd_ds.tasks import TASKS
 
 QUESTION = "How did the models learn, alone and together?"
 
@@ -95,14 +96,12 @@ def _costs(run: LoggedRun) -> dict[str, Cost]:
 
     recipe, found = run.recipe, {}
     length = recipe.corpus.sequence_length
-    for name, peer in recipe.peers.items():
+    for name in recipe.peers:
         place = run.directory.peers / name
         if not (place / "config.json").is_file():
             return {}
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        everywhere = recipe.objective.soft_positions == "all"
-        targets = round((peer.mask_fraction or recipe.corpus.mask_fraction) * (length - 2))
-        found[name] = cost(config, length, 1.0 if everywhere else targets / length)
+        found[name] = cost(config, length, TASKS[recipe.objective.task].asked(recipe, name) / length)
     return found
 
 

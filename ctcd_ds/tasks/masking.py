@@ -3,9 +3,6 @@
 Every row has the same number of targets, so shapes are static, the number of targets of a step is a constant,
 and no rank ever has an empty batch. All is decided by a hash of (seed, epoch, row, position): a row is masked
 the same in whatever batch, on whatever rank and by whatever worker it is read.
-
-Held-out rows are masked by the same function with `VALID_SEED` and epoch 0: always alike, so that losses of
-different steps, runs and seeds are measured on the same question.
 """
 
 from __future__ import annotations
@@ -18,8 +15,6 @@ import numpy as np
 from ctcd_ds.corpus.hashing import TARGET_CHANGE, TARGET_CHOICE, extended, hashed
 from ctcd_ds.corpus.rows import SpecialIds
 
-VALID_SEED = 0x7A11D
-
 # BERT's shares: 80 % of the targets become [MASK], 10 % a random token, 10 % stay (of 32 random bits).
 _MASKED, _MASKED_OR_RANDOM = int(0.8 * 2**32), int(0.9 * 2**32)
 _HALF = np.uint64(32)
@@ -28,6 +23,11 @@ _LOW_HALF = np.uint64(2**32 - 1)
 _LAST = np.uint64(1 << 63)
 _HASH = np.uint64((1 << 63) - (1 << 16))
 _POSITION = np.uint64((1 << 16) - 1)
+
+
+def target_count(mask_fraction: float, sequence_length: int) -> int:
+    """The number k of targets of every row, at least 1."""
+    return max(1, round(mask_fraction * (sequence_length - 2)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Masking:
 
     def count(self, sequence_length: int) -> int:
         """The number k of targets of every row, at least 1."""
-        return max(1, round(self.mask_fraction * (sequence_length - 2)))
+        return target_count(self.mask_fraction, sequence_length)
 
     def apply(
         self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray

@@ -1,0 +1,8 @@
+"""The tasks: masked language modelling today. A new one is one file here and one line below."""
+
+from __future__ import annotations
+
+from ctcd_ds.tasks.mlm import MaskedLM
+from ctcd_ds.tasks.task import Task
+
+TASKS: dict[str, type[Task]] = {"mlm": MaskedLM}

@@ -1,0 +1,64 @@
+"""What a task is: how rows are framed, what is asked where, which Auto class its models have, and its words."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ctcd_ds.corpus.rows import Corpus, Rows
+from ctcd_ds.objective.batch import Batch
+from ctcd_ds.recipe import Recipe
+
+VALID_SEED = 0x7A11D  # held-out rows are asked the same at every step, in every run, whatever its seed
+
+
+class Task(ABC):
+    """One way of asking language models about rows of text; all that is particular to it stands in one file here.
+
+    A task is made for one recipe and one corpus, and hands every peer what it sees and is asked.
+    """
+
+    @classmethod
+    @abstractmethod
+    def of(cls, recipe: Recipe, corpus: Corpus) -> Task:
+        """The recipe's task on this corpus."""
+
+    @staticmethod
+    @abstractmethod
+    def auto_class() -> Any:
+        """The class of transformers that builds, loads and exports a peer."""
+
+    @staticmethod
+    @abstractmethod
+    def asked(recipe: Recipe, peer: str) -> int:
+        """At how many positions of a row this peer gives logits, at most."""
+
+    @abstractmethod
+    def rows(self, split: str) -> Rows:
+        """The corpus's rows of a split, framed as this task's models read them. UserError where there are none."""
+
+    @abstractmethod
+    def batches(
+        self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray, micro_batch: int
+    ) -> Iterator[Batch]:
+        """tokens int32 [n, L] of these epochs and row numbers (int64 [n]), `micro_batch` rows at a time."""
+
+    @abstractmethod
+    def held_out(self) -> Task:
+        """The same task without what single peers have of their own: held-out rows are asked the same of all."""
+
+    @property
+    @abstractmethod
+    def soft_count_varies(self) -> bool:
+        """Whether batches differ in the number of soft positions: it must then be counted over all ranks."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is asked of all peers, in words for --dry_run."""
+
+    @abstractmethod
+    def exceptions(self) -> Iterator[tuple[str, str]]:
+        """(peer, what only it sees or is asked, in words) for all that differ."""
