@@ -11,7 +11,7 @@ TWO_AT_A_TIME := -n 2 --dist loadfile
 # What a cluster on this one machine needs, by its names in Debian.
 CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iptables
 
-.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report check clean
+.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report test-architectures check clean
 
 setup: $(VENV)/ready
 
@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not data and not benchmarks and not faults and not cluster and not browser"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not data and not benchmarks and not faults and not cluster and not browser and not architectures"
 
 # Signals, dead launchers, hangs: real processes, real time.
 test-faults: setup
@@ -51,6 +51,10 @@ test-report: setup
 	        --no-install-recommends chromium || echo "chromium could not be installed"; \
 	fi
 	$(BIN)/python -m pytest -m browser
+
+# Every architecture of transformers in small: rehearsed, counted, trained, exported, loaded.
+test-architectures: setup
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) tests/test_architectures.py
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup

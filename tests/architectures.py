@@ -26,6 +26,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": 8},
     "luke": {"entity_vocab_size": 10, "entity_emb_size": 16},
     "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 16, "num_feedforward_networks": 1},
+    "neomme": {"head_dim": 16},
     "perceiver": {
         "num_latents": 8, "d_latents": 32, "d_model": 32, "num_blocks": 1, "num_self_attends_per_block": 2,
         "num_self_attention_heads": 4, "num_cross_attention_heads": 4, "qk_channels": 32, "v_channels": 32,
@@ -48,9 +49,7 @@ def tiny(model_type: str) -> dict[str, Any]:
 
 def _small(config: Any) -> dict[str, Any]:
     nested = {key: value for key, value in vars(config).items() if hasattr(value, "to_dict")}
-    found: dict[str, Any] = {
-        key: {"model_type": value.model_type, **_small(value)} for key, value in nested.items()
-    }
+    found: dict[str, Any] = {key: {"model_type": value.model_type, **_small(value)} for key, value in nested.items()}
     own_names = {own: general for general, own in config.attribute_map.items()}
     for key, value in config.to_dict().items():
         for pattern, size in _SIZES:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForMaskedLM
 
 from corpora import write_corpus
 from ctcd_ds.corpus.rows import Corpus
@@ -45,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def peer(corpus: Corpus, name: str = "teacher", **section: Any) -> Any:
-    return build_peer(name, PeerSection.model_validate(section), corpus, seed=1)
+    return build_peer(name, PeerSection.model_validate(section), corpus, 1, AutoModelForMaskedLM)
 
 
 def batch(peers: int) -> Batch:
@@ -68,7 +69,9 @@ def test_every_architecture_gets_gradients_and_keeps_its_tied_weights(corpus: Co
     graph = Recipe.model_validate(
         {"corpus": {"path": "x"}, "peers": {"a": {"model": SMALL[kind]}}, "training": {"steps": 1}}
     ).graph()
-    module = CoTraining({"a": build_peer("a", section, corpus, 1)}, graph, VOCABULARY, 1.0, seed=1)
+    module = CoTraining(
+        {"a": build_peer("a", section, corpus, 1, AutoModelForMaskedLM)}, graph, VOCABULARY, 1.0, seed=1
+    )
     losses = module(batch(1), 0, 0)
     losses.total.backward()
     assert torch.isfinite(losses.total)
@@ -143,7 +146,7 @@ def test_biases_and_norms_have_no_weight_decay(corpus: Corpus) -> None:
 def test_what_is_wrong_with_a_model_is_said_before_it_is_built(
     corpus: Corpus, model: dict[str, Any], said: str
 ) -> None:
-    found = list(config_mistakes(PeerSection(model=model), corpus, LENGTH))
+    found = list(config_mistakes(PeerSection(model=model), corpus, LENGTH, AutoModelForMaskedLM))
     assert any(said in mistake for mistake in found), found
 
 
@@ -154,7 +157,7 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
     for kind in ("bert", "distilbert", "electra", "roberta"):
         section = PeerSection(model=SMALL[kind])
         config, model = peer_config(section, corpus), peer(corpus, model=SMALL[kind]).eval()
-        found = cost(config, LENGTH, head_fraction=1.0)
+        found = cost(config, LENGTH, 1.0, AutoModelForMaskedLM)
         assert found.parameters == sum(p.numel() for p in model.parameters())
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ids, _ = inputs(rows=2)

@@ -43,7 +43,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     from ctcd_ds.training.deepspeed_config import read_json
     from ctcd_ds.training.engine import device_type
     from ctcd_ds.training.outlook import outlook
-    from ctcd_ds.training.plan import describe, make_plan
+    from ctcd_ds.training.plan import describe, make_plan, rehearse_peers
     from ctcd_ds.training.run_directory import RunDirectory
 
     run = RunDirectory(arguments.output_dir.resolve())
@@ -55,6 +55,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
     plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path)
     if arguments.dry_run:
         if ranks.first:
+            rehearse_peers(plan, device_type())
             print(describe(plan))
         return cli.EXIT_DONE
     different = run.refuse_or_resume(plan, arguments.resume)
@@ -65,6 +66,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
         return cli.EXIT_DONE
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         refuse_damage(plan.corpus.path)
+        rehearse_peers(plan, device_type())
     if ranks.first:
         print(
             describe(plan),

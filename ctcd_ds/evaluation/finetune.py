@@ -22,8 +22,11 @@ from ctcd_ds.evaluation.tables import Rows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import file_entry
 from ctcd_ds.memory import keep_freed_memory
+from ctcd_ds.peers.reading import reads_segments, row_limit
 
 Feature = dict[str, Any]
+
+NO_LIMIT = 1 << 30  # tokens of a row, of a model whose config states none
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,15 @@ def open_checkpoint(path: Path, name: str) -> Checkpoint:
         path=path,
         name=name,
         sha256="+".join(file_entry(file)["sha256"] for file in weights),
-        positions=_positions(model),
+        positions=row_limit(model) or NO_LIMIT,
         tokenizer=tokenizer,
-        segments=getattr(model.config, "type_vocab_size", 0) > 1,
+        segments=reads_segments(model),
     )
 
 
 def _is_of_the_body(key: str, model: Any) -> bool:
     """Whether a weight belongs to what was pretrained; heads are new, and so is BERT's pooler after masked LM."""
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
-
-
-def _positions(model: Any) -> int:
-    """How many tokens a row may have; RoBERTa's first positions, up to the padding's, are never used."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            return int(module.num_embeddings - unused)
-    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
 
 def encode(rows: Rows, checkpoint: Checkpoint, max_length: int) -> list[Feature]:

@@ -12,6 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FEW = 8  # tokens that every model reads
 
 
+def few_tokens(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
+    """What a model's forward takes, of seven ids from the middle of its vocabulary, where no special ones are."""
+    count = torch.arange(rows * tokens, device=next(model.parameters()).device)
+    ids = (model.config.get_text_config().vocab_size // 2 + count % 7).view(rows, tokens)
+    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+
+
 def longest_row(model: Any) -> int | None:
     """How many tokens its tables of positions allow, None where it has none. `model` runs twice, on a short row.
 
@@ -30,21 +37,24 @@ def reads_segments(model: Any) -> bool:
     return takes and getattr(model.config, "type_vocab_size", 0) > 1
 
 
+def row_limit(model: Any) -> int | None:
+    """How many tokens a row may have: by its tables of positions, else as its config says; None: nothing says it."""
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest_row(model) or (stated if isinstance(stated, int) and stated > 0 else None)
+
+
 def fit_tokenizer(tokenizer: Any, model: Any) -> None:
     """Makes a tokenizer give what the model reads: as many tokens, with or without segments. In place."""
-    limit = longest_row(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None:
-        tokenizer.model_max_length = limit
+    tokenizer.model_max_length = row_limit(model) or tokenizer.model_max_length
     others = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-    tokenizer.model_input_names = [*others, *(["token_type_ids"] if reads_segments(model) else [])]
+    segments = ["token_type_ids"] if reads_segments(model) else []
+    tokenizer.model_input_names = [*others[:1], *segments, *others[1:]]
 
 
 @torch.no_grad()
 def _last_rows_read(model: Any, tokens: int) -> dict[tuple[int, int], int]:
-    """Embedding (address, entries) → the last entry that a row of equal tokens asks for, once a token at most."""
-    middle = model.config.get_text_config().vocab_size // 2
-    ids = torch.full((1, tokens), middle, device=next(model.parameters()).device)
-    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    """Embedding (address, entries) → the last entry that a row of few different tokens asks for."""
+    inputs = few_tokens(model, 1, tokens)
     was = model.training
     model.eval()
     with _Lookups() as lookups, torch.random.fork_rng([]):

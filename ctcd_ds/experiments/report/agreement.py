@@ -101,18 +101,19 @@ def _likeliest(model: Any, view: View, corpus: Corpus) -> np.ndarray:
 
 def _models(run: RunDirectory, recipe: Recipe, device: torch.device) -> Iterator[tuple[str, Any]]:
     """The run's peers one after another, so that one is in memory at a time."""
-    from transformers import AutoModelForMaskedLM, logging
+    from transformers import logging
 
     logging.disable_progress_bar()
+    auto = TASKS[recipe.objective.task].auto_class()
     exports = {name: run.path / "hf" / name for name in recipe.peers}
     exports |= {name: Path(peer.pretrained or "") for name, peer in recipe.peers.items() if peer.frozen}
     missing = [name for name, place in exports.items() if not (place / "config.json").is_file()]
     states = _checkpointed(run, missing) if missing else {}
     for name, place in exports.items():
         if name in states:
-            model = peer_model(run, name, states[name])
+            model = peer_model(run, name, states[name], auto)
         else:
-            model = AutoModelForMaskedLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
+            model = auto.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
         yield name, model.eval().to(device)
 
 
