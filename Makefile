@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 TWO_AT_A_TIME := -n 2 --dist loadfile
 
 # What a cluster on this one machine needs, by its names in Debian.
-CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin iptables
+CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin mpich iptables
 
 .PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report test-architectures check clean
 

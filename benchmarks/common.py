@@ -40,17 +40,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """A command's parser with the options that all benchmarks have."""
     made = cli.parser(description)
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--threads", type=positive, help="CPU threads; left out: torch's own choice")
-    made.add_argument("--repetitions", type=positive, default=5, help="interleaved rounds; times are their medians")
+    made.add_argument("--threads", type=cli.positive, help="CPU threads; left out: torch's own choice")
+    made.add_argument("--repetitions", type=cli.positive, default=5, help="interleaved rounds; times are their medians")
     made.add_argument("--output", type=Path, help="writes the row there, as JSON")
     return made
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, as an option's type."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 def begin(arguments: argparse.Namespace) -> torch.device:
@@ -82,7 +75,7 @@ def write_row(arguments: argparse.Namespace, values: Mapping[str, Any], show: bo
 
 def where(device: str) -> dict[str, Any]:
     """Hardware, versions, commit and threads of this process, and how busy the machine was before."""
-    found = environment(Ranks(0, 1, 0, 1, "alone"), device)
+    found = environment(Ranks.alone(), device)
     return {
         "hardware": {
             "device": found["device"],

@@ -6,7 +6,6 @@ Each part writes its result as soon as it is there. A part whose packages are mi
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import tempfile
@@ -206,7 +205,6 @@ def attempt(part: Callable[[], Any], began: float, minutes: float) -> dict[str, 
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: whether it runs at all")
     parser.add_argument("--minutes", type=float, default=8.0, help="no part begins later than this")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)

@@ -93,9 +93,9 @@ def measure(
 def main() -> None:
     parser = common.parser(__doc__)
     workload.add_shape_options(parser)
-    parser.add_argument("--loader_rows", type=common.positive, default=1024, help="rows in a step of rows_per_s")
+    parser.add_argument("--loader_rows", type=cli.positive, default=1024, help="rows in a step of rows_per_s")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a round of rows_per_s")
-    parser.add_argument("--steps", type=common.positive, default=5, help="training steps of wait_share")
+    parser.add_argument("--steps", type=cli.positive, default=5, help="training steps of wait_share")
     arguments = parser.parse_args()
     device, shape = common.begin(arguments), Shape.of(arguments)
     how = (arguments.loader_rows, arguments.seconds, arguments.steps, arguments.repetitions)

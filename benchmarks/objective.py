@@ -8,7 +8,6 @@ off its line where it does not fit, and measured where it does.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -169,16 +168,15 @@ def measure(
 
 def numbers(text: str) -> list[int]:
     """'2048,4096' as an option's type."""
-    return [common.positive(part) for part in text.split(",")]
+    return [cli.positive(part) for part in text.split(",")]
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--width", type=common.positive, default=768, help="hidden size of both peers")
-    parser.add_argument("--vocab_size", type=common.positive, default=30522, help="rounded up to a multiple of 64")
+    parser.add_argument("--width", type=cli.positive, default=768, help="hidden size of both peers")
+    parser.add_argument("--vocab_size", type=cli.positive, default=30522, help="rounded up to a multiple of 64")
     parser.add_argument("--tokens", type=numbers, default=[2048, 4096], help="where both ways are measured")
-    parser.add_argument("--extrapolate_to", type=common.positive, default=16384, help="tokens of memory_ratio")
+    parser.add_argument("--extrapolate_to", type=cli.positive, default=16384, help="tokens of memory_ratio")
     arguments = parser.parse_args()
     device, vocabulary = common.begin(arguments), workload.padded(arguments.vocab_size)
     shape = (arguments.width, vocabulary, arguments.tokens, arguments.extrapolate_to)

@@ -41,7 +41,7 @@ def run_block(recipe: Recipe, run_path: Path, config: dict[str, Any] | None = No
 
     plan = make_plan(recipe, config or CONFIG, 1, device_type(), run_path)
     with ExitStack() as ending:
-        train(plan, Ranks(0, 1, 0, 1, "alone"), RunDirectory(run_path), ending)
+        train(plan, Ranks.alone(), RunDirectory(run_path), ending)
     return [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -100,7 +100,7 @@ def measure(shape: Shape, steps: int, repetitions: int, device: torch.device, fo
 def main() -> None:
     parser = common.parser(__doc__)
     workload.add_shape_options(parser)
-    parser.add_argument("--steps", type=common.positive, default=6, help="steps of a block; the first is not counted")
+    parser.add_argument("--steps", type=cli.positive, default=6, help="steps of a block; the first is not counted")
     parser.set_defaults(repetitions=3)
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:

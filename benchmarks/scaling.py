@@ -176,14 +176,14 @@ def measure(shape: Shape, processes: list[int], timed: int, elements: int, folde
 
 def process_counts(text: str) -> list[int]:
     """'1,2,4' as an option's type; 1 is always among them, as it calibrates."""
-    return sorted({1, *(common.positive(part) for part in text.split(","))})
+    return sorted({1, *(cli.positive(part) for part in text.split(","))})
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     workload.add_shape_options(parser, peers="4x512,3x512")
     parser.add_argument("--processes", type=process_counts, default="1,2,4")
-    parser.add_argument("--elements", type=common.positive, default=2**25, help="fp32 values copied and all-reduced")
+    parser.add_argument("--elements", type=cli.positive, default=2**25, help="fp32 values copied and all-reduced")
     parser.add_argument("--one_rank_in", type=Path, help=argparse.SUPPRESS)
     parser.set_defaults(repetitions=3, rows=4, threads=1)
     arguments = parser.parse_args()

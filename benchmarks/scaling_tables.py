@@ -18,9 +18,9 @@ import workload
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.scaling import Cluster, Work
-from ctcd_ds.cluster.scaling_table import improve, table
+from ctcd_ds.cluster.scaling_table import improve, step_table
 from ctcd_ds.recipe import load_recipe
-from ctcd_ds.training.deepspeed_config import read_json
+from ctcd_ds.training.deepspeed_config import read_config
 from ctcd_ds.training.hardware import stated_peak
 from ctcd_ds.training.plan import make_plan
 
@@ -54,7 +54,7 @@ def sizes(corpus: Path, rows: int, most: int, changes: dict[str, Any]) -> Iterat
     recipe = load_recipe(PAPER, [f"{key}={value}" for key, value in settings.items()])
     for gpus in GPUS:
         for stage in (1, 2):
-            config = read_json(common.ROOT / "ds_configs" / f"zero{stage}_bf16.json")
+            config = read_config(common.ROOT / "ds_configs" / f"zero{stage}_bf16.json")
             if rows % gpus == 0:
                 config["train_micro_batch_size_per_gpu"] = min(most, rows // gpus)
                 plan = make_plan(recipe, config, gpus, "cuda", corpus / "run")
@@ -94,7 +94,7 @@ def parts() -> dict[str, str]:
             "paper-8192": list(sizes(corpus, 8192, 64, {})),
             "billion": list(sizes(corpus, 4096, 8, BILLION)),
         }
-    found = {f"{name}-table": table(pair) for name, pair in pairs.items()}
+    found = {f"{name}-table": step_table(pair) for name, pair in pairs.items()}
     return found | {f"{name}-advice": advice(pair) for name, pair in pairs.items()} | {"measured": measured()}
 
 

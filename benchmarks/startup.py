@@ -7,7 +7,6 @@ layer and takes one step. The peers are small, so that it is the start that is m
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from workload import Shape
 
 from ctcd_ds import cli
+from ctcd_ds.cluster.ranks import free_port
 
 EMPTY = """
 import sys
@@ -37,13 +37,10 @@ open(sys.argv[-1], "w").write("stepped\\n")
 
 def launch(arguments: list[object], appears: Path, device: str) -> float:
     """Launches a script with `deepspeed`; seconds until the file `appears` has content. Waits for its end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(common.ROOT)}
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
-    command = ["deepspeed", "--num_accelerators", 1, "--master_port", port, *arguments]
+    command = ["deepspeed", "--num_accelerators", 1, "--master_port", free_port(), *arguments]
     with tempfile.TemporaryFile("w+") as said:
         started = time.perf_counter()
         process = subprocess.Popen([str(part) for part in command], env=environment, stdout=said, stderr=said)

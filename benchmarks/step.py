@@ -233,7 +233,6 @@ def ways(text: str) -> list[str]:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     workload.add_shape_options(parser)
     parser.add_argument("--ways", type=ways, default=list(WAYS), help="which, separated by commas")
     arguments = parser.parse_args()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctcd_ds import cli
+from ctcd_ds.corpus.indexed import write_index
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import file_entry, write_manifest
@@ -62,9 +63,9 @@ def sizes(text: str) -> list[Size]:
 def add_shape_options(parser: argparse.ArgumentParser, peers: str = "6x768,4x768") -> None:
     """The options that say how large the measured step is."""
     parser.add_argument("--peers", type=sizes, default=peers, help="LAYERSxWIDTH of each peer")
-    parser.add_argument("--sequence_length", type=common.positive, default=128)
-    parser.add_argument("--rows", type=common.positive, default=16, help="rows in a step")
-    parser.add_argument("--vocab_size", type=common.positive, default=30522, help="rounded up to a multiple of 64")
+    parser.add_argument("--sequence_length", type=cli.positive, default=128)
+    parser.add_argument("--rows", type=cli.positive, default=16, help="rows in a step")
+    parser.add_argument("--vocab_size", type=cli.positive, default=30522, help="rounded up to a multiple of 64")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="of weights and activations")
 
 
@@ -192,11 +193,8 @@ def _tokenizer(vocab_size: int) -> Any:
 def _shard(folder: Path, name: str, documents: np.ndarray) -> dict[str, Any]:
     """megatron-core's pair of files, written without megatron-core: a GPU machine may lack it."""
     count, each = documents.shape
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, count, count + 1)
-    lengths, starts = np.full(count, each, np.int32), np.arange(count, dtype=np.int64) * each * 2
     documents.tofile(folder / f"{name}.bin")
-    index = header + lengths.tobytes() + starts.tobytes() + np.arange(count + 1, dtype=np.int64).tobytes()
-    (folder / f"{name}.idx").write_bytes(index)
+    (folder / f"{name}.idx").write_bytes(write_index("uint16", np.full(count, each)))
     files = {kind: file_entry(folder / f"{name}.{kind}") for kind in ("bin", "idx")}
     return {"name": name, "documents": count, "tokens": int(documents.size), **files}
 

@@ -6,8 +6,9 @@ Exit codes: 0 done, 1 internal failure or damage found, 2 a user's mistake, 85 s
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,23 +32,83 @@ class RunFailure(RuntimeError):
     """What ended a run and is nobody's typing mistake (a non-finite loss, a damaged file): one message, exit code 1."""
 
 
+def did_you_mean(word: object, allowed: Iterable[str]) -> str:
+    """'did you mean …?' for a near miss, else what is allowed."""
+    known = sorted(allowed)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known) or 'none'}"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, every default that says something, and values named by their kind."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds = {int: "N", positive: "N", float: "X", whole_numbers: "N,N", names: "A,B"}
+        kinds[Path] = "DIR" if action.dest.endswith("dir") else "FILE"
+        return kinds.get(action.type, "X" if action.type else action.dest.upper())
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_something = action.default not in (None, False, "", [], argparse.SUPPRESS)
+        return super()._get_help_string(action) if says_something else action.help
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes --a-b for --a_b, and says of an unknown option which one may be meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args([self._known(word) for word in words], namespace)
+
+    def _known(self, word: str) -> str:
+        option, *value = word.split("=", 1)
+        options = self._option_string_actions
+        if not option.startswith("--") or option == "--" or option in options:
+            return word
+        if (underscored := "--" + option[2:].replace("-", "_")) not in options:
+            near = did_you_mean(underscored, (name for name in options if name.startswith("--")))
+            self.exit(EXIT_MISTAKE, f"error: {option}: there is no such option; {near}\n")
+        return "=".join([underscored, *value])
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """An argument parser that shows every default and takes no abbreviations."""
-    return argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    """An argument parser that takes no abbreviations."""
+    return _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as an option's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names, as an option's type."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Comma-separated whole numbers, as an option's type."""
+    if not all(name.isdecimal() for name in names(text)) or not names(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of whole numbers")
+    return list(map(int, names(text)))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells as lines of equal columns, a rule under the first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 @contextmanager
-def outlive_the_listener() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """What is printed within may be lost, and is no failure: a rank must save though pdsh or ssh no longer listens."""
-    with redirect_stdout(_Unheard(sys.stdout)), redirect_stderr(_Unheard(sys.stderr)):
+    with redirect_stdout(_ForgivingStream(sys.stdout)), redirect_stderr(_ForgivingStream(sys.stderr)):
         yield
 
 
-class _Unheard:
+class _ForgivingStream:
     """A stream that drops what it cannot write."""
 
     def __init__(self, stream: Any) -> None:
@@ -81,12 +142,16 @@ def typed() -> list[str]:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options that say which run is meant: the same for training and for what looks at its hosts before."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
-    parser.add_argument("--output_dir", type=Path, required=True, help="the run directory")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the recipe")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
+    add = parser.add_argument
+    add("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
+    parser.add_argument(
+        "--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON file; "auto" is filled in'
+    )
+    add("--output_dir", type=Path, required=True, help="the run directory")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change these keys of the recipe"
+    )
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

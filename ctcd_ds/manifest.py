@@ -122,6 +122,15 @@ def write_manifest(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, json.dumps({**content, "sha256": canonical_sha256(content)}, indent=1) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads a manifest and checks its own sha256.
 

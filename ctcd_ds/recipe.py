@@ -1,14 +1,13 @@
 """The recipe: everything about a run except how DeepSpeed runs it. Typed, frozen, validated as a whole.
 
-The keys are DESIGN §4's contract. Numbers are read as in YAML 1.2 (5e-4 is a float), in files and in --set.
+Numbers are read as in YAML 1.2 (5e-4 is a float), in files and in --set.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from types import UnionType
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.objective.graph import DistillationGraph
 
 
@@ -29,13 +28,6 @@ class Mistakes(UserError):
         self.mistakes = list(mistakes)
         count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         super().__init__(f"{count} in {where}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
-
-
-def did_you_mean(word: object, allowed: Iterable[str]) -> str:
-    """' (did you mean …?)' for a near miss, else what is allowed."""
-    known = sorted(allowed)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known) or 'none'}"
 
 
 class Section(BaseModel):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 import forks
+from ctcd_ds.cluster.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,10 +42,7 @@ def run(script: str, *arguments: object, **variables: object) -> subprocess.Comp
 
 def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     """`deepspeed --num_accelerators RANKS …` as a user types it, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", port, *arguments)]
+    return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *arguments)]
 
 
 def deepspeed(ranks: int, *arguments: object, timeout: int = 500) -> subprocess.CompletedProcess[str]:

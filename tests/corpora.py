@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ctcd_ds.corpus.indexed import write_index
 from ctcd_ds.corpus.rows import Corpus, Rows, SpecialIds
 from ctcd_ds.manifest import sampled_entry, write_manifest
 
@@ -64,14 +64,8 @@ def write_shard(directory: Path, name: str, documents: Documents, vocab_size: in
     dtype = corpus_dtype(vocab_size)
     stored = [np.array([*document, sep], dtype) for document in documents]
     lengths = np.array([len(document) for document in stored], np.int32)
-    ends = np.cumsum(lengths, dtype=np.int64)
     (directory / f"{name}.bin").write_bytes(b"".join(document.tobytes() for document in stored))
-    (directory / f"{name}.idx").write_bytes(
-        index_header(dtype, len(stored))
-        + lengths.tobytes()
-        + ((ends - lengths) * np.dtype(dtype).itemsize).tobytes()
-        + np.arange(len(stored) + 1, dtype=np.int64).tobytes()
-    )
+    (directory / f"{name}.idx").write_bytes(write_index(dtype, lengths))
     return {
         "name": name,
         "documents": len(stored),
@@ -101,10 +95,6 @@ def write_corpus_manifest(
 
 def corpus_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size < 65500 else "int32"
-
-
-def index_header(dtype: str, documents: int) -> bytes:
-    return struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, {"int32": 4, "uint16": 8}[dtype], documents, documents + 1)
 
 
 def _shards(split: Any) -> list[Documents]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 import forks
 from corpora import write_corpus
+from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import read_manifest, write_manifest
 
@@ -105,10 +105,7 @@ def start_ranks(
     They are forked, but for those that a command of `before` starts somewhere else (another network namespace).
     `variables`: added to its environment.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes: list[Process] = []
     for rank in range(world):
         own = {**common, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, **variables}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from commands import ROOT
 from ctcd_ds.cli import UserError
 from ctcd_ds.recipe import Recipe
-from ctcd_ds.training.deepspeed_config import read_json, resolve
+from ctcd_ds.training.deepspeed_config import read_config, resolve
+from runs import Job, bert, chain_corpus, metrics, run_jobs
 
 RECIPE = Recipe.model_validate(
     {
@@ -19,6 +22,7 @@ RECIPE = Recipe.model_validate(
     }
 )
 ZERO = {"zero_optimization": {"stage": 2}}
+BF16_INTO_FP32 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def resolved(config: dict[str, Any], world: int = 2, device: str = "cpu") -> dict[str, Any]:
@@ -106,4 +110,55 @@ def test_a_missing_zero_block_is_stage_0_and_refused() -> None:
 def test_a_file_that_is_no_json_object_is_one_message(tmp_path: Path, text: str) -> None:
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(UserError, match=r"d\.json"):
-        read_json(tmp_path / "d.json")
+        read_config(tmp_path / "d.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            "write a smaller train_micro_batch_size_per_gpu",
+        ),
+        ({"prescale_gradients": True}, "write communication_data_type fp32"),
+        ({"gradient_predivide_factor": 2.0}, "write communication_data_type fp32"),
+        ({"disable_allgather": True}, "remove it"),
+        ({"wandb": {"enabled": True}}, "wandb cannot be imported"),
+        ({"comet": {"enabled": True}}, "pip install comet_ml"),
+        ({"wandb": True}, 'write {"enabled": true}'),
+        ({**BF16_INTO_FP32, "zero_optimization": {"stage": 1}}, "write stage 2, or leave grad_accum_dtype out"),
+    ],
+)
+def test_a_key_that_would_do_nothing_or_cannot_work_is_refused_with_what_to_write(
+    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("wandb", "comet_ml"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
+    assert said in mistakes({**ZERO, **given})
+
+
+def test_every_shipped_config_trains_through_the_engine(tmp_path: Path) -> None:
+    """The same first loss in each precision; fp16, which DeepSpeed refuses on a CPU, by the tests' own door."""
+    recipe = {
+        "corpus": {"path": str(chain_corpus(tmp_path / "corpus")), "sequence_length": 32},
+        "peers": {"one": {"model": bert(16, 1), "soft": {"two": 1.0}}, "two": {"model": bert(16, 1)}},
+        "training": {"global_batch_rows": 8, "steps": 3, "log_every": 1},
+    }
+    shipped = sorted((ROOT / "ds_configs").glob("*.json"))
+    run_jobs([Job(recipe, tmp_path / path.stem, read_config(path)) for path in shipped], 2, tmp_path)
+    losses = [metrics(tmp_path / path.stem)[1]["loss/one/hard"] for path in shipped]
+    assert len(losses) >= 4 and losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
+
+
+def test_what_a_key_says_by_default_is_no_mistake() -> None:
+    resolved({**ZERO, "prescale_gradients": False, "gradient_predivide_factor": 1.0, "wandb": {"enabled": False}})
+    resolved({**BF16_INTO_FP32, "zero_optimization": {"stage": 2}})
+    auto = {**BF16_INTO_FP32, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}
+    resolved(auto, device="cpu")
+    assert "stage = 1" in mistakes(auto, device="cuda")
+
+
+def test_monitors_write_into_the_run_directory_and_take_every_event() -> None:
+    values = resolved({**ZERO, "csv_monitor": {"enabled": True}, "comet": {"enabled": False}})
+    assert values["csv_monitor"] == {"enabled": True, "output_path": "RUN", "job_name": "csv_monitor"}
+    assert values["comet"]["samples_log_interval"] == 1

@@ -17,7 +17,7 @@ from ctcd_ds.experiments.experiment import with_data
 from ctcd_ds.experiments.grid import CellPlan, expand
 from ctcd_ds.experiments.planning import Planned, plan_cells
 from ctcd_ds.experiments.results import read_results, write_results
-from ctcd_ds.experiments.running import last_words, places
+from ctcd_ds.experiments.running import failure_message, places
 from ctcd_ds.experiments.specification import base_recipe, load_experiment
 from ctcd_ds.recipe import Mistakes
 from runs import bert, chain_corpus
@@ -208,7 +208,7 @@ def test_sizes_seeds_and_directories_are_checked(tmp_path: Path, corpus: Path, m
     for options, said in (
         (("--size", "tini"), "--size tini: allowed: full"),
         (("--seeds", "1,x"), "no comma-separated list"),
-        (("--max_parallel", "0"), "must be a whole number from 1"),
+        (("--max_parallel", "0"), "is not a whole number from 1"),
         (("--set", "training.steps"), "write key=value"),
         (("--output_dir", tmp_path / "full"), "holds other files"),
         (("--experiment", tmp_path / "no.yaml"), "cannot be read"),
@@ -219,8 +219,10 @@ def test_sizes_seeds_and_directories_are_checked(tmp_path: Path, corpus: Path, m
         assert code == 2 and said in error, error
 
 
-def test_places_share_out_the_machine() -> None:
-    assert [p["OMP_NUM_THREADS"] for p in places(1, None, gpus=0, cores=4)] in ([["1"] * 4], ["1"] * 4)
+def test_places_share_out_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [p["OMP_NUM_THREADS"] for p in places(1, None, gpus=0, cores=4)] == ["1"] * 4
+    assert [p["OMP_NUM_THREADS"] for p in places(1, 2, gpus=0, cores=4)] == ["2"] * 2
     assert len(places(2, None, gpus=0, cores=4)) == 1
     assert [p["CUDA_VISIBLE_DEVICES"] for p in places(1, 3, gpus=2, cores=4)] == ["0", "1", "0"]
     assert all("CUDA_VISIBLE_DEVICES" not in p for p in places(None, None, gpus=8, cores=4))
@@ -238,9 +240,12 @@ def test_demo_data_gives_way_to_a_corpus_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_last_words_of_a_log_are_its_error() -> None:
-    assert last_words("a\nerror: two mistakes\n  - one\n  - two\n") == "error: two mistakes - one - two"
-    assert last_words("\r 0% [?step/s]failed: step 2: nan\n\r 17% [6step/s]\n") == "failed: step 2: nan"
-    assert last_words("Traceback\n  x\nValueError: no\n\n") == "ValueError: no" and last_words("") == "it said nothing"
+    assert failure_message("a\nerror: two mistakes\n  - one\n  - two\n") == "error: two mistakes - one - two"
+    assert failure_message("\r 0% [?step/s]failed: step 2: nan\n\r 17% [6step/s]\n") == "failed: step 2: nan"
+    assert (
+        failure_message("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
+        and failure_message("") == "it said nothing"
+    )
 
 
 # --- a real one ----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ SPELT = {
 }
 
 
-FAST = finetune.Settings(epochs=1, learning_rate=1e-3, batch_size=8)
+FAST = finetune.FinetuneSettings(epochs=1, learning_rate=1e-3, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +121,14 @@ def test_the_hub_gives_the_same_rows_as_the_files(home: Path, tmp_path: Path, mo
 
 def test_metrics_are_the_official_ones() -> None:
     truth, answers = [1, 1, 1, 0, 0, 1, 0, 1], np.array([1, 0, 1, 0, 1, 1, 0, 1])  # tp 4, fp 1, fn 1, tn 2
-    assert metrics.measure(tasks.COLA, answers, truth) == {"matthews": pytest.approx(7 / 15)}
-    assert metrics.measure(tasks.MRPC, answers, truth) == {"accuracy": 0.75, "f1": pytest.approx(0.8)}
-    assert metrics.measure(tasks.QQP, answers, truth) == metrics.measure(tasks.MRPC, answers, truth)
-    assert metrics.measure(tasks.RTE, answers, truth) == {"accuracy": 0.75}
+    assert metrics.scores(tasks.COLA, answers, truth) == {"matthews": pytest.approx(7 / 15)}
+    assert metrics.scores(tasks.MRPC, answers, truth) == {"accuracy": 0.75, "f1": pytest.approx(0.8)}
+    assert metrics.scores(tasks.QQP, answers, truth) == metrics.scores(tasks.MRPC, answers, truth)
+    assert metrics.scores(tasks.RTE, answers, truth) == {"accuracy": 0.75}
     scores, guesses = [0.0, 1.0, 2.5, 5.0], np.array([0.5, 0.7, 4.0, 3.0])
-    found = metrics.measure(tasks.STSB, guesses, scores)
+    found = metrics.scores(tasks.STSB, guesses, scores)
     assert found == {"pearson": pytest.approx(np.corrcoef(scores, guesses)[0, 1]), "spearman": pytest.approx(0.8)}
-    assert metrics.measure(tasks.STSB, np.ones(4), scores) == {"pearson": 0.0, "spearman": 0.0}
+    assert metrics.scores(tasks.STSB, np.ones(4), scores) == {"pearson": 0.0, "spearman": 0.0}
     assert metrics.score({"accuracy": 0.75, "f1": 0.8}) == pytest.approx(77.5)
 
 
@@ -168,7 +168,7 @@ def test_all_ten_tasks_give_metrics_and_an_average(finished: Path) -> None:
     first, second = (model["tasks"]["stsb"]["median"] for model in content["models"].values())
     assert content["differences"]["against"] == "teacher"
     assert content["differences"]["models"]["student"]["stsb"] == pytest.approx(second - first)
-    text = results.table(content)
+    text = results.score_table(content)
     assert all(f"\n{task.name}" in text for task in tasks.GLUE) and "average without wnli" in text
 
 
@@ -208,11 +208,11 @@ def test_a_run_that_goes_on_later_ends_like_one_that_was_never_cut(home: Path, t
     for file in sorted((tmp_path / "whole/submissions/teacher").iterdir()):
         assert file.read_bytes() == (tmp_path / "parts/submissions/teacher" / file.name).read_bytes()
     assert sorted(whole["models"]["teacher"]["tasks"]["rte"]["seeds"]) == ["1", "2", "3"]
-    assert "median of 3 seeds (min-max)" in results.table(whole)
+    assert "median of 3 seeds (min-max)" in results.score_table(whole)
 
 
 def test_the_submission_comes_from_the_seed_that_is_best_on_dev(home: Path, tmp_path: Path) -> None:
-    model, hot = [home / "hf/teacher"], finetune.Settings(epochs=2, learning_rate=1e-2, batch_size=8)
+    model, hot = [home / "hf/teacher"], finetune.FinetuneSettings(epochs=2, learning_rate=1e-2, batch_size=8)
     content = glue.run(model, ("sst2",), home / "data", tmp_path / "three", (1, 2, 3), hot)
     entry = content["models"]["teacher"]["tasks"]["sst2"]
     best = max((cell["score"], -int(seed)) for seed, cell in entry["seeds"].items())
@@ -224,7 +224,7 @@ def test_the_submission_comes_from_the_seed_that_is_best_on_dev(home: Path, tmp_
 
 def test_fine_tuning_learns(home: Path, tmp_path: Path) -> None:
     write_glue(tmp_path / "data", rows=256, dev=32)
-    hot = finetune.Settings(epochs=3, learning_rate=1e-2, batch_size=16)
+    hot = finetune.FinetuneSettings(epochs=3, learning_rate=1e-2, batch_size=16)
     content = glue.run([home / "hf/teacher"], ("sst2", "stsb"), tmp_path / "data", tmp_path / "out", (1,), hot)
     entry = content["models"]["teacher"]["tasks"]
     assert entry["sst2"]["median"] == 100.0
@@ -244,7 +244,7 @@ def test_other_architectures_and_rows_longer_than_their_positions(home: Path, tm
 
 
 def test_samples_are_limited_and_then_nothing_is_submitted(home: Path, tmp_path: Path) -> None:
-    few = finetune.Settings(epochs=1, batch_size=4, max_train_samples=8, max_eval_samples=4)
+    few = finetune.FinetuneSettings(epochs=1, batch_size=4, max_train_samples=8, max_eval_samples=4)
     glue.run([home / "hf/teacher"], ("rte",), home / "data", tmp_path / "out", (1,), few, keep_models=True)
     assert not (tmp_path / "out/submissions").exists()
     kept = finetune.open_checkpoint(tmp_path / "out/models/teacher/rte/seed-1", "kept")
@@ -283,7 +283,7 @@ def test_mistakes_are_told_before_anything_is_written(home: Path, tmp_path: Path
     refuse(home, "is no directory", out, data_dir=tmp_path / "nowhere")
     refuse(home, "names no seed", out, seeds=())
     with pytest.raises(UserError, match="--learning_rate: -1"):
-        finetune.Settings(learning_rate=-1)
+        finetune.FinetuneSettings(learning_rate=-1)
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,13 @@ def test_the_official_files_have_their_official_sizes(shared_data: Path, name: s
 
 @pytest.mark.data
 def test_every_task_there_goes_through_on_a_subsample(shared_data: Path, model: Path, tmp_path: Path) -> None:
-    few = finetune.Settings(epochs=1, learning_rate=1e-3, max_train_samples=320)
+    few = finetune.FinetuneSettings(epochs=1, learning_rate=1e-3, max_train_samples=320)
     content = glue.run([model], ("all",), shared_data / "glue", tmp_path / "out", (1,), few)
     entry = content["models"]["tiny"]
     assert list(entry["tasks"]) == list(SIZES)
     assert entry["average"]["missing"] == ["qqp", "mnli", "qnli"]
     assert 45 < entry["tasks"]["sst2"]["median"] < 100
-    assert "not in the average, because not done: qqp, mnli, qnli" in results.table(content)
+    assert "not in the average, because not done: qqp, mnli, qnli" in results.score_table(content)
     for name, (_, _, test) in SIZES.items():
         (task,) = tasks.named([name])
         file = tmp_path / f"out/submissions/tiny/{task.folder}.tsv"

@@ -22,7 +22,7 @@ FLOORS = [
     {"peers", "corpus"},
     {"tasks"},
     {"training", "cluster"},
-    {"export", "evaluation"},
+    {"export", "evaluation", "preflight"},
     {"experiments", "demo"},
     {"commands"},
 ]
@@ -88,7 +88,7 @@ def test_every_import_of_our_own_exists() -> None:
             assert name in modules(), f"{modules()[module]}:{line} imports {name}, which is no module"
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
+@pytest.mark.parametrize("module", sorted(set(modules()) - {"ctcd_ds"}))  # the front door: it names what rooms give
 def test_imports_run_downwards(module: str) -> None:
     for line, name in own_imports(module):
         below = FLOOR_OF[room(name)] <= FLOOR_OF[room(module)]

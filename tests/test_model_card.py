@@ -15,7 +15,7 @@ from ctcd_ds.recipe import load_recipe
 from glue_files import write_tsv
 from runs import Job, bert, chain_corpus, run_jobs
 
-FAST = finetune.Settings(epochs=1, batch_size=8)
+FAST = finetune.FinetuneSettings(epochs=1, batch_size=8)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ctcd_ds.evaluation.card import eval_results
 from ctcd_ds.evaluation.task_file import own_tasks
 from glue_files import sentence, write_glue, write_model, write_tsv
 
-HOT = finetune.Settings(epochs=3, learning_rate=1e-2, batch_size=16)
+HOT = finetune.FinetuneSettings(epochs=3, learning_rate=1e-2, batch_size=16)
 ADVGLUE_ROWS: dict[str, dict[str, str]] = {
     "sst2": {"sentence": "it was good"},
     "qqp": {"question1": "it was good ?", "question2": "was it good ?"},
@@ -180,7 +180,7 @@ def test_a_set_with_a_base_is_scored_by_the_models_fine_tuned_on_it(scored: dict
 
 
 def test_the_table_shows_clean_and_other_rows_side_by_side(scored: dict[str, Any]) -> None:
-    lines = {line.split("  ")[0]: line for line in results.table(scored).splitlines()}
+    lines = {line.split("  ")[0]: line for line in results.score_table(scored).splitlines()}
     assert re.search(r"sst2 -> turned +40 +100\.0 -> 0\.0 \(0\.0-0\.0\) +-100\.0", lines["sst2 -> turned"])
     assert re.search(r"sst2 -> adv_sst2 +2 +100\.0 -> 50\.0", lines["sst2 -> adv_sst2"])
     assert "sst2 -> moods" not in lines and "moods" in lines
@@ -211,7 +211,7 @@ def test_a_task_of_ones_own_may_be_the_base_and_needs_no_glue(home: Path, tmp_pa
         glue.run([home / "hf/teacher"], ("all",), None, tmp_path / "out", (1,), HOT)
     content = glue.run([home / "hf/teacher"], ("all",), None, tmp_path / "out", (1,), HOT, False, files, ["turned"])
     assert content["models"]["teacher"]["tasks"]["turned"]["median"] == 0.0
-    text = results.table(content)
+    text = results.score_table(content)
     assert "not in the average" not in text and "moods -> turned" not in text  # their metrics differ
 
 

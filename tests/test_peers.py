@@ -13,7 +13,7 @@ from corpora import write_corpus
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.objective.batch import Batch
 from ctcd_ds.peers.accounting import cost
-from ctcd_ds.peers.build import build_peer, config_mistakes, peer_config, weights_sha256
+from ctcd_ds.peers.build import build_peer, config_mistakes, frozen_sha256, peer_config, weights_sha256
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import OptimizerSection, PeerSection, Recipe
 from runs import bert, chain_documents
@@ -87,6 +87,14 @@ def test_initialisation_is_keyed_by_name_and_seed_and_not_by_company(corpus: Cor
     one, again = peer(corpus, model=bert(32, 2)), peer(corpus, model=bert(32, 2))
     other = peer(corpus, name="student", model=bert(32, 2))
     assert weights_sha256(one) == weights_sha256(again) != weights_sha256(other)
+
+
+def test_a_frozen_peer_is_hashed_once() -> None:
+    peer = torch.nn.Linear(2, 2)
+    before = frozen_sha256(peer)
+    assert before == weights_sha256(peer)
+    torch.nn.init.zeros_(peer.weight)
+    assert frozen_sha256(peer) == before != weights_sha256(peer)
 
 
 def test_a_pretrained_peer_starts_from_its_checkpoint_in_a_padded_vocabulary(corpus: Corpus, tmp_path: Path) -> None:

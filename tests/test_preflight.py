@@ -10,19 +10,24 @@ from typing import Any
 
 import pytest
 
-from ctcd_ds.cluster.bandwidth import AllReduce, as_cluster
-from ctcd_ds.cluster.checks import Facts, Hosts, Job, common_mistake, judge
-from ctcd_ds.cluster.probes import PACKAGES, OutputProbe
-from ctcd_ds.cluster.verdict import table
+from ctcd_ds.preflight.bandwidth import AllReduce, as_cluster
+from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
+from ctcd_ds.preflight.probes import PACKAGES, OutputProbe
+from ctcd_ds.preflight.verdict import host_table
 from runs import ROOT, bert, chain_corpus, start_ranks
 
 VERSIONS = dict.fromkeys(("python", "ctcd_ds", *PACKAGES), "1.0")
-JOB = Job(settings={"recipe.seed": 1}, corpus="c" * 64, checkpoint_bytes=10, checkpoints=4)
+JOB: dict[str, Any] = {
+    "settings": {"recipe.seed": 1},
+    "corpus": "c" * 64,
+    "checkpoint_bytes": 10,
+    "checkpoints": 4,
+}
 
 
 def good(rank: int, host: str, **changes: Any) -> Facts:
     """What a rank says where all is well."""
-    facts = Facts(rank, host, VERSIONS, JOB, {}, 0.0, 0.0, None, 1000, None, None)
+    facts = Facts(rank, host, VERSIONS, {}, 0.0, 0.0, None, 1000, **JOB)
     return replace(facts, **changes)
 
 
@@ -38,15 +43,15 @@ def found(hosts: Hosts) -> list[tuple[str, str]]:
     "changes",
     [
         {"versions": {**VERSIONS, "torch": "2.0"}},
-        {"job": replace(JOB, settings={"recipe.seed": 2})},
-        {"job": replace(JOB, settings={"recipe.seed": 1, "deepspeed.extra": True})},
-        {"job": replace(JOB, corpus="d" * 64)},
-        {"job": Job(mistake=("corpus", "it does not exist"))},
+        {"settings": {"recipe.seed": 2}},
+        {"settings": {"recipe.seed": 1, "deepspeed.extra": True}},
+        {"corpus": "d" * 64},
+        {"settings": None, "corpus": None, "mistake": ("corpus", "it does not exist")},
         {"output": "cannot write"},
         {"free_bytes": 39},
         {"ahead_s": -3.0},
         {"gpu_problem": "is busy"},
-        {"job": replace(JOB, accelerator="cuda")},
+        {"accelerator": "cuda"},
     ],
     ids=str,
 )
@@ -86,19 +91,19 @@ def test_who_fails_with_most_others_is_named(failing: Sequence[tuple[int, int]],
 
 
 def test_a_mistake_is_the_users_only_where_all_ranks_see_it() -> None:
-    mistaken = replace(JOB, mistake=("recipe", "no such key"))
-    assert common_mistake(hosts_of(good(0, "a", job=mistaken), good(1, "b", job=mistaken))) == "no such key"
-    one_sided = hosts_of(good(0, "a"), good(1, "b", job=mistaken))
+    mistaken = ("recipe", "no such key")
+    assert common_mistake(hosts_of(good(0, "a", mistake=mistaken), good(1, "b", mistake=mistaken))) == "no such key"
+    one_sided = hosts_of(good(0, "a"), good(1, "b", mistake=mistaken))
     assert common_mistake(one_sided) is None and found(one_sided) == [("b", "recipe")]
 
 
 def test_a_thousand_hosts_make_a_table_that_can_be_read() -> None:
     facts = [good(rank, f"n{rank // 8}") for rank in range(8 * 1000 - 8)]
     hosts = hosts_of(*facts, silent={8 * 999 + k: "n999" for k in range(8)})
-    lines = table(hosts, judge(hosts)).splitlines()
-    assert len(lines) == 1 + 17 + 1 + 3
-    assert lines[17].split()[:3] == ["n999", "7992-7999", "FAIL"] and lines[18].startswith("983 more")
-    assert "nothing heard of rank 7992-7999 within 15 s" in lines[20]
+    lines = host_table(hosts, judge(hosts)).splitlines()
+    assert len(lines) == 2 + 17 + 1 + 3
+    assert lines[18].split()[:3] == ["n999", "7992-7999", "FAIL"] and lines[19].startswith("983 more")
+    assert "nothing heard of rank 7992-7999 within 15 s" in lines[21]
 
 
 def test_hosts_share_a_directory_or_do_not(tmp_path: Path) -> None:
@@ -136,7 +141,7 @@ def test_two_ranks_on_one_machine_are_good(tmp_path: Path) -> None:
     codes = [rank.wait(60) for rank in ranks]
     said = (tmp_path / "log-rank0.log").read_text()
     assert codes == [0, 0], said
-    assert said.splitlines()[1].split()[1:] == ["0-1", *["ok"] * 7, "skipped"]
+    assert said.splitlines()[2].split()[1:] == ["0-1", *["ok"] * 7, "skipped"]
     assert "all-reduce of" in said and "(this one)" in said and not (tmp_path / "run").exists()
 
 
@@ -147,4 +152,4 @@ def test_a_rank_that_does_not_come_is_missed_in_time(tmp_path: Path) -> None:
     second.wait()
     assert first.wait(60) == 1
     said = (tmp_path / "log-rank0.log").read_text()
-    assert said.splitlines()[1].split()[1:3] == ["0-1", "FAIL"] and "nothing heard of rank 1 within 2 s" in said
+    assert said.splitlines()[2].split()[1:3] == ["0-1", "FAIL"] and "nothing heard of rank 1 within 2 s" in said

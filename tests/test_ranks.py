@@ -12,6 +12,9 @@ from ctcd_ds.cluster.ranks import Ranks, find_ranks, first_node, slurm_port, tas
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 OPEN_MPI = {f"OMPI_COMM_WORLD_{key}": value for key, value in
             {"RANK": "1", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}.items()}  # fmt: skip
+MVAPICH = {name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}  # as MPICH 4.0 sets them
+CRAY = {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}
 
 
 def step(layout: list[int], rank: int, job: int = 7, step: int = 0) -> dict[str, str]:
@@ -86,6 +89,33 @@ def test_one_mpirun_meets_at_one_port_and_another_elsewhere() -> None:
     assert find_ranks({**OPEN_MPI, "PMIX_NAMESPACE": "2"}).port != first[0].port
 
 
+@pytest.mark.parametrize("theirs", [OPEN_MPI, MVAPICH, HYDRA, CRAY, {**HYDRA, **MVAPICH}])
+def test_every_mpi_tells_its_ranks(theirs: dict[str, str]) -> None:
+    found = find_ranks(theirs)
+    assert (found.rank, found.world, found.local_rank, found.local_world, found.source) == (1, 4, 1, 4, "mpirun")
+    assert found.port > 0, "all ranks must meet at one that is known before"
+    inside = {**step([1, 1], 1), **theirs}  # mpiexec starts a proxy a node, by srun
+    assert find_ranks({**inside, "MASTER_ADDR": "a"}).world == 4
+
+
+def test_srun_with_pmi_knows_more_than_pmi() -> None:
+    found = find_ranks({**step([2, 2], 3), "PMI_RANK": "3", "PMI_SIZE": "4"})
+    assert (found.source, found.address, found.local_rank) == ("srun", "node098", 1)
+
+
+@pytest.mark.parametrize(("stated", "threads"), [("4", 4), ("4,2", 4), (" 3 , 1", 3)])
+def test_threads_are_those_of_the_first_level(stated: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    assert find_ranks({}).threads() == threads
+
+
+@pytest.mark.parametrize("stated", ["", "many", "0", ",2", "-1"])
+def test_threads_that_are_no_number_are_a_message(stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    with pytest.raises(UserError, match="OMP_NUM_THREADS"):
+        find_ranks({}).threads()
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -101,6 +131,9 @@ def test_one_mpirun_meets_at_one_port_and_another_elsewhere() -> None:
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, "not started by srun"),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, "srun python"),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "mpirun -x MASTER_ADDR=HOST"),
+        ({**HYDRA, "MPI_LOCALNRANKS": "2"}, "mpiexec -genv MASTER_ADDR HOST"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "4"}, "MPI_LOCALRANKID = ''"),
+        ({**HYDRA, **BY_HAND, "RANK": "0"}, "mpirun says PMI_RANK = 1"),
         ({**step([2, 2], 0), "SLURMD_NODENAME": "node099"}, "export MASTER_ADDR=node099"),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import socket
 import subprocess
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from commands import ROOT, environment
+from ctcd_ds.cluster.ranks import free_port
 
 README = (ROOT / "README.md").read_text()
 
@@ -62,10 +62,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smaller(line: str) -> str:
     line = line.replace("--vocab_size 30522", "--vocab_size 300")
     if line.startswith("deepspeed"):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        line = line.replace("deepspeed ", f"deepspeed --num_accelerators 2 --master_port {port} ", 1)
+        line = line.replace("deepspeed ", f"deepspeed --num_accelerators 2 --master_port {free_port()} ", 1)
         line = line.replace("zero2_bf16.json", "cpu.json") + " --set " + " ".join(map(shlex.quote, SMALLER))
     return line
 

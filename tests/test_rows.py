@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpora import SPECIAL, framed, index_header, random_documents, write_corpus, write_corpus_manifest
+from corpora import SPECIAL, framed, random_documents, write_corpus, write_corpus_manifest
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.indexed import Header
 from ctcd_ds.corpus.rows import Corpus, RowOrder, Rows, batch_rows
 from ctcd_ds.manifest import write_manifest
 
@@ -198,7 +199,7 @@ def test_a_billion_rows_open_at_once(tmp_path: Path) -> None:
     for name in ("train-00000", "train-00001"):
         sizes = {"bin": 2 * tokens, "idx": 34 + 12 * documents + 8 * (documents + 1)}
         for kind, size in sizes.items():
-            (path / f"{name}.{kind}").write_bytes(index_header("uint16", documents) if kind == "idx" else b"")
+            (path / f"{name}.{kind}").write_bytes(Header(8, documents, documents + 1).write() if kind == "idx" else b"")
             os.truncate(path / f"{name}.{kind}", size)
         files = {kind: {"bytes": size, "sha256": "0" * 64} for kind, size in sizes.items()}
         shards.append({"name": name, "documents": documents, "tokens": tokens, **files})
@@ -286,7 +287,7 @@ def test_wrong_index_headers_are_named(tmp_path: Path) -> None:
     path = write_corpus(tmp_path / "c", random_documents(9))
     file = path / "train-00000.idx"
     whole = file.read_bytes()
-    for header in [index_header("int32", 9), index_header("uint16", 8), b"X" * 34]:
+    for header in [Header(4, 9, 10).write(), Header(8, 9, 9).write(), b"X" * 34]:
         file.write_bytes(header + whole[34:])
         with pytest.raises(UserError, match=r"train-00000\.idx: "):
             Corpus.open(path)

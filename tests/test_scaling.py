@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctcd_ds.cluster.scaling import Cluster, Work, predict, state_bytes
-from ctcd_ds.cluster.scaling_table import COLUMNS, ENOUGH, improve, table
+from ctcd_ds.cluster.scaling_table import COLUMNS, ENOUGH, improve, step_table
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.plan import make_plan, memory_per_rank
 from runs import bert, chain_corpus
@@ -129,7 +129,7 @@ def test_the_batch_grows_only_where_communication_alone_is_not_enough() -> None:
 
 
 def test_a_table_has_a_line_for_each_size() -> None:
-    head, rule, *lines = table([(WORK, replace(CLUSTER, nodes=nodes)) for nodes in (1, 512)]).splitlines()
+    head, rule, *lines = step_table([(WORK, replace(CLUSTER, nodes=nodes)) for nodes in (1, 512)]).splitlines()
     assert len({len(line) for line in (head, rule, *lines)}) == 1
     cells = [cell.strip() for cell in lines[1].strip("|").split("|")]
     step = predict(WORK, replace(CLUSTER, nodes=512))

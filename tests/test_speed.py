@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def found(models: list[Path]) -> speed.Speed:
-    return speed.measure(models, [1, 8], [16, 64], CPU, seconds=0.5)
+    return speed.measure_speed(models, [1, 8], [16, 64], CPU, seconds=0.5)
 
 
 def test_a_model_with_a_tenth_of_the_layers_is_faster_and_smaller(found: speed.Speed) -> None:
@@ -97,10 +97,10 @@ def test_the_command_prints_a_table_and_names_mistakes(
     )
     assert code == 0, err
     assert "1 x 32" in out and "4 x 32" in out and "speed-up against teacher" in out
-    assert speed.table(speed.read_speed(tmp_path / "out")) in out
+    assert speed.speed_table(speed.read_speed(tmp_path / "out")) in out
     for wrong, said in (
         (("--sequence_lengths", "65"), "teacher reads at most 64 tokens"),
-        (("--batch_sizes", "0"), "'0' is no comma-separated list"),
+        (("--batch_sizes", "0"), "--batch_sizes: whole numbers from 1"),
         (("--model", tmp_path), "has no config.json"),
         (("--model", models[0], models[0]), "given twice"),
     ):

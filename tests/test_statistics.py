@@ -24,10 +24,11 @@ def verdict(ours: Spread, theirs: Spread, metric: str = "valid_loss") -> tuple[s
 def test_the_interval_covers_the_truth_as_often_as_it_says(pairs: int) -> None:
     """Where there is no difference, at most about one experiment in twenty may say that there is one."""
     random = np.random.default_rng(pairs)
-    trials = 300
+    trials = 1000
     made = [interval(random.normal(0.3, 1.0, pairs).tolist()) for _ in range(trials)]
     covered = sum(between[0] <= 0.3 <= between[1] for found in made if found for between in [found[0]])
-    assert covered >= 0.95 * trials - 4 * (0.95 * 0.05 * trials) ** 0.5 - 0.02 * trials
+    stated = 0.95 if pairs < 5 else 0.92  # Student's t is exact; the bootstrap is too narrow with few pairs
+    assert covered >= stated * trials - 3 * (0.95 * 0.05 * trials) ** 0.5
 
 
 @given(st.lists(st.floats(-5, 5), min_size=0, max_size=2), st.sampled_from(["valid_loss", "glue/rte"]))

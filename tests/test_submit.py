@@ -68,7 +68,7 @@ def test_a_chain_of_an_array_exports_each_run_and_compares_all_models(submit: An
     ("options", "said"),
     [
         (("--nodes", 3), "global_batch_rows"),
-        (("--nodes", 0), "--nodes 0: at least 1"),
+        (("--nodes", 0), "--nodes: '0' is not a whole number from 1"),
         (("--set", "peers.one.soft.tow=1"), "did you mean 'two'?"),
         (("--set", "corpus.path=nowhere"), "nowhere"),
         (("--then", "exprot"), "did you mean 'export'?"),
@@ -76,7 +76,7 @@ def test_a_chain_of_an_array_exports_each_run_and_compares_all_models(submit: An
         (("--chain",), "--glue_data"),
         (("--chain", "--glue_data", "nowhere"), "nowhere is no directory"),
         (("--chain", "--glue_data", "hub", "--glue_tasks", "cola,stt2"), "stt2"),
-        (("--seeds", "1,x"), "--seeds '1,x'"),
+        (("--seeds", "1,x"), "--seeds: '1,x' is no comma-separated list"),
         (("--seeds", "1,1"), "two of the runs would be in one directory"),
         (("--gpus_per_node", -1), "--gpus_per_node -1"),
         (("--gpus_per_node", 4, "--tasks_per_node", 2), "one task per GPU"),
@@ -124,6 +124,22 @@ def test_where_slurm_refuses_a_later_job_the_earlier_ones_are_cancelled(
     code, _, error = submit("--then", "export")
     assert code == 2 and "sbatch refused export.sbatch: no such quota" in error
     assert (tmp_path / "cancelled").read_text() == "77\n" and not (place / "run").exists()
+
+
+def test_a_second_submission_is_refused_and_what_waits_stays_as_it_is(
+    submit: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same on a real SLURM: tests/cluster/test_slurm.py."""
+    for name, text in (("sbatch", "echo 77"), ("squeue", "echo 77")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert submit(name="twice")[0] == 0
+    before = (place / "twice" / "slurm" / "recipe.yaml").read_text()
+    code, _, error = submit("--set", "seed=9", name="twice")
+    assert code == 2 and "job 77 in the queue" in error
+    assert (place / "twice" / "slurm" / "recipe.yaml").read_text() == before
+    assert {path.name for path in (place / "twice").iterdir()} == {"slurm"}
 
 
 def progress(run: Path, step: int) -> None:

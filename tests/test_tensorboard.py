@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import metadata as hparams_plugin
 
 from ctcd_ds.experiments.local import show_scores
@@ -65,6 +67,21 @@ def test_every_value_of_metrics_jsonl_is_there_under_a_name_in_words(run: Path) 
     unnamed = {key for row in rows.values() for key in row if not shown_as(key)}
     assert unnamed == {"step", "consumed_rows", "tokens"}
     assert {key for key in names if key in rows[6]} == names.keys(), "metrics.jsonl keeps its own keys"
+
+
+def test_no_event_goes_back_and_only_ours_are_there(run: Path) -> None:
+    """wandb drops whatever is at a lower x than the highest so far. These files hold what every monitor was given."""
+    for file in sorted((run / "tensorboard").glob("events.*")):
+        events = [e for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
+        steps = [event.step for event in events]
+        assert steps == sorted(steps) and max(steps, default=0) <= 6
+        assert not [v.tag for event in events for v in event.summary.value if v.tag.startswith("Train/Samples")]
+
+
+def test_steps_that_were_done_again_are_there_once(run: Path) -> None:
+    shown = [event.step for event in reader(run / "tensorboard").Scalars("Hard loss/teacher")]
+    rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert shown == rows == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_recipe_stands_beside_the_curves_once(run: Path) -> None:

@@ -11,7 +11,6 @@ lost, preempted before it could save) is started five times from the same step.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -20,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ctcd_ds import cli
+from ctcd_ds.cluster.owner import LEASE_S, owned
+from ctcd_ds.ending import ending, is_finished
 
 FAILURES, STARTS = 2, 5
 
@@ -36,7 +37,10 @@ class Start:
 
 
 def begin(run: Path, job: str) -> str:
-    """Notes a start; says so. Raises RunFailure where the job has started too often from this step."""
+    """Notes a start; says so. Raises RunFailure where the job has started too often from this step, and
+    UserError where the run is another's."""
+    with owned(run, LEASE_S):  # in vain, srun need not be asked
+        pass
     step = saved_step(run)
     tries = _tries(run, job, step)
     if tries >= STARTS:
@@ -60,9 +64,8 @@ def end(run: Path, job: str, asked_to_stop: bool) -> tuple[int, str]:
     """
     start = _starts(run, job)[-1]
     state, reason = "failed", "the ranks ended without a word: killed, or out of memory"
-    if _written(run / "exit.json") != start.exit_written:
-        ending = json.loads((run / "exit.json").read_text())
-        state, reason = ending["state"], ending["reason"]
+    if _written(run / "exit.json") != start.exit_written and (ended := ending(run)) is not None:
+        state, reason = ended.state, ended.reason
     elif _written(run / "environment.json") == start.environment_written and not asked_to_stop:
         return cli.EXIT_MISTAKE, "the run did not begin: rank 0's log says why"
     if state == "finished":
@@ -82,14 +85,6 @@ def saved_step(run: Path) -> int:
     except OSError:
         return 0
     return int(found[1]) if found else 0
-
-
-def is_finished(run: Path) -> bool:
-    """Whether exit.json says so."""
-    try:
-        return bool(json.loads((run / "exit.json").read_text())["state"] == "finished")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _log(run: Path) -> Path:
@@ -113,7 +108,6 @@ def _written(path: Path) -> int:
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("question", choices=("begin", "end", "finished"))
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--asked_to_stop", action="store_true", help="the job was told to end")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, positive
 from ctcd_ds.cluster.scaling import Cluster
 
 GIGABIT = 1e9 / 8  # bytes
@@ -14,25 +14,25 @@ NEEDED = ("nodes", "gpus_per_node", "link_gbps")
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """Adds them. The first three belong together; the others have defaults."""
     group = parser.add_argument_group("with --dry_run: how a step would scale on a cluster (docs/scaling.md)")
-    group.add_argument("--nodes", type=_count, help="machines")
-    group.add_argument("--gpus_per_node", type=_count, help="GPUs in each")
+    group.add_argument("--nodes", type=positive, help="machines")
+    group.add_argument("--gpus_per_node", type=positive, help="GPUs in each")
     group.add_argument(
         "--link_gbps",
         type=_rate,
-        help="Gbit/s between nodes, of each GPU and in one direction: a node's links / its GPUs",
+        help="Gbit/s between nodes for each GPU, in one direction: the sum of a node's links / its GPUs",
     )
     group.add_argument(
         "--node_link_gbps",
         type=_rate,
         default=3600.0,
-        help="the same within a node (%(default)g: an H100's NVLink, 900 GB/s in both directions)",
+        help="Gbit/s within a node for each GPU, in one direction; 3600 is an H100's NVLink",
     )
-    group.add_argument("--gpu", default="H100", help="a GPU whose peak is known (%(default)s)")
+    group.add_argument("--gpu", default="H100", help="the GPU's name")
     group.add_argument(
         "--mfu",
         type=_share,
         default=0.4,
-        help="share of its peak that one GPU alone reaches (%(default)g; metrics.jsonl)",
+        help="share of its peak FLOP/s that one GPU alone reaches ('mfu' in metrics.jsonl)",
     )
 
 
@@ -58,12 +58,6 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster | None:
         link=arguments.link_gbps * GIGABIT,
         node_link=arguments.node_link_gbps * GIGABIT,
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 def _rate(text: str) -> float:

@@ -3,7 +3,8 @@
 Asked in this order, the nearest to the process first:
 
     torchrun, deepspeed    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (also set by hand)
-    mpirun                 OMPI_COMM_WORLD_*: Open MPI
+    mpirun, mpiexec        OMPI_COMM_WORLD_*: Open MPI. MV2_COMM_WORLD_*, MVP_COMM_WORLD_*: MVAPICH. PMI_*: MPICH,
+                           Intel MPI and their kin, where srun does not number the same processes
     srun                   SLURM_PROCID and its kin: one task of a step is one rank
     alone                  nothing of these
 
@@ -22,7 +23,14 @@ from dataclasses import dataclass
 
 from ctcd_ds.cli import UserError
 
-# Ports for SLURM and Open MPI, below the range that Linux gives to clients (32768 and up). A prime number of them, so
+# The variables of rank, number of ranks, and both on this machine.
+_MPI = (
+    *(tuple(f"{kind}_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+      for kind in ("OMPI", "MV2", "MVP")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+)  # fmt: skip
+# Ports for SLURM and MPI, below the range that Linux gives to clients (32768 and up). A prime number of them, so
 # that jobs that run at the same time and on the same node meet only if their ids differ by a multiple of it.
 _FIRST_PORT, _PORTS = 10007, 20011
 _STEPS_OF_A_JOB = 101  # each step of a job has its own port: the one before may still hold the last
@@ -50,13 +58,19 @@ class Ranks:
         return self.rank == 0
 
     def threads(self) -> int:
-        """Threads this process may use: OMP_NUM_THREADS, else an equal share of the cores (DESIGN §5)."""
+        """Threads this process may use: OMP_NUM_THREADS, else an equal share of the cores."""
         stated = os.environ.get("OMP_NUM_THREADS")
         if stated is None:
             return self.cores or max(1, len(os.sched_getaffinity(0)) // self.local_world)
-        if not stated.isdigit() or int(stated) < 1:
+        first = stated.split(",")[0].strip()  # OpenMP takes a number for each level of nesting: the first is ours
+        if not first.isdecimal() or int(first) < 1:
             raise UserError(f"OMP_NUM_THREADS = {stated!r}: must be a whole number from 1")
-        return int(stated)
+        return int(first)
+
+    @classmethod
+    def alone(cls) -> Ranks:
+        """A process that nobody launched."""
+        return cls(0, 1, 0, 1, "alone")
 
     def describe(self) -> str:
         """One line: how many there are, who said so, where they meet."""
@@ -67,14 +81,16 @@ class Ranks:
 
     def announce(self) -> None:
         """Says it in the variables that torch.distributed and DeepSpeed read, whoever this was learned from."""
-        port = self.port
-        if port == 0:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
         said = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank}
-        said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": port}
+        said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": self.port or free_port()}
         os.environ.update({key: str(value) for key, value in said.items()}, MASTER_ADDR=self.address)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
@@ -82,8 +98,8 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     env = os.environ if environment is None else environment
     if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         found = _from_variables(env)
-    elif "OMPI_COMM_WORLD_RANK" in env:
-        found = _from_open_mpi(env)
+    elif (mpi := _mpi(env)) is not None:
+        found = _from_mpi(env, mpi)
     elif _is_step(env):
         found = _from_slurm(env)
     elif (tasks := env.get("SLURM_NTASKS", "1")) != "1":
@@ -92,7 +108,7 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
             "`srun python …` (pretrain.sbatch does), or take SLURM_NTASKS away: env -u SLURM_NTASKS python …"
         )
     else:
-        return Ranks(0, 1, 0, 1, "alone")
+        return Ranks.alone()
     for name, number, count in (("rank", found.rank, found.world), ("local rank", found.local_rank, found.local_world)):
         if not 0 <= number < count:
             raise UserError(f"{found.source} says {name} {number} of {count}: it must be from 0 to {count - 1}")
@@ -125,7 +141,7 @@ def _same_as_theirs(env: Mapping[str, str], rank: int, world: int) -> None:
     The classical mistake is `export RANK=$SLURM_PROCID` in the batch script: it is 0 there, and then everywhere.
     """
     for launcher, rank_name, world_name in (
-        ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        *(("mpirun", *names[:2]) for names in _MPI),
         ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ):
         if rank_name not in env or world_name not in env or _number(env, world_name) == 1:
@@ -138,21 +154,36 @@ def _same_as_theirs(env: Mapping[str, str], rank: int, world: int) -> None:
             )
 
 
-def _from_open_mpi(env: Mapping[str, str]) -> Ranks:
-    rank, world, local_rank, local_world = (
-        _number(env, f"OMPI_COMM_WORLD_{what}") for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-    )
+def _mpi(env: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The names of an MPI launcher's variables, where one started this process and srun did not.
+
+    `srun --mpi=pmi2` sets PMI_* too, and knows more: the nodes. mpiexec inside a job has its own ranks started by srun.
+    """
+    present = [names for names in _MPI if names[0] in env]
+    if not present or (
+        _is_step(env) and [env.get(name) for name in present[0][:2]] == [env.get(name) for name in _OF_A_STEP]
+    ):
+        return None
+    return max(present, key=lambda names: sum(name in env for name in names))
+
+
+def _from_mpi(env: Mapping[str, str], names: tuple[str, ...]) -> Ranks:
+    rank, world, local_rank, local_world = (_number(env, name) for name in names)
     if not (address := env.get("MASTER_ADDR")):
         if local_world != world:
             raise UserError(
                 f"mpirun started {world} ranks on several machines and does not say where rank 0 is: "
-                "mpirun -x MASTER_ADDR=HOST …, with the first host of the list"
+                "mpirun -x MASTER_ADDR=HOST … (MPICH, Intel MPI: mpiexec -genv MASTER_ADDR HOST …), the first host "
+                "of the list"
             )
         address = "127.0.0.1"
-    # The same for all ranks of an mpirun, and different for every mpirun.
-    job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid") or ""
+    # The same for all ranks of an mpirun, and different for every mpirun; MPICH and MVAPICH tell nothing of the kind.
+    job = next((env[n] for n in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "I_MPI_HYDRA_UUID") if env.get(n)), "")
     port = _port(env) if "MASTER_PORT" in env else _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
     return Ranks(rank, world, local_rank, local_world, "mpirun", address, port)
+
+
+_OF_A_STEP = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
 
 def _is_step(env: Mapping[str, str]) -> bool:

@@ -18,7 +18,7 @@ COLUMNS = (
 )
 
 
-def table(sizes: Sequence[tuple[Work, Cluster]]) -> str:
+def step_table(sizes: Sequence[tuple[Work, Cluster]]) -> str:
     """One line a size, as a Markdown table. `a GPU`: micro-batch × accumulation; times are those of one step."""
     return _aligned([COLUMNS, *(_line(work, cluster) for work, cluster in sizes)])
 

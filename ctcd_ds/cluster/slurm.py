@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from pydantic import Field, ValidationError
 from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.cluster.owner import note_queued, owned
 from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_yaml
 
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
@@ -215,11 +217,17 @@ class Submission:
     def queue(self) -> dict[str, str]:
         """Writes everything the jobs need and queues them. Returns name → job id.
 
-        Raises UserError where SLURM refuses one: then none is queued, and nothing is left behind.
+        Raises UserError where SLURM refuses one, or a run directory is another's: then none is queued, and nothing is
+        left behind.
         """
         require_sbatch()
-        new = [path for path in (self.folder, *(run.path for run in self.runs)) if not path.exists()]
-        new += [path for path in (self.folder / "slurm", *(r.path / "slurm" for r in self.runs)) if not path.exists()]
+        with ExitStack() as held:
+            for run in self.runs:
+                held.enter_context(owned(run.path))
+            return self._queue()
+
+    def _queue(self) -> dict[str, str]:
+        new = [path for path in (self.folder / "slurm", *(r.path / "slurm" for r in self.runs)) if not path.exists()]
         ids: dict[str, str] = {}
         try:
             self._write()
@@ -233,6 +241,9 @@ class Submission:
             for path in new:
                 shutil.rmtree(path, ignore_errors=True)
             raise UserError(str(problem)) from None
+        for task, run in enumerate(self.runs):
+            own = {name: number for name, number in ids.items() if name != "glue" or not self.many}
+            note_queued(run.path, {name: f"{n}_{task}" if self.many else n for name, n in own.items()})
         return ids
 
     def _write(self) -> None:
@@ -283,12 +294,3 @@ def cancel(jobs: Iterable[str]) -> None:
     """Takes jobs out of the queue."""
     if listed := list(jobs):
         subprocess.run(["scancel", *listed], check=False)
-
-
-def still_queued(jobs: Iterable[str]) -> list[str]:
-    """Those of the jobs that wait or run. Raises UserError where SLURM does not answer."""
-    line = ["squeue", "--noheader", "--me", "--format=%A"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"squeue does not answer: {done.stderr.strip()}")
-    return [job for job in jobs if job in set(done.stdout.split())]

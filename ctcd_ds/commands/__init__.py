@@ -32,9 +32,7 @@ def _about(word: str) -> None:
         print(f"{ctcd_ds.__doc__}\n\nusage: ctcd COMMAND …      `ctcd COMMAND --help` says more\n")
         print(*(f"  {name:<12}{_purpose(name)}" for name in NAMES), sep="\n")
     else:
-        from ctcd_ds.recipe import did_you_mean
-
-        raise cli.UserError(f"ctcd {word}: there is no such command; {did_you_mean(word, NAMES)}")
+        raise cli.UserError(f"ctcd {word}: there is no such command; {cli.did_you_mean(word, NAMES)}")
 
 
 def _purpose(name: str) -> str:

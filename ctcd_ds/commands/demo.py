@@ -1,4 +1,4 @@
-"""The whole way on this machine in a few minutes, no download: text → corpus → three runs → export → scores → table.
+"""Goes the whole way in a few minutes, no download: text → corpus → three runs → export → scores → table.
 
 Every step is a command of this project, printed as it is run: the same ones work on your own text.
 """
@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 from ctcd_ds import cli
 from ctcd_ds.cli import command
+from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.demo.data import data_commands
 
@@ -37,8 +37,8 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="everything goes there")
     parser.add_argument("--ranks", type=int, default=2, help="processes of a run")
-    parser.add_argument("--steps", type=int, default=None, help="steps of each run, instead of the recipes'")
-    parser.add_argument("--size_megabytes", type=float, default=6.0, help="how much text is collected")
+    parser.add_argument("--steps", type=int, default=None, help="steps of each run, in place of the recipes'")
+    parser.add_argument("--size_megabytes", type=float, default=6.0, help="MB of text to collect")
     arguments = parser.parse_args()
 
     place = arguments.output_dir
@@ -61,13 +61,10 @@ def main() -> None:
 
 def pretrain(place: Path, name: str, recipe: str, ranks: int, steps: int | None) -> None:
     """One run under the deepspeed launcher."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     changes = [f"corpus.path={place / 'corpus'}"]
     if steps is not None:
         changes += [f"training.steps={steps}", f"training.valid_every={steps}"]
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port), "--module"]
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
     files = ["--recipe", SHIPPED / "recipes" / recipe, "--deepspeed_config", SHIPPED / "cpu.json"]
     line = command("pretrain", *files, "--output_dir", place / name, "--set", *changes)
     run([*launcher, *line[2:]])
@@ -111,12 +108,13 @@ def report(place: Path, models: list[Path], glue: Path, seconds: float) -> None:
 
     fill_masks(models)
     print("\nalone against together: same text, same rows, same steps, one seed\n")
-    print(f"{'':<28}{'alone':>10}{'together':>10}{'difference':>12}")
+    lines = [["", "alone", "together", "difference"]]
     rows = (("held-out loss", "valid_loss"), ("held-out accuracy", "valid_accuracy"), ("stand-in task", "standin_rte"))
     for peer in ("teacher", "student"):
         for label, key in rows:
             alone, together = table["alone"][peer][key], table["together"][peer][key]
-            print(f"{peer + ' ' + label:<28}{alone:>10.4f}{together:>10.4f}{together - alone:>+12.4f}")
+            lines.append([f"{peer} {label}", f"{alone:.4f}", f"{together:.4f}", f"{together - alone:+.4f}"])
+    print(*cli.aligned(lines), sep="\n")
     print(
         "\nA lower loss and a higher accuracy are better. One seed, a minute of training: a difference may be chance,"
         "\nand so early the soft losses can hold both peers back; the paper's gain is one of full runs."

@@ -14,7 +14,7 @@ from ctcd_ds import cli
 def main() -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="for text.txt and glue/RTE")
-    parser.add_argument("--size_megabytes", type=float, default=6.0, help="of text.txt, or all that there is")
+    parser.add_argument("--size_megabytes", type=float, default=6.0, help="MB of text.txt; less where there is less")
     options = parser.parse_args()
     if not options.size_megabytes > 0:
         raise cli.UserError(f"--size_megabytes: {options.size_megabytes} is not above 0")

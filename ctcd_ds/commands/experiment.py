@@ -1,4 +1,4 @@
-"""Runs an experiment: a grid of recipes, each cell pretrained, exported and scored; then results.json and the report.
+"""Runs a grid of recipes: every cell is pretrained, exported and scored. Writes results.json and a report.
 
 ctcd experiment --experiment ds_configs/experiments/weights.yaml --size tiny --output_dir runs/weights
 
@@ -18,35 +18,37 @@ from ctcd_ds.cluster.slurm import DEFAULTS, load_cluster
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--experiment", type=Path, required=True, help="the experiment file, YAML or JSON")
     add("--output_dir", type=Path, required=True, help="for cells/, results.json and the report")
     add("--size", default="full", help="full, or tiny: a rehearsal for 2 cores on the demo text")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes the base recipe")
-    add("--data_dir", metavar="DIR|hub", help="GLUE's files, instead of the experiment's glue.data_dir")
-    add("--seeds", help="comma-separated, instead of the experiment's")
-    add("--max_parallel", type=int, metavar="N", help="cells at once; left out: one-rank cells fill GPUs or cores")
-    add("--resume", action="store_true", help="goes on with the experiment in output_dir")
-    add("--slurm", action="store_true", help="queues the cells as jobs and returns; on a login node")
-    add("--nodes", type=int, default=1, help="of each cell's run, with --slurm (default: 1)")
-    add("--cluster", type=Path, metavar="FILE", help=f"for --slurm (default: {DEFAULTS}, if there)")
-    add("--collect", action="store_true", help="runs nothing: results.json and report from what is in output_dir")
-    add("--dry_run", action="store_true", help="checks all cells, prints them and their cost, and stops")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change base recipe keys",
+    )
+    add("--data_dir", metavar="DIR|hub", help="GLUE's files, in place of the experiment's glue.data_dir")
+    add("--seeds", type=cli.whole_numbers, help="in place of the experiment's")
+    add(
+        "--max_parallel",
+        type=cli.positive,
+        metavar="N",
+        help="cells at once; left out: as many as fill GPUs or cores",
+    )
+    add("--resume", action="store_true", help="go on with the experiment in --output_dir")
+    add("--slurm", action="store_true", help="queue the cells as jobs and return; on a login node")
+    add("--nodes", type=cli.positive, default=1, help="nodes of each cell's run, with --slurm")
+    add("--cluster", type=Path, metavar="FILE", help=f"for --slurm; left out: {DEFAULTS}, if there")
+    add("--collect", action="store_true", help="run nothing; make results.json and the report of what is there")
+    add("--dry_run", action="store_true", help="check all cells, print them and their cost; run nothing")
     options = parser.parse_args()
-    if options.nodes < 1:
-        raise cli.UserError(f"--nodes {options.nodes}: at least 1")
     if not options.slurm and (options.nodes > 1 or options.cluster):
         raise cli.UserError("--nodes and --cluster are for --slurm")
     if options.slurm and options.collect:
         raise cli.UserError("--slurm queues a job that collects; --collect alone does so now")
-    if options.max_parallel is not None and options.max_parallel < 1:
-        raise cli.UserError(f"--max_parallel {options.max_parallel}: must be a whole number from 1")
-
-    try:
-        seeds = None if options.seeds is None else list(dict.fromkeys(map(int, options.seeds.split(","))))
-    except ValueError:
-        raise cli.UserError(f"--seeds: {options.seeds!r} is no comma-separated list of whole numbers") from None
 
     from ctcd_ds.experiments.experiment import Request, Slurm, run_experiment
 
@@ -58,7 +60,7 @@ def main() -> int:
             size=options.size,
             overrides=options.set,
             data_dir=options.data_dir,
-            seeds=seeds,
+            seeds=options.seeds and list(dict.fromkeys(options.seeds)),
             max_parallel=options.max_parallel,
             resume=options.resume,
             dry_run=options.dry_run,
@@ -96,7 +98,7 @@ def collecting(options: argparse.Namespace) -> list[str]:
     words += ["--output_dir", options.output_dir, "--size", options.size]
     words += ["--set", *options.set] if options.set else []
     words += ["--data_dir", options.data_dir] if options.data_dir else []
-    words += ["--seeds", options.seeds] if options.seeds else []
+    words += ["--seeds", ",".join(map(str, options.seeds))] if options.seeds else []
     return cli.command("experiment", *words)[1:]
 
 

@@ -1,8 +1,8 @@
-"""Fine-tunes models on GLUE or on your own tasks and compares them: a table, results.json, GLUE submission zips.
+"""Fine-tunes models on GLUE or on your own tasks and compares them: a table, results.json, GLUE submissions.
 
 --task_files brings tasks of your own (YAML, see docs/evaluation.md) and AdvGLUE's dev.json. A set that names a base,
 like AdvGLUE's, is scored by the models fine-tuned on that task. Scores also go into the cards (README.md) of models
-that export_hf.py wrote.
+that `ctcd export` wrote.
 
 Every model, task and seed is done once: the same command goes on where it was cut off; tasks and seeds may be
 added later. Nothing is downloaded unless --data_dir is 'hub'.
@@ -24,21 +24,23 @@ def main() -> int:
     )
     add(
         "--tasks",
+        type=cli.names,
         default="all",
-        help="comma-separated: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax, or 'all' there are",
+        help="of cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,ax; all: those whose files are there",
     )
     add("--data_dir", metavar="DIR|hub", help="folder with CoLA/train.tsv …, or 'hub' for nyu-mll/glue")
     add("--task_files", nargs="+", default=[], metavar="PATH", help="task.yaml, its folder, or AdvGLUE's dev.json")
     add(
         "--no_finetune_on",
+        type=cli.names,
         default="",
         metavar="NAMES",
-        help="comma-separated tasks of files: only score their base's models",
+        help="tasks of files that are only scored, by the models of their base",
     )
     add("--output_dir", required=True, metavar="DIR", help="for results.json, submissions/ and models/")
-    add("--seeds", default="1", help="comma-separated")
+    add("--seeds", type=cli.whole_numbers, default="1", help="one fine-tuning for each")
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
-    add("--learning_rate", type=float, default=5e-5, help="its peak, after 10 %% of the steps; then linear to 0")
+    add("--learning_rate", type=float, default=5e-5, help="the peak, after 10 %% of the steps; then linear to 0")
     add("--batch_size", type=int, default=32, help="training rows of a step")
     add("--max_length", type=int, default=128, help="tokens of a row, at most what the model has positions for")
     add("--max_train_samples", type=int, metavar="N", help="train on N rows drawn at random (the same for all)")
@@ -48,19 +50,15 @@ def main() -> int:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread a batch over all GPUs
 
     from ctcd_ds.evaluation import glue, results
-    from ctcd_ds.evaluation.finetune import Settings
+    from ctcd_ds.evaluation.finetune import FinetuneSettings
 
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise cli.UserError(f"--seeds: {options.seeds!r} is no comma-separated list of whole numbers") from None
     content = glue.run(
         models=[Path(model) for model in options.model],
-        tasks=tuple(options.tasks.split(",")),
+        tasks=tuple(options.tasks),
         data_dir=options.data_dir,
         output_dir=Path(options.output_dir),
-        seeds=seeds,
-        settings=Settings(
+        seeds=options.seeds,
+        settings=FinetuneSettings(
             epochs=options.epochs,
             learning_rate=options.learning_rate,
             batch_size=options.batch_size,
@@ -70,9 +68,9 @@ def main() -> int:
         ),
         keep_models=options.keep_models,
         task_files=[Path(path) for path in options.task_files],
-        no_finetune_on=[name.strip() for name in options.no_finetune_on.split(",") if name.strip()],
+        no_finetune_on=options.no_finetune_on,
     )
-    print(results.table(content))
+    print(results.score_table(content))
     print(f"\nresults in {options.output_dir}/results.json")
     return cli.EXIT_DONE
 

@@ -9,40 +9,26 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a host that does not answer is ours to report
-
 from ctcd_ds import cli
-from ctcd_ds.cluster.preflight import Question, preflight
 from ctcd_ds.cluster.ranks import find_ranks
 
 
 def main() -> int:
     parser = cli.parser(__doc__)
     cli.add_run_options(parser)
-    parser.add_argument(
-        "--patience_s", type=float, default=15.0, help="how long a host may take to start (default: 15 seconds)"
-    )
+    parser.add_argument("--patience_s", type=float, default=15.0, help="seconds that a host may take to start")
     arguments = parser.parse_args()
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a host that does not answer is ours to report
     ranks = find_ranks()
     ranks.announce()
 
     import torch
 
     torch.set_num_threads(ranks.threads())
-    from ctcd_ds.cluster.checks import Job
+    from ctcd_ds.preflight.run import preflight
 
-    def understand() -> Job:
-        try:
-            from ctcd_ds.training.prospect import job
-
-            return job(arguments.recipe, arguments.set, arguments.deepspeed_config, ranks, arguments.output_dir)
-        except ImportError as missing:
-            return Job(mistake=("versions", str(missing)))
-
-    from ctcd_ds.training.hardware import peak_flops
-
-    return preflight(ranks, Question(arguments.output_dir.resolve(), understand, peak_flops, arguments.patience_s))
+    return preflight(ranks, arguments)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Co-trains the peers of a recipe under DeepSpeed. Start it with `deepspeed`, `torchrun`, `srun`, or alone.
+"""Trains the peers of a recipe together under DeepSpeed. Start it with `deepspeed`, `torchrun`, `srun`, or alone.
 
 ctcd pretrain --recipe R.yaml --deepspeed_config D.json --output_dir RUN
+deepspeed --module ctcd_ds.commands.pretrain --recipe R.yaml --deepspeed_config D.json --output_dir RUN
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from contextlib import ExitStack
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.options import add_cluster_options, cluster_of
+from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.ranks import Ranks, find_ranks
 from ctcd_ds.recipe import load_recipe
 
@@ -17,22 +20,23 @@ from ctcd_ds.recipe import load_recipe
 def main() -> int:
     parser = cli.parser(__doc__)
     cli.add_run_options(parser)
-    parser.add_argument("--resume", action="store_true", help="goes on from the newest good checkpoint in output_dir")
-    parser.add_argument("--dry_run", action="store_true", help="prints peers, graph, cost and length, and stops")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint in --output_dir")
+    parser.add_argument("--dry_run", action="store_true", help="print peers, graph, cost and length; train nothing")
     add_cluster_options(parser)
     arguments = parser.parse_args()
 
     ranks = find_ranks()
     try:
-        return pretrain(arguments, ranks)
+        with ExitStack() as held:
+            return pretrain(arguments, ranks, held)
     except (cli.UserError, cli.RunFailure):
         if not ranks.first:
             time.sleep(10)  # all ranks find the same, and rank 0 says it; the launcher then ends this one
         raise
 
 
-def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
-    """Checks everything, then trains."""
+def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> int:
+    """Checks everything, then trains. The run directory is this job's until `held` is closed."""
     cluster = cluster_of(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
 
@@ -40,17 +44,17 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
     torch.set_num_threads(ranks.threads())  # before the first operation: the number changes bits and speed
     from ctcd_ds.corpus.damage import refuse_damage
-    from ctcd_ds.training.deepspeed_config import read_json
+    from ctcd_ds.training.deepspeed_config import read_config
     from ctcd_ds.training.engine import device_type
-    from ctcd_ds.training.outlook import outlook
+    from ctcd_ds.training.forecast import forecast
     from ctcd_ds.training.plan import describe, make_plan, rehearse_peers
     from ctcd_ds.training.run_directory import RunDirectory
 
     run = RunDirectory(arguments.output_dir.resolve())
-    deepspeed_json = read_json(arguments.deepspeed_config)
+    deepspeed_json = read_config(arguments.deepspeed_config)
     if cluster is not None:
         if ranks.first:
-            print(outlook(arguments, cluster, recipe, deepspeed_json))
+            print(forecast(arguments, cluster, recipe, deepspeed_json))
         return cli.EXIT_DONE
     plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path)
     if arguments.dry_run:
@@ -58,6 +62,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
             rehearse_peers(plan, device_type())
             print(describe(plan))
         return cli.EXIT_DONE
+    if ranks.first:
+        held.enter_context(owned(run.path))
     different = run.refuse_or_resume(plan, arguments.resume)
     if run.is_finished(plan):
         if ranks.first:
@@ -78,7 +84,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
     from ctcd_ds.training.trainer import start
 
-    with cli.outlive_the_listener():
+    with cli.ignore_broken_pipe():
         stopped = start(plan, ranks, run)
         if ranks.first:
             done = f"finished: {plan.steps} steps in {run.path}"

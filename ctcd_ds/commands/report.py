@@ -8,7 +8,6 @@ taken together; each peer is compared to itself alone where such a run is given.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from ctcd_ds import cli
@@ -16,7 +15,6 @@ from ctcd_ds import cli
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="RUN|EXPERIMENT", help="run directories, or one experiment's directory")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="for report.html and the pictures")
@@ -25,9 +23,9 @@ def main() -> int:
         type=int,
         default=256,
         metavar="N",
-        help="held-out rows on which the peers' answers are compared (default: 256); 0 leaves it out",
+        help="held-out rows on which the peers' answers are compared; 0 leaves it out",
     )
-    add("--speed", type=Path, metavar="DIR", help="what `ctcd speed` wrote (default: EXPERIMENT/speed, if there)")
+    add("--speed", type=Path, metavar="DIR", help="what `ctcd speed` wrote; left out: EXPERIMENT/speed, if there")
     options = parser.parse_args()
     if options.agreement_rows < 0:
         raise cli.UserError(f"--agreement_rows {options.agreement_rows}: must be 0 or more")

@@ -1,4 +1,4 @@
-"""Measures exported peers side by side on this machine: latency, throughput, size. A table, and DIR/speed.json.
+"""Measures exported peers side by side on this machine: latency, throughput, size. Writes DIR/speed.json.
 
 Models take turns and medians are compared, so that other work on the machine hits all of them alike. Threads on the CPU
 are OMP_NUM_THREADS, else torch's choice.
@@ -6,18 +6,10 @@ are OMP_NUM_THREADS, else torch's choice.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 from ctcd_ds import cli
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Comma-separated whole numbers from 1, as an option's type."""
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of whole numbers from 1")
-    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def main() -> None:
@@ -28,14 +20,14 @@ def main() -> None:
     )
     add(
         "--batch_sizes",
-        type=whole_numbers,
+        type=cli.whole_numbers,
         default="1,32",
         help="rows of a batch; 1 is the latency of a single request",
     )
-    add("--sequence_lengths", type=whole_numbers, default="128", help="tokens of a row")
+    add("--sequence_lengths", type=cli.whole_numbers, default="128", help="tokens of a row")
     add("--device", choices=("cpu", "cuda"), help="left out: cuda where torch sees a GPU")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation")
-    add("--seconds", type=float, default=20.0, help="how long each size of batch is measured (at least 5 rounds)")
+    add("--seconds", type=float, default=20.0, help="seconds for each size of batch, at least 5 rounds")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="for speed.json")
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed, which else warns of no GPU
@@ -46,14 +38,17 @@ def main() -> None:
 
     from ctcd_ds.evaluation import speed
 
+    for option in ("batch_sizes", "sequence_lengths"):
+        if min(getattr(options, option)) < 1:
+            raise cli.UserError(f"--{option}: whole numbers from 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise cli.UserError("--device cuda: torch sees no GPU here; use --device cpu")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, options.dtype)
     paths = [Path(model) for model in options.model]
-    found = speed.measure(paths, options.batch_sizes, options.sequence_lengths, device, dtype, options.seconds)
+    found = speed.measure_speed(paths, options.batch_sizes, options.sequence_lengths, device, dtype, options.seconds)
     written = speed.write_speed(options.output_dir, found)
-    print(speed.table(found))
+    print(speed.speed_table(found))
     print(f"\nrows in {written}")
 
 

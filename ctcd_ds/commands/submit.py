@@ -1,4 +1,4 @@
-"""Queues a run on SLURM: checks all of it first, writes the scripts into the run directory, submits them.
+"""Queues a run on SLURM, after checking all of it. The scripts lie in the run directory.
 
 ctcd submit --recipe R.yaml --deepspeed_config D.json --output_dir RUN --nodes 4 --gpus_per_node 8
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.slurm import DEFAULTS, Cluster, Run, Submission, load_cluster
-from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
+from ctcd_ds.recipe import Recipe, load_recipe
 
 STAGES = ("export", "glue")
 
@@ -22,33 +22,32 @@ STAGES = ("export", "glue")
 def options() -> argparse.Namespace:
     """The command line, with what the cluster's file says in the place of what is not given."""
     parser = cli.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--recipe", type=Path, nargs="+", required=True, help="the recipe; several are an array")
-    add("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON; "auto" is resolved')
-    add("--output_dir", type=Path, required=True, help="the run directory; for an array the folder of all of them")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="changes every recipe")
-    add("--seeds", help="comma-separated: an array of one run for each")
-    add("--nodes", type=int, default=1, help="(default: 1)")
-    add("--gpus_per_node", type=int, help="one task each")
-    add("--tasks_per_node", type=int, help="where there are no GPUs (default: 1)")
+    add("--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON file; "auto" is filled in')
+    add("--output_dir", type=Path, required=True, help="the run directory; for an array, the folder of all runs")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change these keys of every recipe")
+    add("--seeds", type=cli.whole_numbers, help="an array of one run for each")
+    add("--nodes", type=cli.positive, default=1, help="machines")
+    add("--gpus_per_node", type=int, help="GPUs of each node; one task each")
+    add("--tasks_per_node", type=int, help="tasks of each node without GPUs; left out: 1")
     add("--cpus_per_task", type=int, help="cores of each task")
     add("--partition", help="as sbatch takes it")
     add("--account", help="as sbatch takes it")
     add("--qos", help="as sbatch takes it")
     add("--time", help="as sbatch takes it, e.g. 24:00:00; before it is over, the run saves and is requeued")
-    add("--resume", action="store_true", help="goes on with the run in output_dir")
-    add("--then", default="", metavar="export,glue", help="jobs that follow where the run is finished")
+    add("--resume", action="store_true", help="go on with the run in --output_dir")
+    add("--then", type=cli.names, default="", metavar="export,glue", help="jobs that follow when the run is finished")
     add("--chain", action="store_true", help="the same as --then export,glue")
     add("--glue_data", metavar="DIR|hub", help="GLUE's folders, for --then glue")
-    add("--glue_tasks", default="all", help="comma-separated (default: all there are)")
-    add("--glue_seeds", default="1", help="comma-separated (default: 1)")
-    add("--cluster", type=Path, metavar="FILE", help=f"defaults for this cluster (default: {DEFAULTS}, if there)")
+    add("--glue_tasks", type=cli.names, default="all", help="as `ctcd glue --tasks`")
+    add("--glue_seeds", type=cli.whole_numbers, default="1", help="one fine-tuning for each")
+    add("--cluster", type=Path, metavar="FILE", help=f"defaults for this cluster; left out: {DEFAULTS}, if there")
     add(
         "--print",
         action="store_true",
         dest="show",
-        help="shows the scripts, here or anywhere; writes and submits nothing",
+        help="show the scripts; write and submit nothing (needs no SLURM)",
     )
     return parser.parse_args()
 
@@ -56,8 +55,6 @@ def options() -> argparse.Namespace:
 def main() -> int:
     given = options()
     cluster = _overridden(load_cluster(given.cluster), given)
-    if given.nodes < 1:
-        raise cli.UserError(f"--nodes {given.nodes}: at least 1")
     then = _stages(given)
     runs = _checked(given, cluster, list(_recipes(given)))
     submission = Submission(
@@ -94,10 +91,10 @@ def _overridden(cluster: Cluster, given: argparse.Namespace) -> Cluster:
 
 
 def _stages(given: argparse.Namespace) -> list[str]:
-    then = list(STAGES) if given.chain else [word for word in given.then.split(",") if word]
+    then = list(STAGES) if given.chain else given.then
     for word in then:
         if word not in STAGES:
-            raise cli.UserError(f"--then {given.then}: {word!r} is no stage; {did_you_mean(word, STAGES)}")
+            raise cli.UserError(f"--then: {word!r} is no stage; {cli.did_you_mean(word, STAGES)}")
     if "glue" in then and "export" not in then:
         raise cli.UserError("--then glue: GLUE needs the exported models; write --then export,glue")
     if "glue" in then and given.glue_data is None:
@@ -108,13 +105,9 @@ def _stages(given: argparse.Namespace) -> list[str]:
 def _recipes(given: argparse.Namespace) -> Iterator[tuple[Path, Recipe]]:
     """(run directory, recipe) of every run."""
     folder = given.output_dir.resolve()
-    try:
-        seeds = [int(seed) for seed in given.seeds.split(",")] if given.seeds is not None else [None]
-    except ValueError:
-        raise cli.UserError(f"--seeds {given.seeds!r}: no comma-separated list of whole numbers") from None
     paths: list[Path] = []
     for path in given.recipe:
-        for seed in seeds:
+        for seed in given.seeds or [None]:
             changes = [*given.set, *([f"seed={seed}"] if seed is not None else [])]
             name = "-".join(
                 [*([path.stem] if len(given.recipe) > 1 else []), *([f"seed-{seed}"] if seed is not None else [])]
@@ -127,11 +120,11 @@ def _recipes(given: argparse.Namespace) -> Iterator[tuple[Path, Recipe]]:
 
 def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Path, Recipe]]) -> list[Run]:
     """Every run as it will be queued. Raises UserError with what is wrong with all of them."""
-    from ctcd_ds.training.deepspeed_config import read_json
+    from ctcd_ds.training.deepspeed_config import read_config
     from ctcd_ds.training.plan import make_plan
     from ctcd_ds.training.run_directory import RunDirectory
 
-    config, world = read_json(given.deepspeed_config), given.nodes * cluster.ranks_per_node
+    config, world = read_config(given.deepspeed_config), given.nodes * cluster.ranks_per_node
     runs, mistakes = [], []
     for path, recipe in recipes:
         try:
@@ -152,18 +145,16 @@ def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Pa
 def _checked_glue(given: argparse.Namespace) -> dict[str, str]:
     """GLUE's options, with the data looked at where it is a folder."""
     data, tasks = given.glue_data, given.glue_tasks
-    if not all(seed.isdigit() for seed in given.glue_seeds.split(",")):
-        raise cli.UserError(f"--glue_seeds {given.glue_seeds!r}: no comma-separated list of whole numbers")
     if data != "hub":
         from ctcd_ds.evaluation.glue import load
 
         data = str(Path(data).resolve())
-        load(tuple(tasks.split(",")), data)
-    elif tasks != "all":
+        load(tuple(tasks), data)
+    elif tasks != ["all"]:
         from ctcd_ds.evaluation.tasks import named
 
-        named(tasks.split(","))
-    return {"data_dir": data, "tasks": tasks, "seeds": given.glue_seeds}
+        named(tasks)
+    return {"data_dir": data, "tasks": ",".join(tasks), "seeds": ",".join(map(str, given.glue_seeds))}
 
 
 if __name__ == "__main__":

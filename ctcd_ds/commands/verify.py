@@ -9,10 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctcd_ds import cli
-from ctcd_ds.corpus.damage import corpus_damage
-from ctcd_ds.corpus.rows import read_corpus_manifest
 from ctcd_ds.manifest import file_problems, read_manifest
-from ctcd_ds.training import checkpoint
 
 
 def main() -> int:
@@ -41,6 +38,10 @@ def find(path: Path) -> Iterator[Path]:
 
 def problems(place: Path) -> Iterator[str]:
     """What is wrong with one directory."""
+    from ctcd_ds.corpus.damage import corpus_damage
+    from ctcd_ds.corpus.rows import read_corpus_manifest
+    from ctcd_ds.training import checkpoint
+
     try:
         if read_manifest(place / "manifest.json").get("format") == checkpoint.FORMAT:
             yield from file_problems(place, checkpoint.read(place)["files"])

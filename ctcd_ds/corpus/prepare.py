@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.encode import Block, Encoder, encode_in_order
+from ctcd_ds.corpus.rows import FORMAT, VERSION
 from ctcd_ds.corpus.shards import Step
 from ctcd_ds.corpus.sources import Reading, Source, documents, find_sources, sample_lines
 from ctcd_ds.corpus.tokenizer import bring_tokenizer, lowercases, save_tokenizer, tokenizer_identity
@@ -128,8 +129,8 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
     identity = tokenizer_identity(tokenizer)
     place.publish(
         {
-            "format": "ctcd_ds.corpus",
-            "version": 1,
+            "format": FORMAT,
+            "version": VERSION,
             "tokenizer": identity,
             "dtype": dtype_for(identity["vocab_size"]),
             "settings": settings,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,10 @@ from typing_extensions import TypedDict
 
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
+from ctcd_ds.corpus.indexed import Header
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
 
 FORMAT, VERSION = "ctcd_ds.corpus", 1
-
-# megatron-core's .idx: a magic word, version, dtype code, number of sequences, number of document borders.
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_CODES = {"int32": 4, "uint16": 8}
 
 # Rows come in random order. Up to this size of a split the system's read-ahead (128 KiB to 8 MiB for each
 # row not in memory) soon has all of it in memory; beyond, it would read 500 times what is needed, or more.
@@ -195,14 +190,13 @@ def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:
 
     file = path / f"{shard.name}.idx"
     with file.open("rb") as index:
-        header = index.read(_INDEX_HEADER.size)
-    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
-        raise _damaged(file, "it has no IndexedDataset header")
-    _, version, code, sequences, borders = _INDEX_HEADER.unpack(header)
-    if (version, code, borders) != (1, _DTYPE_CODES[dtype], shard.documents + 1):
-        raise _damaged(file, f"its header does not say version 1, {dtype}, {shard.documents} documents")
-    if entry["idx"]["bytes"] != _INDEX_HEADER.size + 12 * sequences + 8 * borders:
-        raise _damaged(file, f"its size is not that of {sequences} sequences")
+        header = Header.read(index.read(Header.BYTES))
+    if header is None:
+        raise _damaged(file, "it has no IndexedDataset header of version 1")
+    if (header.dtype, header.borders) != (dtype, shard.documents + 1):
+        raise _damaged(file, f"its header does not say {dtype}, {shard.documents} documents")
+    if entry["idx"]["bytes"] != header.file_bytes:
+        raise _damaged(file, f"its size is not that of {header.sequences} sequences")
     return shard
 
 

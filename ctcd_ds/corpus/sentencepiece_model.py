@@ -1,7 +1,8 @@
 """A SentencePiece .model as a Hugging Face tokenizer, compared with native SentencePiece on real text.
 
 The converters that come with transformers each serve one model family and were seen to disagree with SentencePiece
-without a word (docs of the project: 0 to 4,959 of 5,000 sentences). This one follows SentencePiece itself: its
+without a word: of 5,000 sentences AlbertTokenizer agreed on 4,959, LlamaTokenizer with a case-folding BPE model on 1,
+PreTrainedTokenizerFast on a .model on none (transformers 5). This one follows SentencePiece itself: its
 normaliser, its handling of spaces, its pieces and scores, and then proves it on the user's text.
 """
 

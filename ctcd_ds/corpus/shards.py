@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.indexed import DTYPES, Header
 from ctcd_ds.manifest import sampled_entry
 
 Entry = dict[str, Any]  # a shard as the manifest lists it
-HEADER = b"MMIDIDX\x00\x00"
-DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}  # megatron's codes
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,16 @@ def open_pair(prefix: str) -> Pair:
         if not path.is_file():
             raise UserError(f"{path} does not exist; a corpus is a pair of {prefix}.bin and {prefix}.idx")
     content = idx.read_bytes()
-    if content[:9] != HEADER or len(content) < 34 or struct.unpack_from("<Q", content, 9)[0] != 1:
+    header = Header.read(content)
+    if header is None:
         raise UserError(f"{idx} is not an index of megatron-core's IndexedDataset (version 1)")
-    code, sequences, documents = struct.unpack_from("<BQQ", content, 17)
-    if code not in DTYPES:
-        raise UserError(f"{idx}: dtype code {code} is not one of token ids ({DTYPES})")
-    if len(content) < 34 + sequences * 12 + documents * 8 or documents < 1:
+    if header.dtype is None:
+        raise UserError(f"{idx}: dtype code {header.code} is not one of token ids ({DTYPES})")
+    sequences = header.sequences
+    if len(content) < header.file_bytes or header.borders < 1:
         raise UserError(f"{idx} is damaged: {len(content)} bytes do not hold {sequences} sequences")
-    lengths = np.frombuffer(content, np.int32, sequences, 34)
-    pointers = np.frombuffer(content, np.int64, sequences, 34 + 4 * sequences)
-    bounds = np.frombuffer(content, np.int64, documents, 34 + 12 * sequences)
-    dtype = np.dtype(DTYPES[code])
+    lengths, pointers, bounds = header.arrays(content)
+    dtype = np.dtype(header.dtype)
     size = data.stat().st_size
     if size % dtype.itemsize:
         raise UserError(f"{data} is damaged: its {size} bytes are no whole number of tokens of {dtype}")

@@ -12,10 +12,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.evaluation.tables import parse_json
 from ctcd_ds.evaluation.tasks import MNLI, QNLI, QQP, RTE, SST2, Table, Task
-from ctcd_ds.recipe import did_you_mean
 
 _BASES = (SST2, QQP, MNLI, QNLI, RTE)
 _DEV_KEYS = {"sst2": {"": "sst2"}, "qqp": {"": "qqp"}, "mnli": {"matched": "mnli", "mismatched": "mnli-mm"}} | {
@@ -60,6 +59,6 @@ def _task(path: Path, base: Task, keys: Collection[str]) -> Task:
         for suffix, key in _DEV_KEYS[base.name].items()
         if key in keys
     }
-    spelt = tuple(str(number) for number in range(len(base.labels)))
+    numbers = tuple(str(number) for number in range(len(base.labels)))
     hub = "AI-Secure/adv_glue"
-    return replace(base, name=f"adv_{base.name}", labels=spelt, base=base.name, train=None, dev=dev, test={}, hub=hub)
+    return replace(base, name=f"adv_{base.name}", labels=numbers, base=base.name, train=None, dev=dev, test={}, hub=hub)

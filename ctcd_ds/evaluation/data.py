@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.evaluation.tables import Rows, read_table
+from ctcd_ds.evaluation.tables import TaskRows, read_table
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task
 
 HUB = "hub"
@@ -20,9 +20,9 @@ class TaskData:
     """All rows of one task, keyed as in `Task`; `test` holds only what is there."""
 
     task: Task
-    train: Rows | None
-    dev: dict[str, Rows]
-    test: dict[str, Rows]
+    train: TaskRows | None
+    dev: dict[str, TaskRows]
+    test: dict[str, TaskRows]
     left_out: int = 0  # broken lines of the training file
 
     def sha256(self) -> str:
@@ -33,7 +33,7 @@ class TaskData:
         return digest.hexdigest()
 
 
-def found(folder: Path, tasks: Sequence[Task] = GLUE) -> tuple[list[Task], list[Task]]:
+def tasks_in(folder: Path, tasks: Sequence[Task] = GLUE) -> tuple[list[Task], list[Task]]:
     """The tasks that `folder` holds files of, and those that it does not. A diagnostic needs its task beside it."""
 
     def has_files(task: Task) -> bool:
@@ -49,7 +49,7 @@ def found(folder: Path, tasks: Sequence[Task] = GLUE) -> tuple[list[Task], list[
 def from_folder(folder: Path, task: Task) -> TaskData:
     """Reads the official files of one task. Raises UserError for a missing or malformed file."""
 
-    def required(table: Table) -> tuple[Rows, int]:
+    def required(table: Table) -> tuple[TaskRows, int]:
         path = _existing(folder, table)
         if path is None:
             raise UserError(f"--data_dir: task {task.name} needs {folder / table.file}, which does not exist")
@@ -94,10 +94,10 @@ def from_hub(task: Task, repository: str | None = None) -> TaskData:
         if bars_were_on:
             datasets.enable_progress_bars()
 
-    def rows(table: Table) -> Rows:
+    def rows(table: Table) -> TaskRows:
         split: Any = splits[table.hub_split]
         labels = list(split["label"])
-        return Rows(
+        return TaskRows(
             texts=list(zip(*(split[column] for column in task.hub_text), strict=True)),
             labels=None if all(label == -1 for label in labels) else labels,
             index=[str(row) for row in range(len(labels))],

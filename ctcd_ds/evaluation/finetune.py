@@ -18,7 +18,7 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.data import TaskData
 from ctcd_ds.evaluation.metrics import Array
-from ctcd_ds.evaluation.tables import Rows
+from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import file_entry
 from ctcd_ds.memory import keep_freed_memory
@@ -30,7 +30,7 @@ NO_LIMIT = 1 << 30  # tokens of a row, of a model whose config states none
 
 
 @dataclass(frozen=True)
-class Settings:
+class FinetuneSettings:
     """How every model is fine-tuned. The defaults are BERT's (3 epochs of batches of 32, Adam, linear decay)."""
 
     epochs: float = 3.0
@@ -95,7 +95,7 @@ def _is_of_the_body(key: str, model: Any) -> bool:
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
 
 
-def encode(rows: Rows, checkpoint: Checkpoint, max_length: int) -> list[Feature]:
+def encode(rows: TaskRows, checkpoint: Checkpoint, max_length: int) -> list[Feature]:
     """Token ids of each row, cut to `max_length`, not padded yet, with `labels` where there are any."""
     encoded = checkpoint.tokenizer(
         *(list(sentences) for sentences in zip(*rows.texts, strict=True)),
@@ -111,12 +111,12 @@ def encode(rows: Rows, checkpoint: Checkpoint, max_length: int) -> list[Feature]
     return features
 
 
-def subset(rows: Rows, size: int | None) -> Rows:
+def subset(rows: TaskRows, size: int | None) -> TaskRows:
     """`size` rows drawn at random, the same ones every time, in their order; all rows where there are fewer."""
     if size is None or size >= len(rows):
         return rows
     chosen = sorted(np.random.default_rng(0).permutation(len(rows))[:size].tolist())
-    return Rows(
+    return TaskRows(
         [rows.texts[row] for row in chosen],
         None if rows.labels is None else [rows.labels[row] for row in chosen],
         [rows.index[row] for row in chosen],
@@ -124,17 +124,17 @@ def subset(rows: Rows, size: int | None) -> Rows:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenisedTask:
     """A task's rows as one model reads them, with the answers. Shared by all seeds."""
 
     train: list[Feature]
     dev: dict[str, list[Feature]]
 
 
-def encode_task(data: TaskData, checkpoint: Checkpoint, settings: Settings) -> Encoded:
+def encode_task(data: TaskData, checkpoint: Checkpoint, settings: FinetuneSettings) -> TokenisedTask:
     """Tokenises the training and dev rows of a task; a diagnostic has no training rows."""
     train = subset(data.train, settings.max_train_samples) if data.train else None
-    return Encoded(
+    return TokenisedTask(
         encode(train, checkpoint, settings.max_length) if train else [],
         {
             key: encode(subset(rows, settings.max_eval_samples), checkpoint, settings.max_length)
@@ -143,7 +143,7 @@ def encode_task(data: TaskData, checkpoint: Checkpoint, settings: Settings) -> E
     )
 
 
-def steps(rows: int, settings: Settings) -> int:
+def steps(rows: int, settings: FinetuneSettings) -> int:
     """Optimiser steps of one fine-tuning."""
     per_epoch = math.ceil(min(rows, settings.max_train_samples or rows) / settings.batch_size)
     return math.ceil(per_epoch * settings.epochs)
@@ -173,18 +173,18 @@ class Finetuned:
         unsorted[order] = logits
         return unsorted
 
-    def measure(self, task: Task, encoded: Encoded) -> dict[str, float]:
+    def measure(self, task: Task, encoded: TokenisedTask) -> dict[str, float]:
         """The metrics of a task on its dev rows; those of several dev sets are named metric_KEY."""
         measured: dict[str, float] = {}
         for key, features in encoded.dev.items():
             answers = metrics.predictions(task, self.predict(features))
-            found = metrics.measure(task, answers, [feature["labels"] for feature in features])
+            found = metrics.scores(task, answers, [feature["labels"] for feature in features])
             measured |= {f"{name}_{key}" if key else name: value for name, value in found.items()}
         return measured
 
 
 def finetune(
-    checkpoint: Checkpoint, task: Task, encoded: Encoded, seed: int, settings: Settings, bar: Any
+    checkpoint: Checkpoint, task: Task, encoded: TokenisedTask, seed: int, settings: FinetuneSettings, bar: Any
 ) -> Finetuned:
     """Fine-tunes a fresh copy of a model; a pure function of its arguments on one device at equal threads.
 

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.card import write_cards
-from ctcd_ds.evaluation.data import HUB, TaskData, found, from_folder, from_hub
+from ctcd_ds.evaluation.data import HUB, TaskData, from_folder, from_hub, tasks_in
 from ctcd_ds.evaluation.finetune import (
     Checkpoint,
     Finetuned,
-    Settings,
+    FinetuneSettings,
     encode,
     encode_task,
     finetune,
@@ -46,7 +46,7 @@ def run(
     data_dir: Path | str | None,
     output_dir: Path,
     seeds: Sequence[int] = (1,),
-    settings: Settings | None = None,
+    settings: FinetuneSettings | None = None,
     keep_models: bool = False,
     task_files: Sequence[Path] = (),
     no_finetune_on: Sequence[str] = (),
@@ -59,7 +59,7 @@ def run(
     `keep_models`, and the scores into the cards of models that export_hf.py wrote.
     Raises UserError, before anything is written, for models, tasks, data or an output directory that cannot serve.
     """
-    settings = settings or Settings()
+    settings = settings or FinetuneSettings()
     if not seeds:
         raise UserError("--seeds names no seed")
     data = load(tasks, data_dir, task_files, no_finetune_on)
@@ -157,7 +157,7 @@ def _chosen(tasks: Sequence[str], data_dir: Path | str | None, others: bool) -> 
         raise UserError(f"--data_dir: {folder} is no directory (nor the word 'hub')")
     if tuple(tasks) != ALL:
         return named(tasks)
-    there, missing = found(folder)
+    there, missing = tasks_in(folder)
     if not there:
         folders = " ".join(task.folder for task in GLUE)
         raise UserError(f"--data_dir: {folder} holds no task; looked for the folders {folders}")
@@ -166,7 +166,7 @@ def _chosen(tasks: Sequence[str], data_dir: Path | str | None, others: bool) -> 
     return there
 
 
-def _grid(checkpoints: Sequence[Checkpoint], data: dict[str, TaskData], settings: Settings) -> Grid:
+def _grid(checkpoints: Sequence[Checkpoint], data: dict[str, TaskData], settings: FinetuneSettings) -> Grid:
     libraries = ("torch", "transformers", "accelerate", "tokenizers", "scikit-learn", "scipy")
     return Grid(
         settings={**asdict(settings), "precision": precision()},
@@ -208,7 +208,7 @@ def plan(
     checkpoints: Sequence[Checkpoint],
     data: dict[str, TaskData],
     seeds: Sequence[int],
-    settings: Settings,
+    settings: FinetuneSettings,
     cells: dict[Cell, dict[str, Any]],
 ) -> list[Lane]:
     """What is still to do, task by task, so that models can be compared as early as possible."""
@@ -226,7 +226,7 @@ def plan(
 
 def do_lane(
     lane: Lane,
-    settings: Settings,
+    settings: FinetuneSettings,
     keep_models: bool,
     output_dir: Path,
     grid: Grid,
@@ -268,7 +268,7 @@ def do_lane(
 
 
 def test(
-    finetuned: Finetuned, data: TaskData, checkpoint: Checkpoint, settings: Settings, target: Path | None
+    finetuned: Finetuned, data: TaskData, checkpoint: Checkpoint, settings: FinetuneSettings, target: Path | None
 ) -> dict[str, float]:
     """Predicts the test rows of a task, writes them into `target`; returns metrics where the rows have labels."""
     measured: dict[str, float] = {}
@@ -277,7 +277,7 @@ def test(
         if target:
             write_predictions(target / file, data.task, rows, answers)
         if rows.labels is not None:
-            measured |= metrics.measure(data.task, answers, rows.labels)
+            measured |= metrics.scores(data.task, answers, rows.labels)
     return measured
 
 

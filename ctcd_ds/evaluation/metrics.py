@@ -19,7 +19,7 @@ OF_LABELS, OF_SCORES = ("accuracy", "f1", "matthews"), ("pearson", "spearman")
 METRICS = (*OF_LABELS, *OF_SCORES)  # f1 is that of the second of two labels
 
 
-def measure(task: Task, predictions: Array, labels: Sequence[Label]) -> dict[str, float]:
+def scores(task: Task, predictions: Array, labels: Sequence[Label]) -> dict[str, float]:
     """The metrics of a task, each from −1 or 0 to 1. Predictions are class ids, or scores in the task's range."""
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef

@@ -18,12 +18,12 @@ rules        how scores, spread and averages are made, in words
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, aligned
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.tasks import GLUE
 from ctcd_ds.manifest import write_atomic
@@ -167,7 +167,7 @@ def _compare(path: Path, what: str, earlier: Mapping[str, Any], now: Mapping[str
             )
 
 
-def table(content: Mapping[str, Any]) -> str:
+def score_table(content: Mapping[str, Any]) -> str:
     """The results as plain text: a line for each task, a column for each model, differences to the first one."""
     models: dict[str, Any] = content["models"]
     differences = content["differences"]["models"]
@@ -215,13 +215,6 @@ def _score(entry: Mapping[str, Any]) -> str:
         return "not scored" if entry else "-"
     spread = f" ({entry['min']:.1f}-{entry['max']:.1f})" if len(entry["seeds"]) > 1 else ""
     return _number(entry["median"]) + spread
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Cells as lines of equal columns, a rule under the first."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return [text[0], "-" * max(map(len, text)), *text[1:]]
 
 
 def _legend(content: Mapping[str, Any]) -> list[str]:

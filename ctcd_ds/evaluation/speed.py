@@ -20,11 +20,10 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, aligned
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.evaluation.finetune import open_checkpoint, quiet_libraries
 from ctcd_ds.evaluation.glue import model_names
-from ctcd_ds.evaluation.results import aligned
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.measuring import Step, interleaved, peak_bytes, ratio, synchronise
 from ctcd_ds.peers.accounting import cost
@@ -146,7 +145,7 @@ class _Candidate:
         return forward
 
 
-def measure(
+def measure_speed(
     models: Sequence[Path],
     batch_sizes: Sequence[int],
     sequence_lengths: Sequence[int],
@@ -171,7 +170,7 @@ def measure(
         for size in sizes:
             for own, timing in zip(timings, _time(candidates, *size, device, seconds), strict=True):
                 own.append(timing)
-    found = environment(Ranks(0, 1, 0, 1, "alone"), device.type)
+    found = environment(Ranks.alone(), device.type)
     return Speed(
         command=found["command"],
         hardware={
@@ -230,7 +229,7 @@ def _described(candidate: _Candidate, timings: list[Timing]) -> ModelSpeed:
     )
 
 
-def table(speed: Speed) -> str:
+def speed_table(speed: Speed) -> str:
     """The file as plain text: sizes of the models, then a line for each model and size of batch."""
     about = [
         [model.name, str(model.layers or "-"), f"{model.parameters / 1e6:.2f} M", _mib(model.bytes_on_disk)]

@@ -6,15 +6,15 @@ import zipfile
 from pathlib import Path
 
 from ctcd_ds.evaluation.metrics import Array
-from ctcd_ds.evaluation.tables import Rows
+from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import write_atomic
 
 
-def write_predictions(path: Path, task: Task, rows: Rows, predictions: Array) -> None:
+def write_predictions(path: Path, task: Task, rows: TaskRows, predictions: Array) -> None:
     """Writes `index<TAB>prediction`, labels as the task spells them, scores with three decimals."""
-    spelt = [task.labels[answer] if task.labels else f"{answer:.3f}" for answer in predictions]
-    lines = [f"{index}\t{answer}" for index, answer in zip(rows.index, spelt, strict=True)]
+    answers = [task.labels[answer] if task.labels else f"{answer:.3f}" for answer in predictions]
+    lines = [f"{index}\t{answer}" for index, answer in zip(rows.index, answers, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "\n".join(["index\tprediction", *lines]) + "\n")
 

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.evaluation.tasks import Table, Task
-from ctcd_ds.recipe import did_you_mean
 
 Label = int | float
 SUFFIXES = (".tsv", ".jsonl", ".json")
 
 
 @dataclass(frozen=True)
-class Rows:
+class TaskRows:
     """Rows of one table. `labels` are label ids, or scores in the task's range; None where the table has none."""
 
     texts: list[tuple[str, ...]]
@@ -39,7 +38,7 @@ class _Columns:
     broken: int = 0
 
 
-def read_table(path: Path, table: Table, task: Task) -> tuple[Rows, int]:
+def read_table(path: Path, table: Table, task: Task) -> tuple[TaskRows, int]:
     """Reads one file; returns its rows and how many broken lines were left out.
 
     Raises UserError, with file and line, for what cannot be read, a missing column, and a label that the task has not.
@@ -49,10 +48,10 @@ def read_table(path: Path, table: Table, task: Task) -> tuple[Rows, int]:
         raise UserError(f"{path} holds no rows")
     labels = None
     if table.label is not None and table.label in columns.cells:
-        spelt = zip(columns.cells[table.label], columns.places, strict=True)
-        labels = [_label(text, task, f"{columns.place}{number}") for text, number in spelt]
+        written = zip(columns.cells[table.label], columns.places, strict=True)
+        labels = [_label(text, task, f"{columns.place}{number}") for text, number in written]
     index = columns.cells.get(table.index) if table.index else None
-    return Rows(
+    return TaskRows(
         texts=list(zip(*(columns.cells[name] for name in table.text), strict=True)),
         labels=labels,
         index=[str(row) for row in range(len(columns.places))] if index is None else index,
@@ -114,7 +113,7 @@ def _json(path: Path, table: Table) -> _Columns:
                 raise UserError(f"{place}{number}: no key {name!r}; {did_you_mean(name, row)}")
             if name in table.text and not isinstance(row[name], str):
                 raise UserError(f"{place}{number}: {name} = {json.dumps(row[name])[:60]} is no text")
-            cells[name].append(spelt(row[name]))
+            cells[name].append(as_text(row[name]))
     return _Columns(cells, [number for number, _ in rows], place)
 
 
@@ -126,7 +125,7 @@ def parse_json(text: str, place: str) -> Any:
         raise UserError(f"{place} is not JSON: {problem}") from None
 
 
-def spelt(value: Any) -> str:
+def as_text(value: Any) -> str:
     """A label as text: words as they are, 1 → "1", true → "true"."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 

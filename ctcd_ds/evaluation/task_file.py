@@ -21,12 +21,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.evaluation import advglue
 from ctcd_ds.evaluation.metrics import METRICS, OF_LABELS, OF_SCORES
-from ctcd_ds.evaluation.tables import SUFFIXES, spelt
+from ctcd_ds.evaluation.tables import SUFFIXES, as_text
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task, plain_name
-from ctcd_ds.recipe import Mistakes, did_you_mean, explain, read_file
+from ctcd_ds.recipe import Mistakes, explain, read_file
 
 FILE = "task.yaml"  # in a folder given instead of a file
 
@@ -37,8 +37,8 @@ def _as_list(value: Any) -> Any:
 
 def _spelt(value: Any) -> Any:
     if isinstance(value, list):
-        return [spelt(label) for label in value]
-    return {spelt(key): spelt(label) for key, label in value.items()} if isinstance(value, dict) else value
+        return [as_text(label) for label in value]
+    return {as_text(key): as_text(label) for key, label in value.items()} if isinstance(value, dict) else value
 
 
 Names = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, 
 from ctcd_ds.experiments.running import Ending
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
+from ctcd_ds.manifest import read_json
 
 
 def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Results:
@@ -25,7 +25,7 @@ def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Resu
     unfinished = sum(cell.state != "finished" for cell in cells)
     hardware: dict[str, Any] = {}
     for cell in cells:
-        environment = _json(directory / cell.run / "environment.json")
+        environment = read_json(directory / cell.run / "environment.json")
         if cell.state == "finished" and environment:
             known = ("device", "cores", "world", "threads_per_rank", "host")
             hardware = {key: environment.get(key) for key in known}
@@ -48,7 +48,7 @@ def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Resu
 
 def _cell(cell: Planned, ending: Ending, directory: Path) -> Cell:
     finished = ending.state == "finished"
-    summary, peers = (_json(cell.run / "summary.json"), cell.peers) if finished else ({}, {})
+    summary, peers = (read_json(cell.run / "summary.json"), cell.peers) if finished else ({}, {})
     agreement = {
         key.removeprefix("valid/agreement/"): value
         for key, value in summary.items()
@@ -88,7 +88,7 @@ def _peer(name: str, known: PeerResult, cell: Planned, summary: Mapping[str, Any
 
 def glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
     """This model's scores from run_glue's results.json."""
-    for entry in _json(path).get("models", {}).values():
+    for entry in read_json(path).get("models", {}).values():
         if Path(entry["path"]).resolve() == model.resolve():
             return {
                 task: GlueScore(
@@ -160,11 +160,3 @@ def _comparisons(experiment: Experiment, conditions: Mapping[str, Condition]) ->
                 theirs = conditions[against.name].peers.get(their, {})
                 for metric in (metric for metric in ours if metric in theirs):
                     yield compare(point.name, wish.peer, against.name, their, metric, ours[metric], theirs[metric])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, typed
+from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.slurm import Cluster, require_sbatch
 from ctcd_ds.demo.data import data_commands
+from ctcd_ds.ending import is_finished
 from ctcd_ds.experiments.grid import expand
-from ctcd_ds.experiments.local import collect_only, found, run_here
+from ctcd_ds.experiments.local import as_they_stand, collect_only, run_here
 from ctcd_ds.experiments.planning import Whole, plan_cells, structural_mistakes
 from ctcd_ds.experiments.queueing import queue_cells, refuse_while_queued
 from ctcd_ds.experiments.results import write_results
-from ctcd_ds.experiments.running import is_finished, places, recipe_place
+from ctcd_ds.experiments.running import places, recipe_place
 from ctcd_ds.experiments.specification import FULL, Experiment, base_recipe, load_experiment
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes
@@ -70,11 +72,17 @@ def run_experiment(asked: Request) -> int:
     print(describe(whole), flush=True)
     if asked.dry_run:
         return EXIT_DONE
-    _write_recipes(whole)
-    if asked.only_collect:
+    if asked.only_collect:  # beside whatever runs
+        _write_recipes(whole)
         return collect_only(whole)
+    with owned(whole.directory):
+        return _run(whole, asked, gpus, fresh)
+
+
+def _run(whole: Whole, asked: Request, gpus: int, fresh: bool) -> int:
+    _write_recipes(whole)
     if asked.slurm is not None:
-        write_results(whole.directory, found(whole))
+        write_results(whole.directory, as_they_stand(whole))
         try:
             print(queue_cells(whole, asked.slurm.cluster, asked.slurm.nodes, asked.slurm.collecting))
         except UserError:

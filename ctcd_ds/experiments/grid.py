@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctcd_ds.cli import did_you_mean
 from ctcd_ds.experiments.results import Value
 from ctcd_ds.experiments.specification import Experiment, Group, set_key
-from ctcd_ds.recipe import Mistakes, did_you_mean
+from ctcd_ds.recipe import Mistakes
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ctcd_ds.cli import EXIT_DONE, EXIT_FAILED, EXIT_SAVED
+from ctcd_ds.ending import is_finished
 from ctcd_ds.experiments.collecting import collect
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.results import FILE, Cell, Results, read_results, write_results
-from ctcd_ds.experiments.running import Ending, Machine, do_cell, found_ending, is_finished, run_cells
+from ctcd_ds.experiments.running import Ending, Machine, do_cell, found_ending, run_cells
 from ctcd_ds.training.tensorboard import write_scores
 
 
@@ -36,7 +37,7 @@ def run_here(whole: Whole, places: Sequence[Mapping[str, str]]) -> int:
 
     with _stopping(machine), _Progress(runs) as progress:
 
-        def told(cell: Planned, ending: Ending, running: list[Planned]) -> None:
+        def on_ending(cell: Planned, ending: Ending, running: list[Planned]) -> None:
             endings[cell.name] = ending
             results = write()
             result = next(c for c in results.cells if c.name == cell.name)
@@ -45,7 +46,7 @@ def run_here(whole: Whole, places: Sequence[Mapping[str, str]]) -> int:
             progress.watch(running)
 
         write()
-        run_cells(whole.planned, machine, lambda cell: do_cell(progress.started(cell), whole, machine), told)
+        run_cells(whole.planned, machine, lambda cell: do_cell(progress.started(cell), whole, machine), on_ending)
     results = write()
     print(summary(results, whole.directory), flush=True)
     return EXIT_SAVED if machine.stopping else _code(results)
@@ -56,7 +57,7 @@ def collect_only(whole: Whole) -> int:
     if (whole.directory / FILE).exists():  # the command that repeats the experiment stays
         about = {**whole.about, "command": read_results(whole.directory).command}
         whole = replace(whole, about=about)
-    results = found(whole)
+    results = as_they_stand(whole)
     write_results(whole.directory, results)
     for cell in whole.runs:
         show_scores(cell.run, next(c for c in results.cells if c.name == cell.name))
@@ -64,7 +65,7 @@ def collect_only(whole: Whole) -> int:
     return _code(results)
 
 
-def found(whole: Whole) -> Results:
+def as_they_stand(whole: Whole) -> Results:
     """The results of the runs as they stand by the files they left: for runs that others started."""
     endings = {cell.name: found_ending(cell, whole.experiment) for cell in whole.runs}
     return collect(whole, endings, _seconds_before(whole.directory))

@@ -13,7 +13,7 @@ from ctcd_ds.experiments.results import PeerResult
 from ctcd_ds.experiments.specification import Experiment, prerequisites
 from ctcd_ds.manifest import canonical_sha256
 from ctcd_ds.recipe import Mistakes, Recipe, recipe_mistakes
-from ctcd_ds.training.deepspeed_config import read_json
+from ctcd_ds.training.deepspeed_config import read_config
 from ctcd_ds.training.plan import Plan, make_plan
 
 
@@ -158,7 +158,7 @@ def _sizes(
     sizes: dict[str, _Size] = {}
     mistakes: dict[str, str] = {}
     by_name = {cell.name: cell for cell in cells.values()}
-    config = read_json(Path(experiment.deepspeed_config))
+    config = read_config(Path(experiment.deepspeed_config))
     for group in TopologicalSorter(prerequisites(experiment.cells)).static_order():
         for point in conditions[group]:
             cell = cells[point.name]

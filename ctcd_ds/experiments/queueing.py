@@ -8,22 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.cluster.slurm import Cluster, Run, Submission, cancel, head, sbatch, still_queued
+from ctcd_ds.cluster.owner import still_queued
+from ctcd_ds.cluster.slurm import Cluster, Run, Submission, cancel, head, sbatch
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.running import ASKED, asked, glue_options, is_done
 from ctcd_ds.experiments.specification import Experiment
-from ctcd_ds.manifest import write_atomic
+from ctcd_ds.manifest import read_json, write_atomic
 
 JOBS = Path("slurm", "jobs.json")  # in the experiment's directory: run or 'collect' → stage → job id
 
 
 def refuse_while_queued(directory: Path) -> None:
     """Raises UserError where jobs of this experiment still wait or run: two of them must not share a run."""
-    try:
-        queued: dict[str, dict[str, str]] = json.loads((directory / JOBS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if there := still_queued(number for jobs in queued.values() for number in jobs.values()):
+    queued = [number for jobs in read_json(directory / JOBS).values() for number in jobs.values()]
+    if queued and (there := still_queued(queued)):
         raise UserError(
             f"output_dir {directory}: jobs {', '.join(there)} of this experiment are still in the queue: "
             f"wait for them, or `scancel {' '.join(there)}`"

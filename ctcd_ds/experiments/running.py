@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import queue
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import EXIT_SAVED, RunFailure, command
+from ctcd_ds.cluster.ranks import free_port
+from ctcd_ds.ending import ending, is_finished
 from ctcd_ds.experiments.planning import Planned, Whole
 from ctcd_ds.experiments.specification import Experiment, Glue
 from ctcd_ds.manifest import write_atomic
@@ -87,7 +87,7 @@ class Machine:
         if code:
             said = (self._logs / f"{cell}.log").read_bytes()[began:].decode(errors="replace")
             name = next(word for word in line if word.startswith("ctcd_ds.commands.")).rpartition(".")[2]
-            raise RunFailure(f"{name} ended with {code}: {last_words(said)}")
+            raise RunFailure(f"{name} ended with {code}: {failure_message(said)}")
 
     def stop(self) -> None:
         """Tells all processes to save and end."""
@@ -98,7 +98,7 @@ class Machine:
                     os.killpg(process.pid, signal.SIGTERM)
 
 
-def last_words(log: str) -> str:
+def failure_message(log: str) -> str:
     """What a command said of its failure: its 'error:' or 'failed:' with the list below, else its last line.
 
     Either may stand behind a progress bar, on the bar's own line.
@@ -115,9 +115,9 @@ def run_cells(
     planned: Sequence[Planned],
     machine: Machine,
     do: Callable[[Planned], Ending],
-    told: Callable[[Planned, Ending, list[Planned]], None],
+    on_ending: Callable[[Planned, Ending, list[Planned]], None],
 ) -> dict[str, Ending]:
-    """Runs each owner's run once all that it needs is finished; calls `told` after each with what still runs.
+    """Runs each owner's run once all that it needs is finished; calls `on_ending` after each with what still runs.
 
     Returns how every run ended; a cell whose need failed is waiting.
     """
@@ -133,7 +133,7 @@ def run_cells(
                 if bad:
                     waiting.remove(cell)
                     endings[cell.name] = Ending("waiting", f"needs {bad[0]}, which is not finished")
-                    told(cell, endings[cell.name], list(running.values()))
+                    on_ending(cell, endings[cell.name], list(running.values()))
                 elif len(running) < machine.width and not machine.stopping and all(n in endings for n in needs):
                     waiting.remove(cell)
                     running[pool.submit(do, cell)] = cell
@@ -142,7 +142,7 @@ def run_cells(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
                 endings[cell.name] = future.result()
-                told(cell, endings[cell.name], list(running.values()))
+                on_ending(cell, endings[cell.name], list(running.values()))
     return endings
 
 
@@ -166,25 +166,15 @@ def do_cell(cell: Planned, whole: Whole, machine: Machine) -> Ending:
     return Ending("finished")
 
 
-def is_finished(run: Path) -> bool:
-    """Whether the run's exit.json says that all its steps are done."""
-    try:
-        return bool(json.loads((run / "exit.json").read_text())["state"] == "finished")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def found_ending(cell: Planned, experiment: Experiment) -> Ending:
     """How a run stands by the files it left: for runs that others started."""
     if is_done(cell, experiment):
         return Ending("finished")
     if is_finished(cell.run):
         return Ending("waiting", f"trained, but not yet exported and scored; logs in {cell.run / 'slurm'}")
-    try:
-        ending = json.loads((cell.run / "exit.json").read_text())
-        return Ending("failed" if ending["state"] == "failed" else "waiting", f"{ending['state']}: {ending['reason']}")
-    except (OSError, ValueError, KeyError, TypeError):
+    if (ended := ending(cell.run)) is None:
         return Ending("waiting", "not finished")
+    return Ending("failed" if ended.state == "failed" else "waiting", f"{ended.state}: {ended.reason}")
 
 
 def is_done(cell: Planned, experiment: Experiment) -> bool:
@@ -222,12 +212,9 @@ def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[st
     line = command("pretrain", "--recipe", recipe, "--deepspeed_config", config, "--output_dir", cell.run, "--resume")
     if experiment.ranks == 1:
         return line
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = [] if experiment.ranks is None else ["--num_accelerators", str(experiment.ranks)]
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), *ranks, "--master_port", str(port), "--module"]
-    return [*deepspeed, *line[2:]]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), *ranks, "--master_port", str(free_port())]
+    return [*launcher, "--module", *line[2:]]
 
 
 def _run_glue(cell: Planned, glue: Glue) -> list[str]:

@@ -27,8 +27,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from ctcd_ds.cli import did_you_mean
 from ctcd_ds.experiments.results import Value
-from ctcd_ds.recipe import Mistakes, Section, apply_override, did_you_mean, explain, read_file
+from ctcd_ds.recipe import Mistakes, Section, apply_override, explain, read_file
 
 FULL = "full"
 _SIZES = ("tiny",)

@@ -8,10 +8,10 @@ from typing import Any
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, by step
+LoggedRows = Sequence[Mapping[str, Any]]  # of metrics.jsonl, by step
 
 
-def draw(path: Path, rows: Rows, name: str, peers: Iterable[str]) -> bool:
+def draw(path: Path, rows: LoggedRows, name: str, peers: Iterable[str]) -> bool:
     """Draws the losses of peer `name` (thick) and of its partners into a PNG; False where there are none."""
     from matplotlib.figure import Figure
 
@@ -47,5 +47,5 @@ def draw(path: Path, rows: Rows, name: str, peers: Iterable[str]) -> bool:
     return True
 
 
-def _series(rows: Rows, key: str) -> list[tuple[int, float]]:
+def _series(rows: LoggedRows, key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctcd_ds.cli import Damage, RunFailure, UserError
+from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.peers.build import TOLERANCE, difference, one_line, save_and_reload, with_state
 from ctcd_ds.peers.reading import fit_tokenizer
-from ctcd_ds.recipe import Recipe, did_you_mean, load_recipe
+from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, valid_batches
 from ctcd_ds.training import checkpoint as checkpoints

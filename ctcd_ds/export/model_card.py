@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ctcd_ds import __version__
-from ctcd_ds.export.curves import Rows, draw
+from ctcd_ds.export.curves import LoggedRows, draw
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.run_directory import RunDirectory
@@ -137,7 +137,7 @@ def _scores(results: Sequence[EvalResult]) -> str:
     return "\n".join([_BEGIN, "| data | metric | value |", "|---|---|---|", *(lines or ["| none yet | | |"]), _END])
 
 
-def _held_out(rows: Rows, name: str, corpus: str) -> list[EvalResult]:
+def _held_out(rows: LoggedRows, name: str, corpus: str) -> list[EvalResult]:
     """The peer's last held-out values, as results."""
     prefix = f"valid/{name}/"
     found: dict[str, float] = {}

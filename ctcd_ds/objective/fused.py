@@ -21,11 +21,11 @@ from torch import Tensor
 from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.graph import DistillationGraph
 
-# fp32 logits of one peer that are worked on at once: enough columns for a GEMM at full rate. Tiles depend on the sizes
-# of one peer's batch only, so that a peer's sums are the same whoever else is in the run.
+# fp32 numbers of one peer that are worked on at once, logits [P, T] or weight gradients [T, E]: enough columns T for a
+# GEMM at full rate. A peer that does not distil has tiles of its own, so that its sums are the same in any company.
 TILE_BYTES = 16 * 2**20
 # fp32 logits of one peer that are kept from forward to backward instead of being computed again (a GEMM of four).
-KEPT_BYTES = 384 * 2**20
+KEPT_BYTES = 64 * 2**20
 _TILE_COLUMNS = 64  # widths that are no multiple of it run at a fraction of their rate
 
 
@@ -68,7 +68,9 @@ def fused_objective(
     `projections`: one a peer, over the positions of its view. Columns from `vocab_size` on are padding: they get no
     probability and no gradient.
     """
-    question = _Question(batch, graph, vocab_size, float(temperature), [(p.scale, p.cap) for p in projections])
+    after = [(p.scale, p.cap) for p in projections]
+    sizes = [max(*p.hidden.shape) if p.weight is not None else len(p.hidden) for p in projections]
+    question = _Question(batch, graph, vocab_size, float(temperature), after, sizes)
     flat = [tensor for p in projections for tensor in (p.hidden, p.weight, p.bias)]
     total, *terms = _Fused.apply(question, *flat)
     return Losses(total, dict(zip(graph.terms(), terms, strict=True)))
@@ -109,6 +111,7 @@ class _Question(NamedTuple):
     vocab_size: int
     temperature: float
     caps: list[tuple[float, float | None]]  # each projection's scale and cap
+    sizes: list[int]  # each one's positions or its hidden width, whichever is more: rows of its largest tile
 
     def projections(self, flat: Sequence[Tensor | None]) -> list[Projection]:
         own = [flat[k : k + 3] for k in range(0, len(flat), 3)]
@@ -122,8 +125,8 @@ class _Question(NamedTuple):
 
     def tiles(self, group: list[int]) -> list[slice]:
         """Columns to do at once. The last tile runs to the end of the padding, or of `_TILE_COLUMNS` of it."""
-        positions = max(1, *(len(self.batch.views[i].targets) for i in group))
-        width = max(1, TILE_BYTES // (4 * positions) // _TILE_COLUMNS) * _TILE_COLUMNS
+        rows = max(1, *(self.sizes[i] for i in group))
+        width = max(1, TILE_BYTES // (4 * rows) // _TILE_COLUMNS) * _TILE_COLUMNS
         end = -(-self.vocab_size // _TILE_COLUMNS) * _TILE_COLUMNS
         return [slice(start, min(start + width, end)) for start in range(0, end, width)]
 

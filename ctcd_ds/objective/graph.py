@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -25,6 +25,25 @@ class DistillationGraph:
         n = len(self.names)
         assert len(self.hard) == len(self.soft) == len(self.trained) == n
         assert all(len(row) == n and row[i] == 0 for i, row in enumerate(self.soft))
+
+    @classmethod
+    def of(
+        cls,
+        soft: Mapping[str, Mapping[str, float]],
+        hard: Mapping[str, float] | None = None,
+        frozen: Collection[str] = (),
+    ) -> DistillationGraph:
+        """A graph by names: {learner: {teacher: weight}} with every peer as a key, {peer: weight of its hard loss}.
+
+        Hard weights are 1 unless given; frozen peers learn nothing.
+        """
+        names, given = tuple(soft), hard or {}
+        return cls(
+            names=names,
+            hard=tuple(0.0 if name in frozen else given.get(name, 1.0) for name in names),
+            soft=tuple(tuple(soft[name].get(other, 0.0) for other in names) for name in names),
+            trained=tuple(name not in frozen for name in names),
+        )
 
     def at(self, done: float) -> DistillationGraph:
         """The graph when `done` (0 to 1) of the run is over: edges that begin later are not there yet."""

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.recipe import PeerSection, did_you_mean
+from ctcd_ds.recipe import PeerSection
 
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
 VOCABULARY_MULTIPLE = 64  # GEMMs with an odd inner size run at a fraction of their rate
@@ -254,6 +255,16 @@ def difference(exported: Any, inside: Any, inputs: Mapping[str, Tensor]) -> tupl
             logits.append(model.eval()(**inputs).logits)
     found, expected = logits[0], logits[1][..., : logits[0].shape[-1]]
     return float((found - expected).abs().max()), float(expected.abs().max())
+
+
+_OF_FROZEN: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+
+
+def frozen_sha256(peer: torch.nn.Module) -> str:
+    """`weights_sha256` of a peer whose weights never change in a run: computed once."""
+    if peer not in _OF_FROZEN:
+        _OF_FROZEN[peer] = weights_sha256(peer)
+    return _OF_FROZEN[peer]
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

@@ -12,7 +12,7 @@ from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
-from ctcd_ds.peers.dropout import quicken_dropout
+from ctcd_ds.peers.dropout import use_fast_dropout
 from ctcd_ds.peers.heads import compilable, project_positions, way_of
 
 
@@ -27,16 +27,27 @@ class Peers(nn.ModuleDict):
 class CoTraining(nn.Module):
     """N peers and their distillation graph.
 
-    Peers meet in the objective only, through detached targets. Dropout streams are keyed by the peer's name, so a
-    peer draws the same numbers whoever else is in the run.
+    Peers meet in the objective only, through detached targets. Dropout streams are keyed by `seed` and the peer's name,
+    so a peer draws the same numbers whoever else is in the run.
+
+    Args:
+        peers: Hugging Face models with a language-modelling head and one vocabulary, by the names of the graph.
+        vocab_size: columns of their logits from here on are padding.
+        temperature: τ of all soft losses.
+    Raises UserError where a model gives no logits that could be learned from.
     """
 
     def __init__(
-        self, peers: Mapping[str, nn.Module], graph: DistillationGraph, vocab_size: int, temperature: float, seed: int
+        self,
+        peers: Mapping[str, nn.Module],
+        graph: DistillationGraph,
+        vocab_size: int,
+        temperature: float = 1.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.peers = Peers(peers)
-        quicken_dropout(self)
+        use_fast_dropout(self)
         for peer in self.peers.values():
             way_of(peer)  # found in fp32, before the first step
         self.graph = graph
@@ -50,7 +61,7 @@ class CoTraining(nn.Module):
                 self.peers[name].eval()
         return self
 
-    def forward(self, batch: Batch, micro_step: int, rank: int, graph: DistillationGraph | None = None) -> Losses:
+    def forward(self, batch: Batch, micro_step: int, rank: int = 0, graph: DistillationGraph | None = None) -> Losses:
         """The losses of one micro-batch; `micro_step` counts over the whole run, `graph` is what holds at this step."""
         projections = []
         for name, trained, view in zip(self.graph.names, self.graph.trained, batch.views, strict=True):

@@ -26,7 +26,7 @@ class Dropout(nn.Dropout):
         return input * kept.to(input.dtype).mul_(STEPS / (STEPS - dropped))
 
 
-def quicken_dropout(module: nn.Module) -> None:
+def use_fast_dropout(module: nn.Module) -> None:
     """Makes every nn.Dropout inside `module` one of ours, in place; neither has weights or names of its own."""
     for part in module.modules():
         if type(part) is nn.Dropout:

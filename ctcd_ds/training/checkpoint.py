@@ -1,4 +1,4 @@
-"""What a checkpoint is: an envelope around DeepSpeed's files that is either whole or not there (DESIGN §6).
+"""What a checkpoint is: an envelope around DeepSpeed's files that is either whole or not there.
 
     checkpoints/step-00000120/     manifest.json · deepspeed/…
     checkpoints/latest             the newest tag, for people; --resume trusts manifests only

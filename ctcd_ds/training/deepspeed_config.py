@@ -10,18 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
-from ctcd_ds.recipe import Recipe, did_you_mean
+from ctcd_ds.cli import UserError, did_you_mean
+from ctcd_ds.recipe import Recipe
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("bf16", "fp16", "zero_optimization", "data_types", "communication_data_type", "prescale_gradients"),
-    *("gradient_predivide_factor", "disable_allgather", "steps_per_print", "wall_clock_breakdown", "dump_state"),
-    *("memory_breakdown", "disable_python_gc", "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler"),
-    *("comms_logger", "activation_checkpointing", "timers", "zero_allow_untested_optimizer", "log_level"),
+    *("bf16", "fp16", "zero_optimization", "data_types", "communication_data_type", "steps_per_print"),
+    *("wall_clock_breakdown", "dump_state", "memory_breakdown", "disable_python_gc", "tensorboard", "wandb"),
+    *("csv_monitor", "comet", "flops_profiler", "comms_logger", "timers", "zero_allow_untested_optimizer", "log_level"),
 }
 _REFUSED = {
     "optimizer": "the recipe's section optimizer owns it, per peer; remove the block",
@@ -34,7 +34,17 @@ _REFUSED = {
     "data_efficiency": "the data order is the recipe's; remove the block",
     "pipeline": "peers are small models: they train data-parallel",
     "tensor_parallel": "peers are small models: they train data-parallel",
+    "activation_checkpointing": "it does nothing for these models; write a smaller train_micro_batch_size_per_gpu",
+    "prescale_gradients": "ZeRO does not do it here; against overflow write communication_data_type fp32",
+    "gradient_predivide_factor": "ZeRO does not do it here; against overflow write communication_data_type fp32",
+    "disable_allgather": "DeepSpeed reads it and does nothing; remove it",
 }
+_AS_IF_NOT_THERE: dict[str, Any] = {
+    "prescale_gradients": False,
+    "gradient_predivide_factor": 1.0,
+    "disable_allgather": False,
+}
+_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}  # monitor → what it needs and is not one of our own
 _STAGES = {
     0: "stage 0 keeps bf16 weights without fp32 masters, which drifts; use 1 or 2",
     3: "stage 3 cuts up the weights, which peers of this size do not need; use 2",
@@ -83,17 +93,17 @@ class DeepSpeedConfig:
         return _BYTES[self.values.get("data_types", {}).get("grad_accum_dtype", self.precision)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """The user's file as it is. Raises UserError where it is no JSON object or a key stands in it twice."""
 
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        if twins := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"{', '.join(twins)} stands in it twice")
+        if duplicates := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"{', '.join(duplicates)} stands in it twice")
         return dict(pairs)
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
     except (OSError, ValueError) as problem:
         raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
     if not isinstance(values, dict):
@@ -111,7 +121,7 @@ def resolve(
         output_dir: the run directory; TensorBoard's files go there unless the JSON says otherwise.
     """
     mistakes = [*_key_mistakes(given), *_contradictions(given, recipe), *_precision_mistakes(given, device)]
-    mistakes += _dtype_mistakes(given)
+    mistakes += [*_dtype_mistakes(given), *_monitor_mistakes(given)]
     batch, said = _split_batch(given, recipe.training.global_batch_rows, world)
     mistakes += said
     mistakes += _zero_mistakes(given.get("zero_optimization"))
@@ -125,24 +135,41 @@ def resolve(
     micro_batch, accumulation = batch
     values["zero_optimization"] = {"stage": 2, **values.get("zero_optimization", {})}
     values["zero_optimization"]["compute_grad_norm"] = False  # norms are per peer, ours
+    if values["zero_optimization"]["stage"] == 1 and _bf16_into_fp32(values):
+        return None, [
+            'deepspeed_config data_types.grad_accum_dtype = "fp32" with bf16 and zero_optimization.stage = 1: '
+            "DeepSpeed then clips all peers together; write stage 2, or leave grad_accum_dtype out"
+        ]
     values.update(
         train_batch_size=recipe.training.global_batch_rows,
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulation,
         gradient_clipping=0.0,  # DeepSpeed's default is 1.0, over all peers together
         steps_per_print=values.get("steps_per_print", 10**9),
-        tensorboard={
-            "enabled": True,
-            "output_path": str(output_dir),
-            "job_name": "tensorboard",
-            **values.get("tensorboard", {}),
-        },
+        tensorboard={"enabled": True, **_place("tensorboard", values, output_dir)},
     )
+    if "csv_monitor" in values:
+        values["csv_monitor"] = _place("csv_monitor", values, output_dir)
+    if "comet" in values:  # by default it takes one event in 100
+        values["comet"] = {"samples_log_interval": 1, **values["comet"]}
     return DeepSpeedConfig(values, micro_batch, accumulation), []
+
+
+def _place(monitor: str, values: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """A monitor's block, which writes into the run directory unless it says otherwise."""
+    return {"output_path": str(output_dir), "job_name": monitor, **values.get(monitor, {})}
+
+
+def _bf16_into_fp32(values: dict[str, Any]) -> bool:
+    return (
+        values.get("bf16", {}).get("enabled") is True and values.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    )
 
 
 def _key_mistakes(given: dict[str, Any]) -> Iterator[str]:
     for key, value in given.items():
+        if key in _AS_IF_NOT_THERE and value == _AS_IF_NOT_THERE[key]:
+            continue
         if key in _REFUSED:
             yield f"deepspeed_config {key}: {_REFUSED[key]}"
         elif key not in _ALLOWED:
@@ -187,6 +214,19 @@ def _dtype_mistakes(given: dict[str, Any]) -> Iterator[str]:
     for key, value in stated.items():
         if value not in ("auto", *_BYTES):
             yield f"deepspeed_config {key} = {value!r}: {did_you_mean(value, _BYTES)}"
+
+
+def _monitor_mistakes(given: dict[str, Any]) -> Iterator[str]:
+    for monitor in ("tensorboard", "csv_monitor", *_PACKAGES):
+        block = given.get(monitor, {})
+        if not isinstance(block, dict):
+            yield f'deepspeed_config {monitor} = {block!r}: write {{"enabled": true}}'
+        elif block.get("enabled") is True and monitor in _PACKAGES:
+            try:
+                import_module(_PACKAGES[monitor])
+            except ImportError as problem:
+                said = f"{_PACKAGES[monitor]} cannot be imported ({problem}): pip install {_PACKAGES[monitor]}"
+                yield f"deepspeed_config {monitor}.enabled = true: {said}"
 
 
 def _zero_mistakes(block: Any) -> Iterator[str]:

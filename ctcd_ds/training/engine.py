@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.network import set_interface
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.memory import keep_freed_memory
@@ -59,9 +61,25 @@ def start_processes(ranks: Ranks) -> torch.device:
     else:
         os.environ["LOCAL_RANK"] = str(device_number(ranks))  # DeepSpeed reads this too
         accelerator.set_device(device_number(ranks))
-    deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
+    except dist.DistNetworkError as problem:
+        if "EADDRINUSE" not in str(problem):
+            raise
+        raise UserError(_port_is_taken(ranks)) from None
     _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
+
+
+def _port_is_taken(ranks: Ranks) -> str:
+    """What to write where another run of this machine, or anything else, listens at the port of this one."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        free = probe.getsockname()[1]
+    option = f"MASTER_PORT={free} in the environment"
+    if ranks.source in ("deepspeed", "torchrun"):
+        option = f"{ranks.source} --master_port {free} …"
+    return f"port {os.environ['MASTER_PORT']} of {ranks.address} is taken, perhaps by another run there: write {option}"
 
 
 def _unlink_shared_memory() -> None:
@@ -93,4 +111,6 @@ def build_engine(plan: Plan, universal: bool = False) -> Any:
     optimizer = torch.optim.AdamW(module.parameter_groups(settings), fused=True)
     values = plan.deepspeed.values | ({"checkpoint": {"load_universal": True}} if universal else {})
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=values)
+    # Its own events (lr and timers) count samples where ours count steps, and wandb drops what goes back.
+    engine.monitor.enabled = False
     return engine

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctcd_ds.cli import RunFailure, UserError
-from ctcd_ds.peers.build import weights_sha256
+from ctcd_ds.peers.build import frozen_sha256
 from ctcd_ds.training.checkpoint import INSIDE, Manifest
-from ctcd_ds.training.together import by_rank_0
+from ctcd_ds.training.rank_zero import on_rank_zero
 
 
 def load(engine: Any, checkpoint: Path, manifest: Manifest) -> int:
@@ -34,7 +34,7 @@ def load(engine: Any, checkpoint: Path, manifest: Manifest) -> int:
     file holds more than data.
     """
     for name, stated in manifest["frozen"].items():
-        if (found := weights_sha256(engine.module.peers[name])) != stated:
+        if (found := frozen_sha256(engine.module.peers[name])) != stated:
             raise UserError(
                 f"peers.{name}.pretrained: its weights are not those of the run's start ({found} ≠ {stated})"
             )
@@ -105,7 +105,7 @@ def _universal(checkpoint: Path) -> Iterator[Path]:
         if done.returncode:
             raise RunFailure(f"{checkpoint} could not be converted for another number of ranks:\n{done.stderr[-2000:]}")
 
-    by_rank_0(convert)
+    on_rank_zero(convert)
     yield place
     dist.barrier()
     if dist.get_rank() == 0:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ctcd_ds.manifest import write_atomic
 from ctcd_ds.training.plan import Plan
-from ctcd_ds.training.tensorboard import write_hparams
+from ctcd_ds.training.tensorboard import forget_after, write_hparams
 
 _OF_THE_RUN = {
     "rows_per_s": "Pace/rows per second",
@@ -28,11 +30,12 @@ class MetricsLog:
     """Writes one row a logged step, flushed, to a file and to the monitors; moves the bar every step."""
 
     def __init__(self, path: Path, monitor: Any, plan: Plan, start_step: int, peak_flops: float | None) -> None:
-        _cut_torn_line(path)
+        _forget_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
         self._monitor, self._plan, self._peak = monitor, plan, peak_flops
         if (board := getattr(monitor, "tb_monitor", None)) is not None and board.enabled:
             write_hparams(Path(board.output_path) / board.job_name, plan.recipe)
+            forget_after(board.summary_writer, start_step)
         self._logged_step, self._logged_at, self._logged_wait = start_step, 0.0, 0.0
         shown = sys.stderr.isatty()
         self._bar = tqdm(
@@ -68,9 +71,8 @@ class MetricsLog:
         row = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        if self._monitor.enabled:
-            shown = [(shown_as(key), value, step) for key, value in row.items() if value is not None]
-            self._monitor.write_events([event for event in shown if event[0]])
+        shown = [(shown_as(key), value, step) for key, value in row.items() if value is not None]
+        self._monitor.write_events([event for event in shown if event[0]])
         self._logged_step, self._logged_at, self._logged_wait = step, seconds, waited_s
         self._bar.set_postfix(self._beside_the_bar(row), refresh=False)
 
@@ -111,8 +113,11 @@ def shown_as(key: str) -> str:
             return _OF_THE_RUN.get(key, "")
 
 
-def _cut_torn_line(path: Path) -> None:
-    """A process killed while writing leaves half a line: the rows before it stay."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the rows of steps that a killed process did and that will be done again, and what it left half written."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_atomic(path, "".join(kept))

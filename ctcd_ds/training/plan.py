@@ -54,16 +54,21 @@ class Plan:
         return sum(c.forward_flops * (1 if self.recipe.peers[name].frozen else 3) for name, c in self.costs.items())
 
     @property
+    def trained(self) -> int:
+        """Parameters of all peers that are trained."""
+        return sum(c.parameters for name, c in self.costs.items() if not self.recipe.peers[name].frozen)
+
+    @property
     def work(self) -> Work:
         """A rank's part of one step, for the model of step time."""
-        config, peers = self.deepspeed, self.recipe.peers
+        config = self.deepspeed
         return Work(
             micro_batch=config.micro_batch,
             accumulation=config.accumulation,
             sequence_length=self.recipe.corpus.sequence_length,
             flops_per_token=self.flops_per_token,
-            trained=sum(c.parameters for name, c in self.costs.items() if not peers[name].frozen),
-            frozen=sum(c.parameters for name, c in self.costs.items() if peers[name].frozen),
+            trained=self.trained,
+            frozen=sum(c.parameters for c in self.costs.values()) - self.trained,
             stage=config.stage,
             weight_bytes=config.weight_bytes,
             wire_bytes=config.wire_bytes,
@@ -203,8 +208,7 @@ def describe(plan: Plan) -> str:
 
 def checkpoint_bytes(plan: Plan) -> int:
     """Size of one checkpoint, all ranks together: weights, fp32 masters and two Adam moments of every trained peer."""
-    work = plan.work
-    return (12 + work.weight_bytes) * work.trained + plan.world * 2**20
+    return (12 + plan.deepspeed.weight_bytes) * plan.trained + plan.world * 2**20
 
 
 def memory_per_rank(plan: Plan) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The run directory: all that one run writes, and who it was (DESIGN §4). Rank 0 writes."""
+"""The run directory: all that one run writes, and who it was. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 from ctcd_ds.cli import Damage, UserError, typed
 from ctcd_ds.cluster.ranks import Ranks
+from ctcd_ds.ending import ending
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
@@ -87,11 +88,8 @@ class RunDirectory:
 
     def is_finished(self, plan: Plan) -> bool:
         """Whether the run here has done all steps of the plan."""
-        try:
-            ending = json.loads((self.path / "exit.json").read_text())
-            return ending["state"] == "finished" and ending["step"] >= plan.steps
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        ended = ending(self.path)
+        return ended is not None and ended.state == "finished" and ended.step >= plan.steps
 
     def create(self, plan: Plan, ranks: Ranks, device: str) -> None:
         """Writes who this run is. The recipe comes first: with it, the directory holds a run that --resume begins."""

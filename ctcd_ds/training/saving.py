@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ctcd_ds.cli import RunFailure
 from ctcd_ds.manifest import file_entry, sync_directory, write_atomic, write_manifest
-from ctcd_ds.peers.build import weights_sha256
+from ctcd_ds.peers.build import frozen_sha256
 from ctcd_ds.training.checkpoint import FORMAT, INSIDE, VERSION, prune, tag_of
 from ctcd_ds.training.identity import identity
 from ctcd_ds.training.plan import Plan, checkpoint_bytes
@@ -75,7 +75,7 @@ def _content(
         "step": step,
         "world": plan.world,
         **identity(plan),
-        "frozen": {name: weights_sha256(engine.module.peers[name]) for name in peers if peers[name].frozen},
+        "frozen": {name: frozen_sha256(engine.module.peers[name]) for name in peers if peers[name].frozen},
         "valid": dict(valid),
         "files": dict(sorted(files.items())),
     }

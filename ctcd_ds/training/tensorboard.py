@@ -21,6 +21,13 @@ def write_hparams(directory: Path, recipe: Recipe) -> None:
     _write(directory, "hparams", [session])
 
 
+def forget_after(writer: Any, step: int) -> None:
+    """Tells readers to drop what earlier files say of later steps: a killed run did them, and they are done again."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+
+    writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
+
+
 def write_scores(directory: Path, scores: Mapping[str, float], step: int) -> None:
     """Scores of a finished run (name → value) as scalars at its last step, anew."""
     from torch.utils.tensorboard.summary import scalar

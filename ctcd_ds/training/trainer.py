@@ -28,11 +28,11 @@ from ctcd_ds.training.hardware import peak_flops, peak_memory_bytes
 from ctcd_ds.training.metrics import MetricsLog
 from ctcd_ds.training.optimizer import PeerGradients
 from ctcd_ds.training.plan import Plan
+from ctcd_ds.training.rank_zero import on_rank_zero
 from ctcd_ds.training.run_directory import RunDirectory
 from ctcd_ds.training.saving import save
 from ctcd_ds.training.schedule import lr_factor
 from ctcd_ds.training.signals import REASONS, StopSignals
-from ctcd_ds.training.together import by_rank_0
 from ctcd_ds.training.watchdog import Watchdog
 
 
@@ -49,7 +49,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     device = start_processes(ranks)
     watchdog = Watchdog(training.step_timeout_s, run.write_failure)
     ending.callback(watchdog.stop)
-    newest, best = by_rank_0(lambda: _begin(plan, run, ranks, device), device)
+    newest, best = on_rank_zero(lambda: _begin(plan, run, ranks, device), device)
     engine = build_engine(plan, universal=newest is not None and newest[1]["world"] != ranks.world)
     step = first_step = loading.load(engine, *newest) if newest is not None else 0
     cut = Cut(config.micro_batch, config.accumulation, ranks.rank, ranks.world)

@@ -1,8 +1,8 @@
 """Ends a rank that waits for something that will never come: a stopped rank, a cut link, a hung build.
 
-Collectives wait for ever, or half an hour (FACTS: DeepSpeed's own timeout does not reach ZeRO's groups). So one thread
-a rank watches how long the current phase takes. Past its limit, it says which ranks did not arrive in this phase, dumps
-all stacks, and ends the process: the launcher then ends the others.
+Collectives wait for ever, or half an hour (the timeout that DeepSpeed takes does not reach ZeRO's groups). So one
+thread a rank watches how long the current phase takes. Past its limit, it says which ranks did not arrive in this
+phase, dumps all stacks, and ends the process: the launcher then ends the others.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LONG_PHASE_S = {"start": 3600.0, "first step": 3600.0, "validation": 3600.0, "sa
 class Watchdog:
     """Watches this rank from its making to `stop()`. Make it after the process group.
 
-    `last_words` is called on a timeout, before the end, with the message.
+    `on_timeout` is called on a timeout, before the end, with the message.
     """
 
-    def __init__(self, step_limit_s: float, last_words: Callable[[str], None]) -> None:
-        self._step_limit_s, self._last_words = step_limit_s, last_words
+    def __init__(self, step_limit_s: float, on_timeout: Callable[[str], None]) -> None:
+        self._step_limit_s, self._on_timeout = step_limit_s, on_timeout
         self._store = dist.distributed_c10d._get_default_store()
         self._phase, self._count = "start", 0
         self._deadline = time.monotonic() + LONG_PHASE_S["start"]
@@ -64,7 +64,7 @@ class Watchdog:
         message = f"{self._phase} took more than {limit:g} s: {self._missing()}"
         print(f"[rank {dist.get_rank()}] {message}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        self._last_words(message)
+        self._on_timeout(message)
         os._exit(1)
 
     def _beat(self) -> None:

@@ -48,10 +48,11 @@ def test_under_torchrun_in_tasks_of_srun_torchrun_numbers_the_ranks(slurm: Slurm
     assert {(r["source"], r["local_world"]) for r in said(tmp_path)} == {("torchrun", 2)}
 
 
-def test_under_mpirun_all_ranks_meet(slurm: Slurm, tmp_path: Path) -> None:
-    if shutil.which("mpirun") is None:
-        pytest.skip("not installed: mpirun (make test-cluster installs it as root)")
-    slurm.login.run("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", 3, "python", WHOAMI, tmp_path)
+@pytest.mark.parametrize("mpirun", ["mpirun.openmpi --allow-run-as-root --oversubscribe", "mpiexec.mpich"])
+def test_under_mpirun_all_ranks_meet(slurm: Slurm, tmp_path: Path, mpirun: str) -> None:
+    if shutil.which(mpirun.split()[0]) is None:
+        pytest.skip(f"not installed: {mpirun.split()[0]} (make test-cluster installs it as root)")
+    slurm.login.run(*mpirun.split(), "-n", 3, "python", WHOAMI, tmp_path)
     assert {(r["source"], r["address"]) for r in said(tmp_path)} == {("mpirun", "127.0.0.1")}
 
 

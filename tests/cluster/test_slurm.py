@@ -169,6 +169,32 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(slurm: Slurm, place: Path
     assert slurm.job(number)["JobState"] == "CANCELLED"
 
 
+def test_a_run_has_one_owner_from_submission_to_its_end(slurm: Slurm, place: Path) -> None:
+    """Waiting, running, and begun without submit.py: a second start on any host is refused and told who has it."""
+    (place / "held.yaml").write_text((place / "trusted.yaml").read_text() + "sbatch: [--hold]\n")
+    steps = ("--set", "training.steps=20000")
+    submission = [*job(place, "owned"), "--cluster", place / "held.yaml", *steps]
+    number, run = slurm.submit(*submission)["pretrain"], place / "owned"
+    direct = ["launchers/pretrain.py", *job(place, "owned")[:6], *steps, "--resume"]
+
+    def refusal(*words: object) -> str:
+        return slurm.client("sh", "-c", '"$@" 2>&1', "sh", "python", *words, check=False, DS_ACCELERATOR="cpu")
+
+    before = (run / "slurm" / "recipe.yaml").read_text()
+    for line in (["launchers/submit.py", *submission, "--set", "seed=9"], direct):
+        assert f"has job {number} in the queue" in refusal(*line)
+    assert (run / "slurm" / "recipe.yaml").read_text() == before
+    slurm.client("scontrol", "release", number)
+    wait_for(lambda: logged(run) > 3, 200, "first steps")
+    assert f"has job {number} in the queue" in refusal(*direct)
+    (run / "slurm" / "jobs.json").unlink()  # as sbatch by hand leaves none
+    said = refusal(*direct)
+    assert f"on {slurm.job(number)['NodeList']}, job {number}, since" in said, said
+    slurm.client("scancel", number)
+    slurm.wait(number, "CANCELLED")
+    wait_for(lambda: exit_state(run).get("state") == "saved", 30, "exit.json")  # nobody disturbed it
+
+
 def test_what_cannot_run_is_refused_before_anything_is_queued(slurm: Slurm, place: Path) -> None:
     before = slurm.client("squeue", "-h")
     line = ("python", "launchers/submit.py", *job(place, "wrong", "--nodes", 3))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.experiments.report.agreement import Agreement, Answers, compare_answers, held_out_answers
-from ctcd_ds.experiments.report.drawing import GRID, SERIES, Picture, draw, legend_above, rows
+from ctcd_ds.experiments.report.drawing import GRID, SERIES, Picture, draw, label_rows, legend_above
 from ctcd_ds.experiments.report.logs import slug
 from ctcd_ds.experiments.report.study import Study
 from ctcd_ds.experiments.statistics import interval
@@ -138,5 +138,5 @@ def _bars(pairs: Sequence[PairAgreement], names: Sequence[str], axes: Axes) -> N
                   hatch=hatch, edgecolor="#fffffe" if hatch else colour, lw=0)  # fmt: skip
         left += widths
     axes.set_xlim(0, 100)
-    rows(axes, names, "held-out positions (%)")
+    label_rows(axes, names, "held-out positions (%)")
     legend_above(axes)

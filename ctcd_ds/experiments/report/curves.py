@@ -10,7 +10,7 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from ctcd_ds.experiments.report.drawing import Look, Picture, draw, legend_above, looks, rows
+from ctcd_ds.experiments.report.drawing import Look, Picture, draw, label_rows, legend_above, looks
 from ctcd_ds.experiments.report.logs import over_seeds, slug, windows
 from ctcd_ds.experiments.report.study import Study, plain
 from ctcd_ds.experiments.report.words import Metric
@@ -154,7 +154,7 @@ class Curves:
 
     def _bars(self, values: dict[str, float], label: str, axes: Axes) -> None:
         axes.barh(range(len(values)), list(values.values()), color=[self._colour(n) for n in values], height=0.6)
-        rows(axes, [self.study.label(name) for name in values], label)
+        label_rows(axes, [self.study.label(name) for name in values], label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
     def _dots(self, found: dict[str, list[float]], label: str, axes: Axes) -> None:
@@ -162,7 +162,7 @@ class Curves:
             colour = self._colour(name)
             axes.plot([median(values)] * 2, [y - 0.32, y + 0.32], color=colour, lw=2.5, solid_capstyle="butt")
             axes.plot(values, [y] * len(values), "o", color=colour, ms=5, alpha=0.75, mew=0)
-        rows(axes, [self.study.label(name) for name in found], label)
+        label_rows(axes, [self.study.label(name) for name in found], label)
 
     def _colour(self, condition: str) -> str:
         return self.looks[self.study.results.conditions[condition].group].colour

@@ -122,7 +122,7 @@ def legend_above(axes: Axes) -> None:
         )
 
 
-def rows(axes: Axes, names: Sequence[str], label: str) -> None:
+def label_rows(axes: Axes, names: Sequence[str], label: str) -> None:
     """Names down the left side, the first one on top."""
     axes.set_yticks(
         range(len(names)), [n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…" for n in names], fontsize=8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.experiments.results import FILE
+from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.training.run_directory import RunDirectory
@@ -51,15 +51,6 @@ def read_run(path: Path) -> LoggedRun:
         directory.logged(),
         *(read_json(path / name) for name in ("environment.json", "ds_config.json", "summary.json")),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def over_seeds(curves: Sequence[Series]) -> list[tuple[float, float, float, float]]:

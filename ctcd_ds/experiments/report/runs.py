@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctcd_ds.ending import ending
 from ctcd_ds.experiments.collecting import glue_scores, spreads
-from ctcd_ds.experiments.report.logs import LoggedRun, read_json
+from ctcd_ds.experiments.report.logs import LoggedRun
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult, Results
 from ctcd_ds.experiments.statistics import MINIMUM_PAIRS, caveats, compare
-from ctcd_ds.manifest import canonical_sha256
+from ctcd_ds.manifest import canonical_sha256, read_json
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.tasks import TASKS
 
@@ -65,28 +66,27 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def _cell(condition: str, run: LoggedRun) -> Cell:
-    recipe, ending = run.recipe, read_json(run.directory.path / "exit.json")
-    finished = ending.get("state") == "finished"
+    recipe, ended = run.recipe, ending(run.directory.path)
+    state = "waiting" if ended is None or ended.state == "saved" else ended.state
     done = int(run.rows[-1]["step"]) if run.rows else 0
     costs = _costs(run)
     tokens = done * recipe.training.global_batch_rows * recipe.corpus.sequence_length
     flops = tokens * sum(c.forward_flops * (1 if recipe.peers[n].frozen else 3) for n, c in costs.items())
-    reason = ending.get("reason") or f"not ended; step {done} is the last that was logged"
-    states = {"finished": "finished", "failed": "failed"}
+    reason = ended.reason if ended is not None else f"not ended; step {done} is the last that was logged"
     return Cell(
         name=str(run.directory.path),
         condition=condition,
         seed=recipe.seed,
         run=str(run.directory.path),
-        state=states.get(ending.get("state", ""), "waiting"),  # type: ignore[arg-type]
-        reason="" if finished else reason,
+        state=state,  # type: ignore[arg-type]
+        reason="" if state == "finished" else reason,
         steps=done,
         rows=done * recipe.training.global_batch_rows,
         tokens=tokens,
         flops=flops or None,
         total_flops=flops or None,
         seconds=run.summary.get("seconds"),
-        peers={name: _peer(name, run, costs) for name in recipe.peers} if finished else {},
+        peers={name: _peer(name, run, costs) for name in recipe.peers} if state == "finished" else {},
     )
 
 

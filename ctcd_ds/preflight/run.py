@@ -12,63 +12,55 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from ClusterShell.NodeSet import NodeSet  # type: ignore[import-untyped]
 
 from ctcd_ds import cli
-from ctcd_ds.cluster import probes
-from ctcd_ds.cluster.bandwidth import all_reduce
-from ctcd_ds.cluster.checks import Facts, Hosts, Job, common_mistake, judge
-from ctcd_ds.cluster.meeting import Meeting
-from ctcd_ds.cluster.network import Listener, own_address, reach
+from ctcd_ds.cluster.network import own_address
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.cluster.verdict import table
+from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.preflight import probes
+from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
+from ctcd_ds.preflight.meeting import Meeting
+from ctcd_ds.preflight.reach import Listener, reach
+from ctcd_ds.preflight.verdict import host_table
+from ctcd_ds.recipe import flat, load_recipe
+
+if TYPE_CHECKING:
+    from ctcd_ds.training.plan import Plan
 
 FACTS_S = 60.0  # a rank that was heard may take so long to import, and to read its files
 
 
-@dataclass(frozen=True)
-class Question:
-    """What the launcher's command says of the job, for this rank.
-
-    understand: reads recipe, corpus and DeepSpeed config; called after the ranks have met, for it takes the longest.
-    peak: FLOP/s of all ranks at a precision, or None where nobody knows; called by all ranks within a process group.
-    """
-
-    output_dir: Path
-    understand: Callable[[], Job]
-    peak: Callable[[torch.device, str], float | None]
-    patience_s: float
-
-
-def preflight(ranks: Ranks, question: Question) -> int:
+def preflight(ranks: Ranks, asked: Namespace) -> int:
     """Called by all ranks; all return the same exit code: 0 good, 1 a host is not, 2 the user's mistake.
 
-    Raises RunFailure on a rank that does not reach rank 0.
+    `asked`: the command's options. Raises RunFailure on a rank that does not reach rank 0.
     """
-    meeting = Meeting(ranks, question.patience_s)
+    meeting = Meeting(ranks, asked.patience_s)
     address = own_address(os.environ["MASTER_ADDR"], ranks.world > ranks.local_world)
     listener = Listener(ranks.rank, address)
     here = {"host": socket.gethostname(), "address": address, "port": listener.port}
-    came = meeting.gather("hello", here, question.patience_s)
+    came = meeting.gather("hello", here, asked.patience_s)
 
     token: str = meeting.tell("token", lambda: secrets.token_hex(16))
-    output = probes.OutputProbe(question.output_dir, ranks.rank, token)
+    output = probes.OutputProbe(asked.output_dir.resolve(), ranks.rank, token)
     there = meeting.tell("there", lambda: _begin(output, came))
-    job = question.understand()
+    plan, understood = _understand(ranks, asked)  # after the ranks have met, for it takes the longest
     others = {int(rank): (where[0], where[1]) for rank, where in there.items() if int(rank) != ranks.rank}
-    facts = _facts(ranks, job, others, output)
-    heard = meeting.gather("facts", asdict(replace(facts, job=replace(job, work=None))), FACTS_S)
-    verdict = meeting.tell("verdict", lambda: _judge(ranks, came, heard, output, question.patience_s))
+    facts = _facts(ranks, understood, others, output)
+    heard = meeting.gather("facts", asdict(facts), FACTS_S)
+    verdict = meeting.tell("verdict", lambda: _judge(ranks, came, heard, output, asked.patience_s))
 
     code = int(verdict["code"])
-    if code == cli.EXIT_DONE and ranks.world > 1:
-        code = all_reduce(ranks, job, meeting, question.peak)
+    if code == cli.EXIT_DONE and ranks.world > 1 and plan is not None:
+        from ctcd_ds.preflight.bandwidth import all_reduce
+
+        code = all_reduce(ranks, plan, meeting)
     listener.close()
     if not ranks.first:
         output.end()
@@ -83,21 +75,58 @@ def _begin(output: probes.OutputProbe, came: dict[int, Any]) -> dict[int, tuple[
     return {rank: (hello["address"], hello["port"]) for rank, hello in came.items()}
 
 
-def _facts(ranks: Ranks, job: Job, there: dict[int, tuple[str, int]], output: probes.OutputProbe) -> Facts:
+def _understand(ranks: Ranks, asked: Namespace) -> tuple[Plan | None, dict[str, Any]]:
+    """The plan of the job, and what Facts says of it. A mistake in the files is an answer too: it may be here only."""
+    check = "recipe"
+    try:
+        from ctcd_ds.training.deepspeed_config import read_config
+        from ctcd_ds.training.engine import device_number, device_type
+        from ctcd_ds.training.plan import checkpoint_bytes, make_plan
+
+        recipe, config = load_recipe(asked.recipe, asked.set), read_config(asked.deepspeed_config)
+        check = "corpus"
+        Corpus.open(Path(recipe.corpus.path))
+        check = "recipe"
+        plan = make_plan(recipe, config, ranks.world, device_type(), asked.output_dir)
+    except cli.UserError as mistake:
+        return None, {"mistake": (check, str(mistake))}
+    except ImportError as missing:
+        return None, {"mistake": ("versions", str(missing))}
+    gpu, gpu_problem = probes.gpu(device_number(ranks)) if device_type() == "cuda" else (None, None)
+    return plan, {
+        "settings": flat({"recipe": recipe.resolved(), "deepspeed": config}),
+        "corpus": plan.corpus.fingerprint,
+        "checkpoint_bytes": checkpoint_bytes(plan),
+        "checkpoints": _checkpoints_to_come(plan, asked.output_dir),
+        "accelerator": device_type(),
+        "gpu": gpu,
+        "gpu_problem": gpu_problem,
+    }
+
+
+def _checkpoints_to_come(plan: Plan, output_dir: Path) -> int:
+    """How many checkpoints will lie there at the same time, at most, beyond those that do; the next one at least."""
+    training = plan.recipe.training
+    trained = sum(not section.frozen for section in plan.recipe.peers.values())
+    kept = training.keep_checkpoints + (plan.steps // training.keep_every if training.keep_every else 0)
+    there = len(list((output_dir / "checkpoints").glob("step-*")))
+    return max(1, kept + (trained if training.keep_best else 0) + 1 - there)
+
+
+def _facts(
+    ranks: Ranks, understood: dict[str, Any], there: dict[int, tuple[str, int]], output: probes.OutputProbe
+) -> Facts:
     reached = reach(there)
-    gpu, gpu_problem = probes.gpu(job.gpu) if job.accelerator == "cuda" else (None, None)
     return Facts(
         rank=ranks.rank,
         host=socket.gethostname(),
         versions=probes.versions(),
-        job=job,
         unreached=reached.failures,
         ahead_s=reached.ahead_s,
         trip_s=reached.trip_s,
         output=output.look(write=ranks.local_rank == 0),
         free_bytes=output.free_bytes(),
-        gpu=gpu,
-        gpu_problem=gpu_problem,
+        **understood,
     )
 
 
@@ -121,15 +150,14 @@ def _judge(
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         return {"code": cli.EXIT_MISTAKE}
     findings = judge(hosts)
-    print(table(hosts, findings), flush=True)
+    print(host_table(hosts, findings), flush=True)
     return {"code": cli.EXIT_FAILED if findings else cli.EXIT_DONE}
 
 
 def _read(said: dict[str, Any]) -> Facts:
-    job = said["job"]
-    mistake = tuple(job["mistake"]) if job["mistake"] else None
+    mistake = tuple(said["mistake"]) if said["mistake"] else None
     unreached = {int(rank): why for rank, why in said["unreached"].items()}
-    return Facts(**{**said, "job": Job(**{**job, "mistake": mistake}), "unreached": unreached})
+    return Facts(**{**said, "mistake": mistake, "unreached": unreached})
 
 
 def launcher_hosts() -> list[str]:

@@ -8,53 +8,40 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ctcd_ds.cluster.probes import GIB, PACKAGES
-from ctcd_ds.cluster.scaling import Work
+from ctcd_ds.preflight.probes import GIB, PACKAGES
 
 CLOCK_S = 2.0  # more than that, and logs of several hosts no longer tell what came first
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a rank understood of what it is to run.
-
-    settings: the resolved recipe and the DeepSpeed JSON, flat. corpus: its fingerprint. checkpoint_bytes: of one
-    checkpoint; checkpoints: how many there are at the same time, at most. accelerator: 'cpu' or 'cuda'; gpu: number of
-    this rank's; backend: of its process group. work: of a step, for what bandwidth means; it stays on this rank.
-    mistake: where the files cannot be understood here, the check that it belongs to and its message.
-    """
-
-    settings: Mapping[str, Any] | None = None
-    corpus: str | None = None
-    checkpoint_bytes: int = 0
-    checkpoints: int = 1
-    accelerator: str = "cpu"
-    gpu: int = 0
-    backend: str = "gloo"
-    precision: str = "fp32"
-    work: Work | None = None
-    mistake: tuple[str, str] | None = None
-
-
-@dataclass(frozen=True)
 class Facts:
-    """What one rank says of itself and its host. Seconds, bytes.
+    """What one rank says of itself, its host, and what it understood of the job. Seconds, bytes.
 
     unreached: the ranks that did not answer it, with the reason. ahead_s: its clock against rank 0's, exact to half of
-    trip_s. output: why the output directory is not good here, or None. gpu: its name; gpu_problem: why it is not good.
+    trip_s. output: why the output directory is not good here, or None.
+
+    settings: the resolved recipe and the DeepSpeed JSON, flat. corpus: its fingerprint. checkpoint_bytes: of one
+    checkpoint; checkpoints: how many there are at the same time, at most. accelerator: 'cpu' or 'cuda'. gpu: its name;
+    gpu_problem: why it is not good. mistake: where recipe, config or corpus cannot be understood here, the check that
+    it belongs to and its message.
     """
 
     rank: int
     host: str
     versions: Mapping[str, str]
-    job: Job
     unreached: Mapping[int, str]
     ahead_s: float | None
     trip_s: float | None
     output: str | None
     free_bytes: int | None
-    gpu: str | None
-    gpu_problem: str | None
+    settings: Mapping[str, Any] | None = None
+    corpus: str | None = None
+    checkpoint_bytes: int = 0
+    checkpoints: int = 1
+    accelerator: str = "cpu"
+    gpu: str | None = None
+    gpu_problem: str | None = None
+    mistake: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,7 @@ def check_versions(hosts: Hosts) -> Iterator[Finding]:
 def check_recipe(hosts: Hosts) -> Iterator[Finding]:
     """The same recipe and DeepSpeed config, key by key."""
     cure = "copy the recipe and the DeepSpeed config there again, or keep them on shared storage"
-    for key in {key: None for facts in hosts.speakers for key in facts.job.settings or ()}:
+    for key in {key: None for facts in hosts.speakers for key in facts.settings or ()}:
         if key != "recipe.corpus.path":  # it may lie elsewhere: its content has a fingerprint
             for host, value, usual in hosts.odd(lambda facts: _setting(facts, key)):  # noqa: B023 - used at once
                 yield Finding(host, "recipe", f"{key} = {value}, elsewhere {usual}", cure)
@@ -151,7 +138,7 @@ def check_recipe(hosts: Hosts) -> Iterator[Finding]:
 def check_corpus(hosts: Hosts) -> Iterator[Finding]:
     """The same corpus, by the fingerprint in its manifest; sizes and headers of its files were read."""
     cure = "copy the corpus there again, manifest.json last; `ctcd verify CORPUS` there reads every byte"
-    for host, fingerprint, usual in hosts.odd(lambda facts: facts.job.corpus):
+    for host, fingerprint, usual in hosts.odd(lambda facts: facts.corpus):
         yield Finding(host, "corpus", f"fingerprint {fingerprint[:12]}…, elsewhere {usual[:12]}…", cure)
     yield from _mistakes(hosts, "corpus", cure)
 
@@ -165,7 +152,7 @@ def check_output(hosts: Hosts) -> Iterator[Finding]:
 def check_space(hosts: Hosts) -> Iterator[Finding]:
     """Room for all checkpoints that this recipe keeps at the same time."""
     for facts in hosts.speakers:
-        size, number = facts.job.checkpoint_bytes, facts.job.checkpoints
+        size, number = facts.checkpoint_bytes, facts.checkpoints
         if facts.free_bytes is not None and facts.free_bytes < size * number:
             yield Finding(
                 facts.host,
@@ -187,7 +174,7 @@ def check_clock(hosts: Hosts) -> Iterator[Finding]:
 
 def check_gpu(hosts: Hosts) -> Iterator[Finding]:
     """A GPU for each rank, the same everywhere, with nobody else on it."""
-    for host, accelerator, usual in hosts.odd(lambda facts: facts.job.accelerator):
+    for host, accelerator, usual in hosts.odd(lambda facts: facts.accelerator):
         cure = "does nvidia-smi show the GPUs there, and is DS_ACCELERATOR the same on all hosts?"
         yield Finding(host, "GPU", f"runs on {accelerator}, elsewhere on {usual}", cure)
     for host, name, usual in hosts.odd(lambda facts: facts.gpu):
@@ -217,7 +204,7 @@ def judge(hosts: Hosts) -> list[Finding]:
 
 def common_mistake(hosts: Hosts) -> str | None:
     """The message of a mistake that every rank sees alike: it is the user's, and no host's."""
-    mistakes = {facts.job.mistake for facts in hosts.facts}
+    mistakes = {facts.mistake for facts in hosts.facts}
     mistake = mistakes.pop() if len(mistakes) == 1 else None
     return mistake[1] if mistake else None
 
@@ -231,10 +218,10 @@ def counted(ranks: list[int]) -> str:
 def _mistakes(hosts: Hosts, check: str, cure: str) -> Iterator[Finding]:
     """Hosts that could not understand their files, under the check that it belongs to."""
     for facts in hosts.facts:
-        if facts.job.mistake and facts.job.mistake[0] == check:
-            yield Finding(facts.host, check, facts.job.mistake[1], cure)
+        if facts.mistake and facts.mistake[0] == check:
+            yield Finding(facts.host, check, facts.mistake[1], cure)
 
 
 def _setting(facts: Facts, key: str) -> str | None:
-    settings = facts.job.settings
+    settings = facts.settings
     return None if settings is None else repr(settings[key]) if key in settings else "not set"

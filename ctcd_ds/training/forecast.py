@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.cluster.scaling import Cluster, Work
-from ctcd_ds.cluster.scaling_table import improve, table
-from ctcd_ds.recipe import Recipe, did_you_mean
+from ctcd_ds.cluster.scaling_table import improve, step_table
+from ctcd_ds.recipe import Recipe
 from ctcd_ds.training.deepspeed_config import resolve
 from ctcd_ds.training.hardware import PEAKS, stated_peak
 from ctcd_ds.training.plan import Plan, describe, make_plan
@@ -21,7 +21,7 @@ from ctcd_ds.training.plan import Plan, describe, make_plan
 DEVICE = "cuda"  # what "auto" precision means there, whatever this machine is
 
 
-def outlook(arguments: argparse.Namespace, cluster: Cluster, recipe: Recipe, deepspeed_json: dict[str, Any]) -> str:
+def forecast(arguments: argparse.Namespace, cluster: Cluster, recipe: Recipe, deepspeed_json: dict[str, Any]) -> str:
     """The plan at the cluster's size, the table of sizes around it, and what to change.
 
     `arguments`: those of cluster/options.py. Raises Mistakes as a run there would.
@@ -40,7 +40,7 @@ def outlook(arguments: argparse.Namespace, cluster: Cluster, recipe: Recipe, dee
             f"how a step scales (a model, docs/scaling.md): {arguments.gpu} at {arguments.mfu:.0%} of "
             f"{peak / 1e12:g} TFLOP/s, {arguments.node_link_gbps:g} Gbit/s a GPU within a node, "
             f"{arguments.link_gbps:g} between nodes",
-            table(sizes),
+            step_table(sizes),
             *left_out,
             "",
             f"what to change at {cluster.world:,} GPUs, one after the other" if said else "nothing worth changing",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import ceil, log2
@@ -14,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 from ctcd_ds import cli
-from ctcd_ds.cluster.checks import Job
-from ctcd_ds.cluster.meeting import Meeting
 from ctcd_ds.cluster.network import set_interface
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.cluster.scaling import Cluster, Work, predict
+from ctcd_ds.preflight.meeting import Meeting
+from ctcd_ds.training.engine import communication_backend, device_number, device_type
+from ctcd_ds.training.hardware import peak_flops
+from ctcd_ds.training.plan import Plan
 
 ACHIEVED = {"cuda": 0.4, "cpu": 0.9}  # of the peak, alone; of a CPU's measured GEMM rate (docs/performance.md)
 _SMALL, _LARGEST = 2**20, 2**28  # bytes
@@ -47,35 +48,33 @@ class AllReduce:
         return 2 * (self.world - 1) / self.world * self.size / self.seconds
 
 
-def all_reduce(ranks: Ranks, job: Job, meeting: Meeting, peak: Callable[[torch.device, str], float | None]) -> int:
+def all_reduce(ranks: Ranks, plan: Plan, meeting: Meeting) -> int:
     """Sums tensors over all ranks as training will; rank 0 says what came out. Exit code, the same on all ranks."""
     set_interface(ranks)
     problem, measured = None, None
     try:
-        measured = _in_a_group(ranks, job, meeting, peak)
+        measured = _in_a_group(ranks, plan, meeting)
     except (RuntimeError, ValueError) as failure:
         problem = f"{socket.gethostname()}: rank {ranks.rank}: {str(failure).splitlines()[0]}"
     problems = meeting.gather("all-reduce", problem, _LIMIT_S)
-    return int(meeting.tell("all-reduced", lambda: _say(job, ranks.world, problems, measured)))
+    return int(meeting.tell("all-reduced", lambda: _say(plan, ranks.world, problems, measured)))
 
 
-def _in_a_group(
-    ranks: Ranks, job: Job, meeting: Meeting, peak: Callable[[torch.device, str], float | None]
-) -> AllReduce:
+def _in_a_group(ranks: Ranks, plan: Plan, meeting: Meeting) -> AllReduce:
     device = torch.device("cpu")
-    if job.accelerator == "cuda":
-        device = torch.device("cuda", job.gpu)
+    if device_type() == "cuda":
+        device = torch.device("cuda", device_number(ranks))
         torch.cuda.set_device(device)
     limit = timedelta(seconds=_LIMIT_S)
-    dist.init_process_group(job.backend, None, limit, ranks.world, ranks.rank, meeting.store)
+    dist.init_process_group(communication_backend(), None, limit, ranks.world, ranks.rank, meeting.store)
     try:
-        best = peak(device, job.precision)
-        return measure(device, best and best / ranks.world * ACHIEVED[device.type])
+        best = peak_flops(device, plan.deepspeed.precision)
+        return measure_all_reduce(device, best and best / ranks.world * ACHIEVED[device.type])
     finally:
         dist.destroy_process_group()
 
 
-def measure(device: torch.device, flops: float | None) -> AllReduce:
+def measure_all_reduce(device: torch.device, flops: float | None) -> AllReduce:
     """Called by all ranks of the default group, takes about 2 s. All get the numbers of the slowest rank."""
     latency = _seconds(torch.zeros(1, device=device), 20)
     quick = _seconds(torch.zeros(_SMALL // 4, device=device), 3)
@@ -115,20 +114,20 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _say(job: Job, world: int, problems: dict[int, Any], measured: AllReduce | None) -> int:
+def _say(plan: Plan, world: int, problems: dict[int, Any], measured: AllReduce | None) -> int:
     failed = [said for _, said in sorted(problems.items()) if said]
     failed += [f"rank {rank}: no answer within {_LIMIT_S:g} s" for rank in range(world) if rank not in problems]
     if failed or measured is None:
         print("\nall-reduce failed, though all ranks reach each other:", *failed, sep="\n  ", flush=True)
         return cli.EXIT_FAILED
     print(
-        f"\nall-reduce of {measured.size / 2**20:.0f} MiB over {world} ranks ({job.backend}): "
+        f"\nall-reduce of {measured.size / 2**20:.0f} MiB over {world} ranks ({communication_backend()}): "
         f"{measured.bus_bytes_per_s / 1e9:.2f} GB/s sent by each, {measured.latency_s * 1e6:.0f} µs for one number"
     )
-    if job.work is None or measured.flops is None:
+    if measured.flops is None:
         print("what it means for a step is not known: the peak of this GPU is not in training/hardware.py")
     else:
-        print(meaning(measured, job.work, measured.flops), flush=True)
+        print(meaning(measured, plan.work, measured.flops), flush=True)
     return cli.EXIT_DONE
 
 

@@ -13,7 +13,7 @@ from ctcd_ds.cli import RunFailure, UserError
 T = TypeVar("T")
 
 
-def by_rank_0(work: Callable[[], T], device: torch.device | None = None) -> T:
+def on_rank_zero(work: Callable[[], T], device: torch.device | None = None) -> T:
     """`work()` on rank 0; its result on all ranks. Where it fails for a reason that has words, it fails on all."""
     heard: list[Any] = [None, None]
     if dist.get_rank() == 0:

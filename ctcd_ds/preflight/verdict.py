@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ctcd_ds.cluster.checks import CHECKS, Finding, Hosts, counted
+from ctcd_ds.cli import aligned
+from ctcd_ds.preflight.checks import CHECKS, Finding, Hosts, counted
 
 _SHOWN = 16
 
 
-def table(hosts: Hosts, findings: list[Finding]) -> str:
+def host_table(hosts: Hosts, findings: list[Finding]) -> str:
     """A row a host, a column a check; below, each finding with its cure. Many good hosts share a row."""
     bad = {finding.host for finding in findings}
     good = [host for host in hosts.ranks if host not in bad]
@@ -19,8 +20,7 @@ def table(hosts: Hosts, findings: list[Finding]) -> str:
     ]
     if len(good) > _SHOWN:
         rows.append((f"{len(good) - _SHOWN} more", "", *_cells(hosts, good[-1], findings)))
-    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    lines = ["".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     for finding in findings:
         lines += ["", f"{finding.host}: {finding.check}: {finding.problem}", f"  cure: {finding.cure}"]
     return "\n".join(lines)
@@ -29,5 +29,5 @@ def table(hosts: Hosts, findings: list[Finding]) -> str:
 def _cells(hosts: Hosts, host: str, findings: list[Finding]) -> list[str]:
     failed = {finding.check for finding in findings if finding.host == host}
     said = [facts for facts in hosts.facts if facts.host == host]
-    skipped = {"GPU"} if all(facts.job.accelerator == "cpu" for facts in said) else set()
+    skipped = {"GPU"} if all(facts.accelerator == "cpu" for facts in said) else set()
     return ["FAIL" if c in failed else "?" if not said else "skipped" if c in skipped else "ok" for c in CHECKS]

@@ -1,0 +1,59 @@
+"""What all commands share: options, help, and how they speak of mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from commands import ROOT, environment
+from ctcd_ds import cli
+from ctcd_ds.commands import NAMES
+
+HEAVY = ("torch", "transformers", "deepspeed", "megatron", "datasets", "pyarrow", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [(["--batch-sizes", "1, 32"], [1, 32]), (["--batch_sizes=8"], [8]), (["--batch-sizes=8,1"], [8, 1]), ([], [4])],
+)
+def test_an_option_is_known_with_hyphens_too(words: list[str], value: list[int]) -> None:
+    parser = cli.parser("Measures.")
+    parser.add_argument("--batch_sizes", type=cli.whole_numbers, default="4")
+    assert parser.parse_args(words).batch_sizes == value
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch_size", "1"], "--batch_size: there is no such option; did you mean '--batch_sizes'?"),
+        (["--colour", "1"], "--colour: there is no such option; allowed: --batch_sizes, --help"),
+        (["--batch_sizes", "1;2"], "argument --batch_sizes: '1;2' is no comma-separated list of whole numbers"),
+    ],
+)
+def test_a_wrong_option_is_one_message(words: list[str], said: str, capsys: Any) -> None:
+    parser = cli.parser("Measures.")
+    parser.add_argument("--batch_sizes", type=cli.whole_numbers)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(words)
+    assert end.value.code == cli.EXIT_MISTAKE and said in capsys.readouterr().err
+
+
+def test_help_of_every_command_imports_nothing_heavy_and_shows_no_empty_default() -> None:
+    """In one process: a library that one of them imports stays."""
+    program = f"""
+import contextlib, importlib, sys
+for name in {NAMES!r}:
+    sys.argv = ["ctcd " + name, "--help"]
+    with contextlib.suppress(SystemExit):
+        importlib.import_module("ctcd_ds.commands." + name.replace("-", "_")).main()
+    heavy = [library for library in {HEAVY!r} if library in sys.modules]
+    assert not heavy, (name, heavy)
+"""
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ctcd ") == len(NAMES)
+    assert "(default: None)" not in done.stdout and "(default: [])" not in done.stdout
