@@ -146,9 +146,8 @@ def test_biases_and_norms_have_no_weight_decay(corpus: Corpus) -> None:
         ({"model_type": "bert", "hiden_size": 32}, "did you mean 'hidden_size'?"),
         ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, "does not divide hidden_size = 30"),
         ({"model_type": "bert", "max_position_embeddings": 16}, "less than corpus.sequence_length = 24"),
-        ({"model_type": "roberta", "max_position_embeddings": 24}, "positions begin after the padding id"),
         ({"model_type": "bert", "hidden_size": "wide"}, "expected int"),
-        ({"model_type": "gpt2"}, "no masked-LM head"),
+        ({"model_type": "gpt2"}, "no head for this task in transformers (AutoModelForMaskedLM)"),
     ],
 )
 def test_what_is_wrong_with_a_model_is_said_before_it_is_built(
@@ -162,7 +161,7 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
     """Forward FLOPs against torch's own counter; heads on all positions, so that the counter sees the same work."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for kind in ("bert", "distilbert", "electra", "roberta"):
+    for kind in ("bert", "distilbert", "electra", "roberta", "albert"):
         section = PeerSection(model=SMALL[kind])
         config, model = peer_config(section, corpus), peer(corpus, model=SMALL[kind]).eval()
         found = cost(config, LENGTH, 1.0, AutoModelForMaskedLM)
@@ -172,3 +171,9 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 model(input_ids=ids)
         assert counter.get_total_flops() / ids.numel() == pytest.approx(found.forward_flops, rel=0.02), kind
+
+
+def test_a_head_at_some_positions_costs_their_share(corpus: Corpus) -> None:
+    config = peer_config(PeerSection(model=SMALL["bert"]), corpus)
+    whole, half = (cost(config, LENGTH, share, AutoModelForMaskedLM).forward_flops for share in (1.0, 0.5))
+    assert whole - half == 0.5 * 2 * (32 * 32 + 32 * 320)

@@ -20,17 +20,17 @@ from ctcd_ds.recipe import PeerSection
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
 VOCABULARY_MULTIPLE = 64  # GEMMs with an odd inner size run at a fraction of their rate
 
-# Settings of a Hugging Face config that are not the model's to decide here, and why.
+# Settings of a Hugging Face config that are not the model's to decide here: the value that changes nothing, and why.
+_PRECISION = "weights have the precision of the DeepSpeed config (bf16, fp16)"
 _NOT_THE_MODELS = {
-    "dtype": "weights have the precision of the DeepSpeed config (bf16, fp16)",
-    "torch_dtype": "weights have the precision of the DeepSpeed config (bf16, fp16)",
-    "return_dict": "outputs are read by their names",
-    "output_hidden_states": "nobody reads them, and they take memory",
-    "output_attentions": "nobody reads them, and they take memory",
-    "is_decoder": "the task decides which tokens a position sees",
-    "add_cross_attention": "there is no second row to attend to",
-    "gradient_checkpointing": "activations are always kept",
-    "vocab_size": "comes from the corpus's tokenizer",
+    "dtype": ("float32", _PRECISION),
+    "torch_dtype": ("float32", _PRECISION),
+    "return_dict": (True, "outputs are read by their names"),
+    "output_hidden_states": (False, "nobody reads them, and they take memory"),
+    "output_attentions": (False, "nobody reads them, and they take memory"),
+    "is_decoder": (False, "the task decides which tokens a position sees"),
+    "add_cross_attention": (False, "there is no second row to attend to"),
+    "gradient_checkpointing": (False, "activations are always kept"),
 }
 
 
@@ -103,7 +103,6 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, 
 
 
 def _setting_mistakes(model: Mapping[str, Any]) -> Iterator[str]:
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     kind = model["model_type"]
@@ -111,10 +110,10 @@ def _setting_mistakes(model: Mapping[str, Any]) -> Iterator[str]:
         near = did_you_mean(kind, CONFIG_MAPPING_NAMES)
         yield f"model.model_type = {kind!r}: {_or_else(near, 'transformers has no such architecture')}"
         return
-    default = AutoConfig.for_model(kind).to_dict()
-    for key, value in model.items():
-        if key in _NOT_THE_MODELS and value != default.get(key):
-            yield f"model.{key} = {value!r}: {_NOT_THE_MODELS[key]}; remove it"
+    for key in sorted(set(model) & set(_NOT_THE_MODELS)):
+        harmless, reason = _NOT_THE_MODELS[key]
+        if model[key] not in (harmless, None):
+            yield f"model.{key} = {model[key]!r}: {reason}; remove it"
 
 
 def _building_mistakes(model: Mapping[str, Any], config: Any, auto: Any) -> Iterator[str]:
@@ -123,9 +122,10 @@ def _building_mistakes(model: Mapping[str, Any], config: Any, auto: Any) -> Iter
     from transformers.activations import ACT2FN
 
     read: set[str] = set()
+    config = copy.deepcopy(config)
     try:
         with torch.device("meta"), _noting_reads(type(config), read):
-            auto.from_config(copy.deepcopy(config))
+            auto.from_config(config)
     except Exception as problem:  # whatever an architecture says about its own config
         if keys := [key for key, value in model.items() if problem.args == (value,)]:  # it looked for an activation
             yield f"model.{keys[0]} = {model[keys[0]]!r}: allowed: {', '.join(sorted(ACT2FN))}"
@@ -135,7 +135,7 @@ def _building_mistakes(model: Mapping[str, Any], config: Any, auto: Any) -> Iter
     if not model:
         return
     default = AutoConfig.for_model(model["model_type"])
-    known = {*default.to_dict(), *default.attribute_map, "model_type", "attn_implementation"}
+    known = {*default.to_dict(), *default.attribute_map, *_NOT_THE_MODELS, "model_type", "attn_implementation"}
     for key in sorted(set(model) - known - read):
         near = _or_else(did_you_mean(key, known), "see its config class in transformers")
         yield f"model.{key} = {model[key]!r}: {model['model_type']} has no such setting; {near}"
