@@ -5,13 +5,16 @@ BIN := $(CURDIR)/$(VENV)/bin
 # ninja and the compiler must be found when DeepSpeed builds an op, activated environment or not.
 export PATH := $(BIN):$(PATH)
 
-# Two tests at a time, each file's in order: most of a test is one process that imports.
+PYTEST := $(BIN)/python -m pytest
+
+# Two files at a time, each file's tests in order: what they share is made once.
 TWO_AT_A_TIME := -n 2 --dist loadfile
 
 # What a cluster on this one machine needs, by its names in Debian.
 CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin mpich iptables
 
-.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report test-architectures check clean
+.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report test-architectures all nightly check clean
+.PHONY: chromium cluster-packages
 
 setup: $(VENV)/ready
 
@@ -28,41 +31,56 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not data and not benchmarks and not faults and not cluster and not browser and not architectures"
+	$(PYTEST) $(TWO_AT_A_TIME) -m "not (data or benchmarks or faults or cluster or browser or architectures or nightly)"
 
 # Signals, dead launchers, hangs: real processes, real time.
 test-faults: setup
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m faults
+	$(PYTEST) $(TWO_AT_A_TIME) -m "faults and not nightly"
 
 # A real SLURM and real ssh on hosts in namespaces. Root on Debian gets what they need (no service is started); without
 # it the tests skip and say why.
-test-cluster: setup
+test-cluster: setup cluster-packages
+	$(PYTEST) -m "cluster and not nightly"
+
+cluster-packages:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! dpkg -s $(CLUSTER_PACKAGES) > /dev/null 2>&1; then \
 	    export RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive; \
 	    apt-get -q -o DPkg::Lock::Timeout=120 update && apt-get -q -o DPkg::Lock::Timeout=120 install -y \
 	        --no-install-recommends $(CLUSTER_PACKAGES) || echo "not all of $(CLUSTER_PACKAGES) could be installed"; \
 	fi
-	$(BIN)/python -m pytest -m cluster
 
 # The report in headless Chromium, which root on Debian gets; without it the tests skip and say why.
-test-report: setup
+test-report: setup chromium
+	$(PYTEST) -m "browser and not nightly"
+
+chromium:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! command -v chromium > /dev/null; then \
 	    apt-get -q -o DPkg::Lock::Timeout=120 update && apt-get -q -o DPkg::Lock::Timeout=120 install -y \
 	        --no-install-recommends chromium || echo "chromium could not be installed"; \
 	fi
-	$(BIN)/python -m pytest -m browser
 
 # Every architecture of transformers in small: rehearsed, counted, trained, exported, loaded.
 test-architectures: setup
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) tests/test_architectures.py
+	$(PYTEST) $(TWO_AT_A_TIME) -m architectures
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup
-	$(BIN)/python -m pytest -m benchmarks
+	$(PYTEST) $(TWO_AT_A_TIME) -m "benchmarks and not nightly"
 
 # What needs the real text and GLUE files of ../shared/data; skips, and says so, where they are not there.
 test-data: setup
-	$(BIN)/python -m pytest -m data
+	$(PYTEST) $(TWO_AT_A_TIME) -m "data and not nightly"
+
+# Every proof above in two runs: a cluster has the machine for itself.
+all: setup chromium cluster-packages
+	$(PYTEST) $(TWO_AT_A_TIME) -m "not cluster and not nightly"
+	$(PYTEST) -m "cluster and not nightly"
+
+# All there is, with the heavy counts, and every process that a test starts is a true start.
+nightly: export CTCD_TRUE_STARTS = 1
+nightly: setup chromium cluster-packages
+	$(PYTEST) $(TWO_AT_A_TIME) -m "not cluster"
+	$(PYTEST) -m cluster
 
 check: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -30,6 +31,11 @@ class Damage(UserError):
 
 class RunFailure(RuntimeError):
     """What ended a run and is nobody's typing mistake (a non-finite loss, a damaged file): one message, exit code 1."""
+
+
+def count(number: int, noun: str) -> str:
+    """'one seed', '3 seeds'."""
+    return f"one {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:
@@ -130,6 +136,13 @@ class _ForgivingStream:
 def command(name: str, *words: object) -> list[str]:
     """The line that runs another of our commands in this environment."""
     return [sys.executable, "-m", f"ctcd_ds.commands.{name}", *map(str, words)]
+
+
+def as_typed(line: Sequence[str]) -> str:
+    """A line of `command` as a user types it; any other as it is."""
+    if list(line[:2]) == [sys.executable, "-m"]:
+        line = ["ctcd", line[2].rpartition(".")[2].replace("_", "-"), *line[3:]]
+    return shlex.join(line)
 
 
 def typed() -> list[str]:

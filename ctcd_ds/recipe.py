@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ctcd_ds.cli import UserError, did_you_mean
+from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.objective.graph import DistillationGraph
 
 
@@ -26,8 +26,9 @@ class Mistakes(UserError):
 
     def __init__(self, where: str, mistakes: Sequence[str]) -> None:
         self.mistakes = list(mistakes)
-        count = "one mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        super().__init__(f"{count} in {where}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+        super().__init__(
+            f"{count(len(mistakes), 'mistake')} in {where}:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes)
+        )
 
 
 class Section(BaseModel):
@@ -44,7 +45,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class CorpusSection(Section):
-    """Which rows are read and how they are masked. The directory is prepare_corpus.py's."""
+    """Which rows are read and how they are masked. The directory is what `ctcd corpus` made."""
 
     path: str
     sequence_length: Annotated[int, Field(ge=4)] = 128
@@ -90,11 +91,6 @@ class PeerSection(Section):
     mask_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     optimizer: OptimizerOverride = OptimizerOverride()
-
-    @property
-    def sees_its_own(self) -> bool:
-        """Whether its masks or labels may be others than the recipe's for all."""
-        return bool(self.label_noise) or self.mask_seed is not None or self.mask_fraction is not None
 
     @property
     def hard_weight(self) -> float:

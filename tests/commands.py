@@ -14,6 +14,7 @@ import pytest
 import forks
 from ctcd_ds.cluster.ranks import free_port
 
+PATIENCE_S = 400  # how long a test waits for what ends by itself: this ends a hang, it does not time the machine
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,6 +35,11 @@ def environment() -> dict[str, str]:
     return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
 
 
+def busy(seconds: float) -> float:
+    """A promise of so many seconds on a machine of its own, as it stands on one that others use too."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def run(script: str, *arguments: object, **variables: object) -> subprocess.CompletedProcess[str]:
     """A script in a process of its own, which is forked: what it does, prints and ends with."""
     line = [str(ROOT / script), *map(str, arguments)]
@@ -45,7 +51,7 @@ def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *arguments)]
 
 
-def deepspeed(ranks: int, *arguments: object, timeout: int = 500) -> subprocess.CompletedProcess[str]:
+def deepspeed(ranks: int, *arguments: object, timeout: int = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     """Runs `deepspeed_line` to its end."""
     line = deepspeed_line(ranks, *arguments)
     return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may wait fo
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # two ranks on a machine with one GPU, or none
 os.environ.setdefault(forks.OWNER, str(os.getpid()))  # all workers of one pytest share the servers that fork
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """A command that runs in this process may tell its ranks by variables: they are not the next file's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

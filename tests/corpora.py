@@ -56,7 +56,7 @@ def small_rows(directory: Path, length: int = 32, documents: int = 200, vocab_si
 
 def framed(corpus: Corpus, split: str, length: int) -> Rows:
     """Rows between [CLS] and [SEP], as masked language models read them."""
-    return corpus.rows(split, length, before=(corpus.special.cls,), after=(corpus.special.sep,))
+    return corpus.rows(split, length, *corpus.frame)
 
 
 def write_shard(directory: Path, name: str, documents: Documents, vocab_size: int, sep: int) -> dict[str, Any]:
@@ -84,8 +84,10 @@ def write_corpus_manifest(
         directory / "manifest.json",
         {
             "format": "ctcd_ds.corpus",
-            "version": 1,
-            "tokenizer": {"fingerprint": "f" * 64, "vocabulary": "e" * 64, "vocab_size": vocab_size, **ids},
+            "version": 2,
+            "tokenizer": {"fingerprint": "f" * 64, "vocabulary": "e" * 64, "vocab_size": vocab_size, "special": ids},
+            "separator": "sep",
+            "frame": {"before": ["cls"], "after": ["sep"]},
             "dtype": corpus_dtype(vocab_size),
             "settings": {"seed": 1, "fraction": 1.0, "valid_fraction": 0.01},
             "splits": splits,

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -91,7 +92,15 @@ def run_jobs(jobs: Sequence[Job], world: int, folder: Path) -> None:
     listed = folder / f"jobs-{os.urandom(4).hex()}.json"
     listed.write_text(json.dumps([{**asdict(job), "output_dir": str(job.output_dir)} for job in jobs]))
     processes = start_ranks([__file__, str(listed)], world, folder / listed.stem)
-    codes = [process.wait(timeout=500) for process in processes]
+    try:
+        while not any(codes := [process.poll() for process in processes]) and None in codes:
+            time.sleep(0.02)
+        codes = [process.wait(30 if any(codes) else 0) for process in processes]  # the others see that one failed
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     if any(codes):
         logs = "\n".join(p.read_text()[-3000:] for p in sorted(folder.glob(f"{listed.stem}-rank*.log")))
         raise AssertionError(f"exit codes {codes}\n{logs}")

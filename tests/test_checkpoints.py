@@ -249,6 +249,7 @@ def test_a_read_only_file_system_is_said_and_the_run_goes_on_later(corpus: Path,
     assert done.returncode == 0 and "going on from" in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.nightly
 def test_a_quota_is_said_and_the_old_checkpoint_stays(corpus: Path, tmp_path: Path) -> None:
     """The disk has room, the folder's quota (of btrfs, on a file) has not."""
     if not shutil.which("mkfs.btrfs"):

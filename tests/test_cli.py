@@ -41,6 +41,11 @@ def test_a_wrong_option_is_one_message(words: list[str], said: str, capsys: Any)
     assert end.value.code == cli.EXIT_MISTAKE and said in capsys.readouterr().err
 
 
+def test_a_command_is_shown_as_it_is_typed() -> None:
+    assert cli.as_typed(cli.command("demo_data", "--output_dir", "my data")) == "ctcd demo-data --output_dir 'my data'"
+    assert cli.as_typed(["deepspeed", "--module", "x"]) == "deepspeed --module x"
+
+
 def test_help_of_every_command_imports_nothing_heavy_and_shows_no_empty_default() -> None:
     """In one process: a library that one of them imports stays."""
     program = f"""

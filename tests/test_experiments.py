@@ -15,7 +15,7 @@ import pytest
 from commands import ROOT, command, environment, run
 from ctcd_ds.experiments.experiment import with_data
 from ctcd_ds.experiments.grid import CellPlan, expand
-from ctcd_ds.experiments.planning import Planned, plan_cells
+from ctcd_ds.experiments.planning import PlannedCell, plan_cells
 from ctcd_ds.experiments.results import read_results, write_results
 from ctcd_ds.experiments.running import failure_message, places
 from ctcd_ds.experiments.specification import base_recipe, load_experiment
@@ -68,7 +68,7 @@ def cells_of(path: Path, size: str = "full", overrides: tuple[str, ...] = ()) ->
     return expand(experiment, base_recipe(experiment, overrides), path.parent / "out")
 
 
-def planned_of(path: Path, size: str = "full", overrides: tuple[str, ...] = ()) -> list[Planned]:
+def planned_of(path: Path, size: str = "full", overrides: tuple[str, ...] = ()) -> list[PlannedCell]:
     experiment = load_experiment(path, size)
     cells = expand(experiment, base_recipe(experiment, overrides), path.parent / "out")
     return plan_cells(experiment, cells, path.parent / "out", 1, "cpu")

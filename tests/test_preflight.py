@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from commands import PATIENCE_S
 from ctcd_ds.preflight.bandwidth import AllReduce, as_cluster
 from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
 from ctcd_ds.preflight.probes import PACKAGES, OutputProbe
@@ -137,8 +138,8 @@ def preflight(folder: Path) -> list[object]:
 
 
 def test_two_ranks_on_one_machine_are_good(tmp_path: Path) -> None:
-    ranks = start_ranks(preflight(tmp_path), 2, tmp_path / "log")
-    codes = [rank.wait(60) for rank in ranks]
+    ranks = start_ranks([*preflight(tmp_path), "--patience_s", PATIENCE_S], 2, tmp_path / "log")
+    codes = [rank.wait(PATIENCE_S) for rank in ranks]
     said = (tmp_path / "log-rank0.log").read_text()
     assert codes == [0, 0], said
     assert said.splitlines()[2].split()[1:] == ["0-1", *["ok"] * 7, "skipped"]
@@ -150,6 +151,6 @@ def test_a_rank_that_does_not_come_is_missed_in_time(tmp_path: Path) -> None:
     first, second = start_ranks(line, 2, tmp_path / "log")
     second.kill()
     second.wait()
-    assert first.wait(60) == 1
+    assert first.wait(PATIENCE_S) == 1
     said = (tmp_path / "log-rank0.log").read_text()
     assert said.splitlines()[2].split()[1:3] == ["0-1", "FAIL"] and "nothing heard of rank 1 within 2 s" in said

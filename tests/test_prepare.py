@@ -90,7 +90,7 @@ def test_the_manifest_tells_the_truth(make: Callable[..., Path]) -> None:
     manifest = read_manifest(corpus / "manifest.json")
     tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
     assert manifest["tokenizer"]["vocab_size"] == len(tokenizer) == 2000
-    assert [manifest["tokenizer"][role] for role in ("pad", "unk", "cls", "sep", "mask")] == [0, 1, 2, 3, 4]
+    assert [manifest["tokenizer"]["special"][role] for role in ("pad", "unk", "cls", "sep", "mask")] == [0, 1, 2, 3, 4]
     assert len(manifest["splits"]["train"]) > 3
     listed = {"manifest.json", "preparation.json", "tokenizer"}
     for split, shards in manifest["splits"].items():
@@ -268,7 +268,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, Reading, str]]:
         "pattern": ("nothing*.txt", plain, "no file matches"),
         "empty": ("empty.txt", plain, "holds no text"),
         "latin": ("latin.txt", plain, "not UTF-8: byte 0xe9 in line 3, at byte offset 18"),
-        "utf16": ("utf16.txt", plain, "not UTF-8: byte 0xff in line 1, at byte offset 0"),
+        "utf16": ("utf16.txt", plain, "is UTF-16, not UTF-8"),
         "truncated": ("broken.txt.gz", plain, "damaged"),
         "xz": ("no.txt.xz", plain, "damaged"),
         "zst": ("no.txt.zst", plain, "damaged"),
@@ -277,7 +277,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, Reading, str]]:
         "field": ("field.jsonl", plain, "line 2: there is no field 'text', .* did you mean --text_field txt"),
         "null": ("null.jsonl", plain, "line 1: the field 'text' holds NoneType"),
         "torn": ("torn.jsonl", plain, "line 2: no valid JSON"),
-        "list": ("list.jsonl", plain, "JSON object"),
+        "list": ("list.jsonl", plain, "not one record a line"),
         "folder": ("folder", plain, "not a dataset saved"),
         "column": ("field.parquet", plain, "no field 'text', there are 'content'"),
         "split": ("split", plain, "no split 'train', it has 'test'"),
@@ -304,7 +304,7 @@ def test_mistakes_of_options_are_named_and_leave_nothing(make: Callable[..., Pat
         ([good], Settings(fraction=1e-9), {}, "nothing of the input's 2 documents"),
         ([good], Settings(valid_fraction=1 - 1e-9), {}, "cannot be divided"),
         ([good], ALL, {"workers": 0}, "--workers 0"),
-        ([good], ALL, {"tokenizer": absent}, "cannot be loaded"),
+        ([good], ALL, {"tokenizer": absent}, "no such file or directory"),
         ([good], ALL, {"lowercase": False}, "contradicts"),
     ):
         with pytest.raises(UserError, match=message):

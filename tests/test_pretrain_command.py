@@ -226,6 +226,8 @@ training: {{global_batch_rows: 16, steps: 6, log_every: 2, valid_every: 3, check
     )
     done = launch(folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
     return folder
 
 
@@ -238,7 +240,7 @@ def launch(folder: Path, *extra: str, out: str = "run") -> Any:
         "--output_dir",
         folder / out,
     )
-    return deepspeed(2, "launchers/pretrain.py", *files, *extra)
+    return deepspeed(2, "--quiet", "launchers/pretrain.py", *files, *extra)
 
 
 def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
@@ -257,6 +259,16 @@ def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
     assert rows[6]["consumed_rows"] == 96 and rows[6]["tokens"] == 96 * 32
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["valid/student/loss"] == rows[6]["valid/student/loss"]
+
+
+def test_the_console_has_our_lines_only_and_the_logs_have_the_rest(finished: Path) -> None:
+    said = (finished / "stdout").read_text().splitlines()
+    assert said[0].startswith("peer ") and said[-1] == f"finished: 6 steps in {finished / 'run'}"
+    assert said[-2].startswith("ranks "), "nothing of a library's between the plan and the end"
+    progress = (finished / "stderr").read_text().splitlines()
+    assert len(progress) == 1 and "6/6" in progress[0], "one bar"
+    logs = [(finished / "run" / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert all("FutureWarning" in log and "built successfully" in log for log in logs)
 
 
 def test_tensorboard_has_the_losses(finished: Path) -> None:

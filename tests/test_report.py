@@ -335,7 +335,7 @@ def test_a_table_sorts_on_a_click_and_back_on_the_next(browser: Any, page: Path)
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [320, 390, 768])
+@pytest.mark.parametrize("width", [320, *(pytest.param(width, marks=pytest.mark.nightly) for width in (390, 768))])
 def test_no_screen_scrolls_sideways(browser: Any, page: Path, width: int) -> None:
     tab, _ = opened(browser, page, viewport={"width": width, "height": 800})
     tab.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ from hypothesis import strategies as st
 from corpora import SPECIAL, framed, random_documents, write_corpus, write_corpus_manifest
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.indexed import Header
-from ctcd_ds.corpus.rows import Corpus, RowOrder, Rows, batch_rows
-from ctcd_ds.manifest import write_manifest
+from ctcd_ds.corpus.rows import Corpus, RowOrder, Rows, batch_rows, read_corpus_manifest
+from ctcd_ds.manifest import read_manifest, write_manifest
 
 
 def stream(shards: list[list[list[int]]]) -> list[int]:
@@ -257,8 +258,8 @@ def test_no_corpus_no_directory_not_finished(tmp_path: Path) -> None:
     write_manifest(path / "manifest.json", {"format": "ctcd_ds.checkpoint", "version": 1})
     with pytest.raises(UserError, match=r"not a corpus.*'ctcd_ds\.checkpoint'"):
         Corpus.open(path)
-    write_manifest(path / "manifest.json", {"format": "ctcd_ds.corpus", "version": 2})
-    with pytest.raises(UserError, match="version 2, this program reads version 1"):
+    write_manifest(path / "manifest.json", {"format": "ctcd_ds.corpus", "version": 3})
+    with pytest.raises(UserError, match="version 3, this program reads versions 1 and 2"):
         Corpus.open(path)
 
 
@@ -298,3 +299,16 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     (path / "tokenizer").rename(path / "elsewhere")
     with pytest.raises(UserError, match="folder tokenizer/ is missing"):
         Corpus.open(path)
+
+
+def test_a_corpus_of_version_1_is_read_as_it_was(tmp_path: Path) -> None:
+    """Special ids stood beside the tokenizer's sizes, and neither separator nor frame was named."""
+    path = write_corpus(tmp_path / "c", random_documents(20))
+    now = all_rows(framed(Corpus.open(path), "train", 16))
+    manifest = read_manifest(path / "manifest.json")
+    for key in ("sha256", "separator", "frame"):
+        del manifest[key]
+    manifest["tokenizer"] |= manifest["tokenizer"].pop("special")
+    write_manifest(path / "manifest.json", {**manifest, "version": 1})
+    assert (all_rows(framed(Corpus.open(path), "train", 16)) == now).all()
+    assert read_corpus_manifest(path)["tokenizer"]["special"] == asdict(SPECIAL)

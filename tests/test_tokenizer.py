@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from ctcd_ds.corpus.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_identity,
+    validated,
     wordpiece_tokenizer,
 )
 from ctcd_ds.corpus.tokenizer_training import TYPES, train_tokenizer
@@ -142,6 +144,22 @@ def test_what_cannot_be_trained_is_said_and_leaves_nothing(kind: str, tmp_path: 
         assert not list(tmp_path.iterdir())
 
 
+def test_characters_that_a_wordpiece_vocabulary_has_room_for_are_in_it(tmp_path: Path) -> None:
+    """Chinese has thousands of characters; BERT's limit of 1,000 was made for alphabets."""
+    characters = [chr(0x4E00 + number) for number in range(2500)]
+    lines = ["".join(characters[n : n + 50]) for n in range(0, 2500, 50)] * 2
+    train_tokenizer("wordpiece", lambda caption: iter(lines), 2505, lowercase=True, output_dir=tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert len(tokenizer) == 2505 and tokenizer.unk_token_id not in tokenizer("".join(characters)).input_ids
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_text_of_control_characters_only_is_no_text(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--input holds no text"):
+        train_tokenizer(kind, lambda caption: iter(["\x01\x02", "\x03"]), 50, True, tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
 def vocabulary(tmp_path: Path, *tokens: str) -> Path:
     path = tmp_path / "vocab.txt"
     path.write_text("".join(f"{token}\n" for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tokens)))
@@ -166,6 +184,26 @@ def test_a_vocabulary_with_capitals_is_taken_as_cased_unless_told_otherwise(tmp_
     assert cased["vocabulary"] == uncased["vocabulary"] and cased["fingerprint"] != uncased["fingerprint"]
 
 
+def test_odd_tokens_and_trailing_blanks_change_nothing_in_a_vocab_txt(tmp_path: Path) -> None:
+    path = vocabulary(tmp_path, "<S>", "<T>", "hello", "\u3000")
+    assert bring_tokenizer(str(path)).tokenize("Hello") == ["hello"]
+    path.write_text("".join(f"{line} \t\r\n" for line in path.read_text().split("\n")[:-1]))
+    assert bring_tokenizer(str(path)).tokenize("Hello") == ["hello"]
+
+
+def test_roles_that_share_a_token_are_refused(trained: Callable[[str], Path]) -> None:
+    backend = load_tokenizer(trained("bpe")).backend_tokenizer
+    names = {role: f"[{role.upper()}]" for role in ROLES}
+    for role, other in itertools.combinations(ROLES, 2):
+        shared = {f"{r}_token": names[other if r == role else r] for r in ROLES}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **shared)
+        if (role, other) == ("cls", "sep"):
+            assert validated(tokenizer, "t") is tokenizer
+        else:
+            with pytest.raises(UserError, match=rf"its {role}_token and its {other}_token are one token"):
+                validated(tokenizer, "t")
+
+
 def test_continuations_follow_each_familys_own_mark(trained: Callable[[str], Path]) -> None:
     for kind in TYPES:
         tokenizer = load_tokenizer(trained(kind))
@@ -188,7 +226,7 @@ def test_what_a_sentencepiece_model_lacks_is_appended_and_its_own_ids_stay(
     pairs = zip(ids(tokenizer, LINES), native.encode(LINES), strict=True)
     ties = [(ours, theirs) for ours, theirs in pairs if ours != theirs]
     assert len(ties) < 30 and all(sorted(ours) == sorted(theirs) for ours, theirs in ties)
-    assert f"{len(ties)} of {len(LINES)} lines hold two segmentations of equal score" in capsys.readouterr().out
+    assert f"of {len(LINES)} lines, {len(ties)} hold two segmentations of equal score" in capsys.readouterr().out
     assert (tokenizer.unk_token, tokenizer.cls_token, tokenizer.sep_token) == ("<unk>", "<s>", "</s>")
     assert sorted([tokenizer.pad_token_id, tokenizer.mask_token_id]) == [500, 501]
 
@@ -222,11 +260,12 @@ def test_tokenizers_that_cannot_serve_are_refused_by_name(trained: Callable[[str
     (tmp_path / "maskless.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
     for name, message in {
         "unmasked": "no mask_token",
-        "empty": "cannot be loaded",
+        "empty": "a directory that holds no tokenizer: no tokenizer.json",
         "raw": "give the file itself: .*raw/vocab.txt",
         "hollow": "vocabulary file is missing",
-        "missing.txt": "does not exist",
-        "missing": "cannot be loaded",
+        "missing.txt": "no such file or directory",
+        "missing": "no such file or directory",
+        "emty": r"no such file or directory; did you mean .*empty\\?",
         "broken.model": "not a SentencePiece model",
         "twice.txt": "'a' stands in line 6 and in line 8",
         "maskless.txt": r"has no \[MASK\]",

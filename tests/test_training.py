@@ -192,6 +192,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(corpus: Path, tmp
         run_jobs([Job(plan, tmp_path / "run")], 2, tmp_path)
 
 
+@pytest.mark.nightly
 def test_compiled_encoders_learn_the_same(corpus: Path, tmp_path: Path) -> None:
     """`training.compile`: losses as without it (dropout 0), weights under the same names."""
     peers = without_dropout({"teacher": {"model": bert(32, 1)}})

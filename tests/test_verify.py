@@ -67,7 +67,7 @@ def add(path: Path) -> str:
 
 def change_manifest(path: Path) -> str:
     manifest = next(folder / "manifest.json" for folder in path.parents if (folder / "manifest.json").exists())
-    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+    manifest.write_text(manifest.read_text().replace('"version": ', '"version": 1'))
     return "was changed or damaged"
 
 

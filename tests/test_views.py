@@ -36,7 +36,7 @@ def tokens_of(rows: int, length: int = 66) -> np.ndarray:
 
 def task(peers: dict[str, PeerMasks], everywhere: bool = False) -> MaskedLM:
     """What these peers are asked; each one's noise is keyed by its name."""
-    corpus = Corpus(Path(), "", SPECIAL, VOCAB, "", "", "uint16", {})
+    corpus = Corpus(Path(), "", SPECIAL, VOCAB, "", "", "uint16", {}, ((), ()))
     named = {name: replace(own, noise_of=name if own.label_noise else "") for name, own in peers.items()}
     return MaskedLM(corpus, 66, MASKING, named, everywhere)
 

@@ -93,7 +93,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """A predicted step. Seconds of a step, bytes of a GPU; `reduce_s` is all of it, `hidden_s` what backward hides.
 
     efficiency: tokens/s of a GPU, of what one GPU alone reaches that does all micro-steps and then one update.
@@ -128,7 +128,7 @@ class Step:
         return self.state_bytes + self.bucket_bytes + self.activation_bytes
 
 
-def predict(work: Work, cluster: Cluster) -> Step:
+def predict(work: Work, cluster: Cluster) -> StepTime:
     """The step of `work` on every GPU of `cluster`."""
     step = _step(work, cluster)
     alone = replace(work, accumulation=work.accumulation * cluster.world, stage=1)
@@ -137,7 +137,7 @@ def predict(work: Work, cluster: Cluster) -> Step:
     )
 
 
-def _step(work: Work, cluster: Cluster) -> Step:
+def _step(work: Work, cluster: Cluster) -> StepTime:
     tokens = work.micro_batch * work.accumulation * work.sequence_length
     compute_s = tokens * work.flops_per_token / cluster.flops
     reductions = 1 if work.stage == 1 else work.accumulation
@@ -149,7 +149,7 @@ def _step(work: Work, cluster: Cluster) -> Step:
         hidden_s = min(before_the_last * one_reduction, before_the_last * backward_s)
     copied = reductions * BUCKET_PASSES * work.weight_bytes * work.trained
     updated = (ADAMW_BYTES + work.weight_bytes) * work.trained / cluster.world
-    step = Step(
+    step = StepTime(
         rows=work.micro_batch * work.accumulation * cluster.world,
         compute_s=compute_s,
         memory_s=(copied + updated) / cluster.memory,

@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 from ruamel.yaml.error import YAMLError
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.owner import note_queued, owned
 from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_yaml
 
@@ -27,7 +27,7 @@ DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
 _MARK = "# --- the job ---\n"
 
 
-class Cluster(Section):
+class SlurmSettings(Section):
     """What is the same for all jobs of a user on a cluster; the command line has the last word.
 
     partition, account, qos, constraint, memory, time: as sbatch takes them; null is the cluster's default.
@@ -67,19 +67,19 @@ class Cluster(Section):
         return self.tasks_per_node or self.gpus_per_node or 1
 
 
-def load_cluster(path: Path | None) -> Cluster:
+def load_cluster(path: Path | None) -> SlurmSettings:
     """Reads the cluster's file; without a path, the user's own where there is one. Raises UserError or Mistakes."""
     found = DEFAULTS.expanduser() if path is None else path
     if path is None and not found.exists():
-        return Cluster()
+        return SlurmSettings()
     try:
         raw = read_yaml(found.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError) as problem:
         raise UserError(f"cluster file {found} cannot be read: {problem}") from None
     try:
-        cluster = Cluster.model_validate({} if raw is None else raw)
+        cluster = SlurmSettings.model_validate({} if raw is None else raw)
     except ValidationError as problem:
-        raise Mistakes(f"cluster file {found}", [explain(error, Cluster) for error in problem.errors()]) from None
+        raise Mistakes(f"cluster file {found}", [explain(error, SlurmSettings) for error in problem.errors()]) from None
     if cluster.tasks_per_node and cluster.gpus_per_node and cluster.tasks_per_node != cluster.gpus_per_node:
         raise UserError(
             f"cluster file {found}: tasks_per_node = {cluster.tasks_per_node} and gpus_per_node = "
@@ -88,7 +88,7 @@ def load_cluster(path: Path | None) -> Cluster:
     return cluster
 
 
-def head(cluster: Cluster, folder: Path, name: str, options: Mapping[str, object], log: str) -> list[str]:
+def head(cluster: SlurmSettings, folder: Path, name: str, options: Mapping[str, object], log: str) -> list[str]:
     """Everything above a script's own work; the script stands in `folder`/slurm, and so does its log."""
     options = {
         "job-name": f"{name}-{folder.name}",
@@ -136,7 +136,7 @@ class Submission:
     after: jobs that must end well before these runs start. closing: a shell line for the end of GLUE's script.
     """
 
-    cluster: Cluster
+    cluster: SlurmSettings
     folder: Path
     runs: Sequence[Run]
     nodes: int
@@ -260,7 +260,7 @@ class Submission:
         logs, first = self.folder / "slurm", ids["pretrain"]
         each = "_*" if self.many else ""
         run = self.runs[0].path
-        size = f"{self.nodes} nodes × {self.cluster.ranks_per_node} ranks"
+        size = f"{count(self.nodes, 'node')} × {count(self.cluster.ranks_per_node, 'rank')}"
         size += f", {len(self.runs)} runs" if self.many else ""
         lines = [f"{name:<10}job {number}{f'  ({size})' if name == 'pretrain' else ''}" for name, number in ids.items()]
         lines += [

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -64,7 +63,7 @@ def pretrain(place: Path, name: str, recipe: str, ranks: int, steps: int | None)
     changes = [f"corpus.path={place / 'corpus'}"]
     if steps is not None:
         changes += [f"training.steps={steps}", f"training.valid_every={steps}"]
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
+    launcher = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
     files = ["--recipe", SHIPPED / "recipes" / recipe, "--deepspeed_config", SHIPPED / "cpu.json"]
     line = command("pretrain", *files, "--output_dir", place / name, "--set", *changes)
     run([*launcher, *line[2:]])
@@ -81,7 +80,7 @@ def export(place: Path) -> list[Path]:
 
 def run(line: list[str]) -> None:
     """Prints and runs a command of this environment; ends the demo where it fails."""
-    print(f"\n$ {shlex.join(line)}", flush=True)
+    print(f"\n$ {cli.as_typed(line)}", flush=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # On the CPU everywhere: one GPU could not hold two ranks. Models this small gain nothing from threads.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
@@ -132,15 +131,19 @@ def score_of(scores: Any, model: Path) -> float:
 
 def fill_masks(models: list[Path]) -> None:
     """What each model puts in place of [MASK]."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer, logging, pipeline
+    from transformers import AutoTokenizer, logging, pipeline
+
+    from ctcd_ds.tasks import TASKS
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for sentence in SENTENCES:
         print(f"\n{sentence}")
         for model in models:
-            loaded = AutoModelForMaskedLM.from_pretrained(model)
-            fill = pipeline("fill-mask", model=loaded, tokenizer=AutoTokenizer.from_pretrained(model), top_k=4)
+            loaded = TASKS["mlm"].auto_class().from_pretrained(model)
+            fill = pipeline(
+                TASKS["mlm"].words.pipeline, model=loaded, tokenizer=AutoTokenizer.from_pretrained(model), top_k=4
+            )
             words = ", ".join(f"{guess['token_str']} {guess['score']:.2f}" for guess in fill(sentence))
             print(f"  {model.parent.name + '/' + model.name:<18} {words}")
 

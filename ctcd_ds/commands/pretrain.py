@@ -15,6 +15,7 @@ from ctcd_ds.cluster.options import add_cluster_options, cluster_of
 from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.ranks import Ranks, find_ranks
 from ctcd_ds.recipe import load_recipe
+from ctcd_ds.training.library_log import library_log
 
 
 def main() -> int:
@@ -37,6 +38,7 @@ def main() -> int:
 
 def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> int:
     """Checks everything, then trains. The run directory is this job's until `held` is closed."""
+    libraries_write_to = held.enter_context(library_log())
     cluster = cluster_of(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
 
@@ -73,6 +75,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         refuse_damage(plan.corpus.path)
         rehearse_peers(plan, device_type())
+    libraries_write_to(run.path, ranks.rank)
     if ranks.first:
         print(
             describe(plan),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctcd_ds import cli
-from ctcd_ds.cluster.slurm import DEFAULTS, Cluster, Run, Submission, load_cluster
+from ctcd_ds.cluster.slurm import DEFAULTS, Run, SlurmSettings, Submission, load_cluster
 from ctcd_ds.recipe import Recipe, load_recipe
 
 STAGES = ("export", "glue")
@@ -43,12 +43,7 @@ def options() -> argparse.Namespace:
     add("--glue_tasks", type=cli.names, default="all", help="as `ctcd glue --tasks`")
     add("--glue_seeds", type=cli.whole_numbers, default="1", help="one fine-tuning for each")
     add("--cluster", type=Path, metavar="FILE", help=f"defaults for this cluster; left out: {DEFAULTS}, if there")
-    add(
-        "--print",
-        action="store_true",
-        dest="show",
-        help="show the scripts; write and submit nothing (needs no SLURM)",
-    )
+    add("--print", action="store_true", dest="show", help="show the scripts; write and submit nothing (needs no SLURM)")
     return parser.parse_args()
 
 
@@ -75,7 +70,7 @@ def main() -> int:
     return cli.EXIT_DONE
 
 
-def _overridden(cluster: Cluster, given: argparse.Namespace) -> Cluster:
+def _overridden(cluster: SlurmSettings, given: argparse.Namespace) -> SlurmSettings:
     """The cluster with the command line's values in place."""
     keys = ("gpus_per_node", "tasks_per_node", "cpus_per_task", "partition", "account", "qos", "time")
     values = {key: getattr(given, key) for key in keys if getattr(given, key) is not None}
@@ -118,7 +113,7 @@ def _recipes(given: argparse.Namespace) -> Iterator[tuple[Path, Recipe]]:
         raise cli.UserError("two of the runs would be in one directory: give recipes different names, and seeds once")
 
 
-def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Path, Recipe]]) -> list[Run]:
+def _checked(given: argparse.Namespace, cluster: SlurmSettings, recipes: list[tuple[Path, Recipe]]) -> list[Run]:
     """Every run as it will be queued. Raises UserError with what is wrong with all of them."""
     from ctcd_ds.training.deepspeed_config import read_config
     from ctcd_ds.training.plan import make_plan
@@ -136,7 +131,8 @@ def _checked(given: argparse.Namespace, cluster: Cluster, recipes: list[tuple[Pa
         trained = [name for name, section in recipe.peers.items() if not section.frozen]
         runs.append(Run(path, recipe.to_yaml(), trained))
         if not given.show:
-            print(f"{path}: {plan.steps:,} steps of {recipe.training.global_batch_rows} rows on {world} ranks")
+            rows = recipe.training.global_batch_rows
+            print(f"{path}: {plan.steps:,} steps of {rows} rows on {cli.count(world, 'rank')}")
     if mistakes:
         raise cli.UserError("\n".join(dict.fromkeys(mistakes)))
     return runs

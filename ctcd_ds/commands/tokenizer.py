@@ -25,8 +25,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="decides which documents --fraction takes")
     options.add_reading_options(parser)
     arguments = parser.parse_args()
+    reading = options.reading(arguments)
     texts = chosen_texts(
-        sources.find_sources(arguments.input), options.reading(arguments), arguments.fraction, arguments.seed
+        sources.find_sources(arguments.input, reading.format), reading, arguments.fraction, arguments.seed
     )
     tokenizer_training.train_tokenizer(
         arguments.type, texts, arguments.vocab_size, arguments.lowercase, arguments.output_dir

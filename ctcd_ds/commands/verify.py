@@ -20,7 +20,7 @@ def main() -> int:
     damage = [problem for place in places for problem in problems(place)]
     for problem in damage:
         print(problem)
-    print(f"{path}: {len(places)} manifests, {len(damage)} problems")
+    print(f"{path}: {cli.count(len(places), 'manifest')}, {cli.count(len(damage), 'problem')}")
     return cli.EXIT_FAILED if damage else cli.EXIT_DONE
 
 

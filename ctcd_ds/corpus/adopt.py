@@ -84,7 +84,7 @@ def _check_ids(pair: Pair, vocab_size: int) -> None:
 
 def _adopt_pair(place: Workplace, pair: Pair, first: int, settings: Settings, identity: dict[str, Any]) -> None:
     dtype = dtype_for(identity["vocab_size"])
-    sep, unk = identity["sep"], identity["unk"]
+    sep, unk = identity["special"]["sep"], identity["special"]["unk"]
     whole = settings.fraction == 1 and settings.valid_fraction == 0
     if whole and pair.tokens.dtype == dtype and _fits(pair, sep):
         counts = {"unknown": int(np.count_nonzero(pair.tokens == unk))}

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.sentencepiece_model import Native
 from ctcd_ds.corpus.tokenizer import special_ids
 
 if TYPE_CHECKING:
@@ -47,59 +49,62 @@ class Encoder:
     Special tokens are not looked for in the text; where a tokenizer's own vocabulary makes one of its letters all
     the same, it becomes [UNK], because a [SEP] ends a document here and a [MASK] is a question.
 
-    `sentencepiece`: the .model that the user brought, if it was one: SentencePiece itself then makes the ids, several
-    times faster; its agreement with `tokenizer` on the user's text was checked when it was brought.
+    The ids are those of `tokenizer`, whoever makes them. `native`, of a .model that the user brought, is several times
+    faster; it takes the texts that it is sure of, and one of them in each call is made by both and compared.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sentencepiece: bytes | None, dtype: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, native: Native | None, dtype: str) -> None:
         special = special_ids(tokenizer)
         self._sep, self._unk = special["sep"], special["unk"]
         self._known = np.arange(len(tokenizer)).astype(dtype)  # what becomes of each id
         self._known[[special[role] for role in ("cls", "sep", "mask", "pad")]] = self._unk
-        json = tokenizer.backend_tokenizer.to_str()
-        self._documents = _rust(json) if sentencepiece is None else _native(sentencepiece)
+        rust = _rust(tokenizer.backend_tokenizer.to_str())
+        self._documents = rust if native is None else _mixed(native, rust)
 
     def __call__(self, texts: list[str]) -> Encoded:
-        lengths, ids = self._documents(texts, self._sep)
-        ids = self._known[ids]
+        documents = self._documents(texts)
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 1
+        end = np.array([self._sep], np.int32)
+        ids = self._known[np.concatenate([end[:0], *(part for document in documents for part in (document, end))])]
         ids[np.cumsum(lengths) - 1] = self._sep
         return Encoded(ids, lengths, int(np.count_nonzero(ids == self._unk)))
 
 
-Joined = Callable[[list[str], int], tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]
-"""Texts and the id that ends each of them, to the lengths with it and all ids one after another."""
+Documents = Callable[[list[str]], list[npt.NDArray[np.int32]]]  # texts to the ids of each
 
 
-def _native(model: bytes) -> Joined:
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_proto=model)
-
-    def joined(texts: list[str], end: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-        documents = processor.encode(texts, out_type="numpy", num_threads=1)
-        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 1
-        last = np.array([end], np.int32)
-        return lengths, np.concatenate([last[:0], *(part for document in documents for part in (document, last))])
-
-    return joined
-
-
-def _rust(tokenizer: str) -> Joined:
+def _rust(tokenizer: str) -> Documents:
     from tokenizers import Tokenizer
 
     rust = Tokenizer.from_str(tokenizer)
     rust.encode_special_tokens = True
     rust.no_truncation()
     rust.no_padding()
+    return lambda texts: [
+        np.array(one.ids, np.int32) for one in rust.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
-    def joined(texts: list[str], end: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-        documents = [one.ids for one in rust.encode_batch_fast(texts, add_special_tokens=False)]
-        for document in documents:
-            document.append(end)
-        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-        return lengths, np.fromiter(chain.from_iterable(documents), np.int64, int(lengths.sum()))
 
-    return joined
+def _mixed(native: Native, rust: Documents) -> Documents:
+    """Native SentencePiece for the texts that it is sure of, `rust` for the others."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=native.model)
+
+    def documents(texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        sure = [native.fits(text) for text in texts]
+        firsts, seconds = (list(compress(texts, (fits == wanted for fits in sure))) for wanted in (True, False))
+        ours = rust([*firsts[:1], *seconds])
+        found = processor.encode(firsts, out_type="numpy", num_threads=1) if firsts else []
+        if firsts and not np.array_equal(found[0], ours.pop(0)):
+            raise UserError(
+                f"native SentencePiece makes other ids than its Hugging Face form of {firsts[0][:300]!r}; bring the "
+                f"tokenizer as a directory with a tokenizer.json"
+            )
+        both = {True: iter(found), False: iter(ours)}
+        return [next(both[fits]) for fits in sure]
+
+    return documents
 
 
 def encode_in_order(

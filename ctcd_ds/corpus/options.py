@@ -25,7 +25,14 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         help="txt: a document ends at a blank line (its lines stay joined by newlines), or with its line",
     )
     group.add_argument(
-        "--text_field", default=default.text_field, help="jsonl, parquet, datasets: the field that holds the text"
+        "--format",
+        choices=("txt", "jsonl", "parquet"),
+        help="of files whose names do not end in one (default: by name)",
+    )
+    group.add_argument(
+        "--text_field",
+        default=default.text_field,
+        help="jsonl, parquet, datasets: the field that holds the text; meta.text is the field text of meta",
     )
     group.add_argument("--dataset_config", default=None, help="hub datasets: the configuration, such as 20231101.en")
     group.add_argument("--dataset_split", default=default.dataset_split, help="datasets: the split to read")
@@ -36,6 +43,7 @@ def reading(arguments: argparse.Namespace) -> Reading:
     return Reading(
         text_field=arguments.text_field,
         text_layout=arguments.text_layout,
+        format=arguments.format,
         dataset_config=arguments.dataset_config,
         dataset_split=arguments.dataset_split,
     )

@@ -21,11 +21,19 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.encode import Block, Encoder, encode_in_order
-from ctcd_ds.corpus.rows import FORMAT, VERSION
+from ctcd_ds.corpus.rows import FORMAT, LAYOUT, VERSION
+from ctcd_ds.corpus.sentencepiece_model import native_beside
 from ctcd_ds.corpus.shards import Step
 from ctcd_ds.corpus.sources import Reading, Source, documents, find_sources, sample_lines
-from ctcd_ds.corpus.tokenizer import bring_tokenizer, lowercases, save_tokenizer, tokenizer_identity
+from ctcd_ds.corpus.tokenizer import (
+    bring_tokenizer,
+    lowercases,
+    save_tokenizer,
+    tokenizer_identity,
+    unknown_pieces,
+)
 from ctcd_ds.corpus.workplace import Workplace, workplace
+from ctcd_ds.manifest import canonical_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
 BLOCK_CHARACTERS = 500_000  # what a thread takes at once: 0.3 s of WordPiece, 0.03 s of SentencePiece
 SAMPLE = 5000  # lines of text on which a SentencePiece .model is compared with native SentencePiece
 ROW = 128  # the sequence length for which the summary counts rows
+FEW_ROWS = 100  # held out: below, their loss says little
 
 
 @dataclass(frozen=True)
@@ -100,10 +109,10 @@ def prepare(
     settings.validate()
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
-    sources = find_sources(inputs)
+    sources = find_sources(inputs, reading.format)
     tokenizer = bring_tokenizer(tokenizer_source, lowercase, lambda: sample_lines(sources, reading, SAMPLE))
     plan = {
-        "sources": [source.identity() for source in tqdm(sources, "hashing", unit=" sources", delay=2)],
+        "sources": _identities(sources),
         "reading": asdict(reading),
         "tokenizer": tokenizer_identity(tokenizer),
         "settings": asdict(settings),
@@ -117,6 +126,7 @@ def prepare(
             _tokenise(place, sources, reading, settings, tokenizer, tokenizer_source, workers)
         speed = (_tokens(place) - before) / (time.monotonic() - start)
         finish(place, tokenizer, {**asdict(settings), "lowercase": lowercases(tokenizer)}, f"{speed:,.0f} tokens/s")
+        _warn(place, tokenizer, sources, reading)
 
 
 def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], speed: str) -> None:
@@ -135,6 +145,7 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
             "dtype": dtype_for(identity["vocab_size"]),
             "settings": settings,
             "splits": place.shards,
+            **LAYOUT,
         }
     )
     _report(place, speed)
@@ -156,7 +167,7 @@ def _tokenise(
 ) -> None:
     """Reads what `place` has not got yet, and records a step (one shard a split) whenever its text is long enough."""
     dtype = dtype_for(len(tokenizer))
-    native = Path(tokenizer_source).read_bytes() if tokenizer_source.endswith(".model") else None
+    native = native_beside(Path(tokenizer_source), tokenizer) if Path(tokenizer_source).suffix == ".model" else None
     encoder = Encoder(tokenizer, native, dtype)
     shard_characters = int(settings.shard_megabytes * 2**20)
     held_out = partial(share, settings.seed, "hold out")
@@ -206,7 +217,7 @@ def _blocks(texts: Iterator[str], first: int, settings: Settings, size: int) -> 
 def _check_splits(place: Workplace, settings: dict[str, Any]) -> None:
     train, valid = (sum(entry["documents"] for entry in place.shards[split]) for split in ("train", "valid"))
     if place.documents == 0:
-        raise UserError("the input holds no text")
+        raise UserError("the input holds no text: no document in any file of --input")
     if train + valid == 0:
         raise UserError(
             f"nothing of the input's {place.documents} documents is left: --fraction {settings['fraction']} took "
@@ -218,6 +229,17 @@ def _check_splits(place: Workplace, settings: dict[str, Any]) -> None:
             f"{settings['valid_fraction']}; give more documents (in txt files a blank line ends a document, see "
             f"--text_layout), or --valid_fraction 0"
         )
+
+
+def _identities(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Of every source what tells it from others; says where two have the same content."""
+    identities = [source.identity() for source in tqdm(sources, "hashing", unit=" sources", delay=2)]
+    first: dict[str, str] = {}
+    for source, identity in zip(sources, identities, strict=True):
+        same = first.setdefault(canonical_sha256(identity), source.name)
+        if same != source.name:
+            print(f"warning: {same} and {source.name} hold the same; their text is read twice", flush=True)
+    return identities
 
 
 def _tokens(place: Workplace) -> int:
@@ -241,12 +263,33 @@ def _report(place: Workplace, speed: str) -> None:
     for split, entries in place.shards.items():
         total, tokens = (sum(entry[key] for entry in entries) for key in ("documents", "tokens"))
         rows = tokens // (ROW - 2)
-        print(f"  {split}: {total:,} documents, {tokens:,} tokens, {len(entries)} shards, {rows:,} rows of {ROW}")
+        shards = f"{len(entries)} shard{'' if len(entries) == 1 else 's'}"
+        print(f"  {split}: {total:,} documents, {tokens:,} tokens, {shards}, {rows:,} rows of {ROW}")
     unknown = place.counts.get("unknown", 0) / max(1, _tokens(place))
     print(f"  unknown tokens: {unknown:.3%}; {speed}", flush=True)
+
+
+def _warn(place: Workplace, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source], reading: Reading) -> None:
+    """Says what makes a corpus worth less than it looks: text that the tokenizer does not know, little held out."""
+    unknown = place.counts.get("unknown", 0) / max(1, _tokens(place))
     if unknown > 0.01:
+        lines = sample_lines(sources, reading, SAMPLE)
+        most = ", ".join(f"{piece!r} ({count:,})" for piece, count in unknown_pieces(tokenizer, lines))
+        names = {*tokenizer.all_special_tokens, "<unk>"}
+        written = [name for name in sorted(names) if sum(name in line for line in lines) * 100 > len(lines)]
         print(
-            f"warning: {unknown:.1%} of the tokens are unknown: the tokenizer does not fit this text (its language, "
-            f"its script, or --lowercase)",
+            f"warning: {unknown:.1%} of the tokens are unknown; in {len(lines):,} lines, most often {most}. "
+            + (
+                f"The text itself has {', '.join(written)} written in it, which becomes no special token"
+                if written
+                else "The tokenizer does not fit this text (its language, its script, or --lowercase)"
+            ),
+            flush=True,
+        )
+    held_out = sum(entry["tokens"] for entry in place.shards["valid"]) // (ROW - 2)
+    if place.shards["valid"] and held_out < FEW_ROWS:
+        print(
+            f"warning: {held_out} held-out rows of {ROW} are few, and what is measured on them will be noisy; "
+            f"from {FEW_ROWS} on it is steady: give more text, or a larger --valid_fraction",
             flush=True,
         )

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -21,7 +21,9 @@ from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
 
-FORMAT, VERSION = "ctcd_ds.corpus", 1
+FORMAT, VERSION = "ctcd_ds.corpus", 2
+# By roles of the tokenizer: what ends each document in the shards, and what models that want a frame see around a row.
+LAYOUT: dict[str, Any] = {"separator": "sep", "frame": {"before": ["cls"], "after": ["sep"]}}
 
 # Rows come in random order. Up to this size of a split the system's read-ahead (128 KiB to 8 MiB for each
 # row not in memory) soon has all of it in memory; beyond, it would read 500 times what is needed, or more.
@@ -64,6 +66,7 @@ class Corpus:
     vocabulary: str
     dtype: str
     splits: dict[str, tuple[Shard, ...]]
+    frame: tuple[tuple[int, ...], tuple[int, ...]]  # ids before and after a row
 
     @classmethod
     def open(cls, path: Path) -> Corpus:
@@ -73,13 +76,14 @@ class Corpus:
         version.
         """
         manifest = read_corpus_manifest(path)
-        tokenizer = manifest["tokenizer"]
+        tokenizer, frame = manifest["tokenizer"], manifest["frame"]
+        ids = tokenizer["special"]
         if not (path / "tokenizer").is_dir():
             raise UserError(f"{path} is damaged: its folder tokenizer/ is missing; prepare the corpus again")
         return cls(
             path=path,
             fingerprint=manifest["sha256"],
-            special=SpecialIds(**{name: tokenizer[name] for name in SpecialIds.__dataclass_fields__}),
+            special=SpecialIds(**ids),
             vocab_size=tokenizer["vocab_size"],
             tokenizer_fingerprint=tokenizer["fingerprint"],
             vocabulary=tokenizer["vocabulary"],
@@ -88,6 +92,7 @@ class Corpus:
                 split: tuple(_checked_shard(path, manifest["dtype"], entry) for entry in entries)
                 for split, entries in manifest["splits"].items()
             },
+            frame=(tuple(ids[role] for role in frame["before"]), tuple(ids[role] for role in frame["after"])),
         )
 
     @property
@@ -140,10 +145,10 @@ class _ShardShape(TypedDict):
     idx: FileEntry
 
 
-class _TokenizerShape(TypedDict):
-    fingerprint: str
-    vocabulary: str
-    vocab_size: int
+Role = Literal["cls", "sep", "mask", "pad", "unk"]
+
+
+class _SpecialShape(TypedDict):
     cls: int
     sep: int
     mask: int
@@ -151,8 +156,22 @@ class _TokenizerShape(TypedDict):
     unk: int
 
 
+class _TokenizerShape(TypedDict):
+    fingerprint: str
+    vocabulary: str
+    vocab_size: int
+    special: _SpecialShape
+
+
+class _FrameShape(TypedDict):
+    before: list[Role]
+    after: list[Role]
+
+
 class _Shape(TypedDict):
     tokenizer: _TokenizerShape
+    separator: Role
+    frame: _FrameShape
     dtype: Literal["uint16", "int32"]
     splits: dict[Literal["train", "valid"], list[_ShardShape]]
 
@@ -167,13 +186,25 @@ def read_corpus_manifest(path: Path) -> dict[str, Any]:
     manifest = read_manifest(file)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not a corpus: its manifest.json says format {manifest.get('format')!r}")
+    if manifest.get("version") == 1:
+        manifest = _as_version_2(manifest)
     if manifest.get("version") != VERSION:
         raise UserError(
-            f"{path} is a corpus of version {manifest.get('version')}, this program reads version {VERSION}: "
+            f"{path} is a corpus of version {manifest.get('version')}, this program reads versions 1 and {VERSION}: "
             "prepare it again, or use the ctcd_ds that made it"
         )
     check_shape(file, manifest, _Shape)
     return manifest
+
+
+def _as_version_2(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1, which had the special ids beside the tokenizer's sizes, and one layout only."""
+    tokenizer = manifest.get("tokenizer")
+    if not isinstance(tokenizer, dict):
+        return {**manifest, **LAYOUT, "version": 2}
+    special = {role: tokenizer[role] for role in get_args(Role) if role in tokenizer}
+    others = {key: value for key, value in tokenizer.items() if key not in special}
+    return {**manifest, **LAYOUT, "version": 2, "tokenizer": {**others, "special": special}}
 
 
 def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:

@@ -1,32 +1,31 @@
 """Where text comes from: files and datasets, read as a stream of documents.
 
 A document is a non-empty string. `.txt` files hold documents apart by blank lines (the lines of one document are
-joined by newlines) or one document a line; `.jsonl` and `.parquet` hold one document a record; so do Hugging Face
-datasets, saved with `save_to_disk` or named on the hub. Text and JSON lines may be compressed (.gz, .xz, .zst).
-Nothing is read ahead: memory does not grow with the input.
+joined by newlines) or one document a line; JSON lines and parquet hold one document a record; so do Hugging Face
+datasets, saved with `save_to_disk` or named on the hub. Text and JSON lines may be compressed (compressed.py).
+Nothing is read ahead: memory does not grow with the input. What is no Unicode text is found here, with file and line.
 """
 
 from __future__ import annotations
 
 import difflib
 import glob
-import gzip
-import io
 import json
-import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.compressed import FORMATS, decompressed, refuse_damage, suffix_of
 from ctcd_ds.manifest import file_entry
 
-COMPRESSIONS = (".gz", ".xz", ".zst")
-KINDS = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
-READABLE = ".txt or .jsonl (each also as .gz, .xz, .zst), .parquet, a dataset saved with save_to_disk, or OWNER/NAME"
+KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+READABLE = (
+    f".txt, .jsonl, .ndjson or .json (one record a line; each also as {', '.join(FORMATS)}), .parquet, a dataset "
+    f"saved with save_to_disk, or OWNER/NAME"
+)
 BATCH = 1000  # records taken from a parquet file or a dataset at once
 
 
@@ -36,6 +35,7 @@ class Reading:
 
     text_field: str = "text"
     text_layout: str = "paragraphs"  # txt: a document ends at a blank line; "lines": with its line
+    format: str | None = None  # txt, jsonl, parquet; None: as the file's name says
     dataset_config: str | None = None
     dataset_split: str = "train"
 
@@ -58,13 +58,14 @@ class Source:
         return file_entry(path)
 
 
-def find_sources(inputs: Iterable[str]) -> list[Source]:
+def find_sources(inputs: Iterable[str], form: str | None = None) -> list[Source]:
     """The sources that `inputs` (paths, globs, dataset folders, hub names) stand for, sorted by name.
 
-    Raises UserError for what does not exist, has no readable format, or is named twice.
+    `form`: txt, jsonl or parquet for every file, whatever its name ends in. Raises UserError for what does not exist,
+    has no readable format, or is named twice.
     """
     names = sorted(name for given in inputs for name in _expand(given))
-    sources = [_source(name) for name in names]
+    sources = [_source(name, form) for name in names]
     seen: set[Path | str] = set()
     for source in sources:
         key = source.name if source.kind == "hub" else Path(source.name).resolve()
@@ -79,11 +80,11 @@ def _expand(given: str) -> list[str]:
         return [given]
     found = glob.glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     if not found:
-        raise UserError(f"--input {given}: no file matches this pattern")
+        raise UserError(f"--input {given}: no file matches this pattern{_seen_from(given)}")
     return found
 
 
-def _source(name: str) -> Source:
+def _source(name: str, form: str | None) -> Source:
     path = Path(name)
     if path.is_dir():
         if not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
@@ -92,17 +93,37 @@ def _source(name: str) -> Source:
                 f"for the files in it give a pattern such as '{name.rstrip('/')}/*.txt'"
             )
         return Source(name, "dataset", sum(file.stat().st_size for file in path.rglob("*.arrow")))
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    compression = suffix_of(name)
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
     kind = KINDS.get(suffix)
     if path.exists():
-        if kind is None or (kind == "parquet" and path.suffix in COMPRESSIONS):
-            raise UserError(f"--input {name}: this format is not known; what can be read: {READABLE}")
+        kind = form or kind
+        if kind is None or (kind == "parquet" and compression):
+            raise UserError(f"--input {name}: {_other_format(name, suffix)}")
         return Source(name, kind, path.stat().st_size)
+    if path.is_symlink():
+        raise UserError(f"--input {name} is a link to {path.readlink()}, which does not exist")
     if kind is None and re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.parent.exists():
         return Source(name, "hub", 0)
+    if "," in name and Path(name.split(",")[0]).exists():
+        raise UserError(f"--input {name} does not exist; set several inputs apart by spaces, not by commas")
     near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise UserError(f"--input {name} does not exist{hint}")
+    raise UserError(f"--input {name} does not exist{_seen_from(name)}{hint}")
+
+
+def _seen_from(name: str) -> str:
+    return "" if Path(name).is_absolute() else f" (seen from {Path.cwd()})"
+
+
+def _other_format(name: str, suffix: str) -> str:
+    if suffix in (".csv", ".tsv"):
+        return (
+            'tables are not read; make JSON lines of it, for example with python -c "import pandas; '
+            f"pandas.read_csv({name!r}{', sep=chr(9)' if suffix == '.tsv' else ''})"
+            ".to_json('text.jsonl', orient='records', lines=True)\""
+        )
+    return f"this format is not known; what can be read: {READABLE}. For another name, say --format txt, jsonl, parquet"
 
 
 def _names(folder: Path) -> list[str]:
@@ -142,60 +163,59 @@ def sample_lines(sources: Sequence[Source], reading: Reading, count: int) -> lis
 # ---- text files
 
 
-@contextmanager
-def _opened(source: Source) -> Iterator[tuple[Iterable[bytes], BinaryIO]]:
-    """The decompressed stream of a file, and the raw one whose position tells the progress."""
-    with Path(source.name).open("rb") as raw:
-        if source.name.endswith(".gz"):
-            with gzip.GzipFile(fileobj=raw) as stream:
-                yield stream, raw
-        elif source.name.endswith(".xz"):
-            with lzma.LZMAFile(raw) as stream:
-                yield stream, raw
-        elif source.name.endswith(".zst"):
-            import zstandard
-
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-            yield io.BufferedReader(reader), raw
-        else:
-            yield raw, raw
-
-
 def _lines(source: Source, advance: Callable[[float], Any]) -> Iterator[tuple[int, str]]:
-    """Line numbers (from 1) and lines without their ends; a byte order mark is dropped."""
-    import zlib
-
-    import zstandard
-
+    """Line numbers (from 1) and lines without their ends; byte order marks (of files joined into one) are dropped."""
     offset, position = 0, 0
-    with _opened(source) as (stream, raw):
-        try:
-            for number, line in enumerate(stream, 1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as problem:
-                    bad = problem.object[problem.start]
-                    raise UserError(
-                        f"{source.name} is not UTF-8: byte 0x{bad:02x} in line {number}, at byte offset "
-                        f"{offset + problem.start}; convert it first, for example with "
-                        f"iconv -f LATIN1 -t UTF-8"
-                    ) from None
-                offset += len(line)
-                yield number, text.rstrip("\r\n")
-                if number % 256 == 0:
-                    advance(raw.tell() - position)
-                    position = raw.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zstandard.ZstdError) as problem:
-            raise UserError(f"{source.name} is damaged or not of the format its name says: {problem}") from None
+    with Path(source.name).open("rb") as raw:
+        for number, line in enumerate(decompressed(source.name, raw), 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as problem:
+                raise _no_text(source, number, offset, problem) from None
+            if "\0" in text and text.count("\0") * 3 > len(text):
+                raise _unreadable(source, f"{source.name} looks like UTF-16 or UTF-32{_recode('UTF-16LE', source)}")
+            offset += len(line)
+            yield number, text.removeprefix("\ufeff").rstrip("\r\n")
+            if number % 256 == 0:
+                advance(raw.tell() - position)
+                position = raw.tell()
         advance(source.bytes - position)
 
 
+def _no_text(source: Source, number: int, offset: int, problem: UnicodeDecodeError) -> UserError:
+    """Says what a file that is not UTF-8 seems to be. `offset`: bytes before its line `number`."""
+    start = problem.object if number == 1 else b""
+    if not suffix_of(source.name):
+        for suffix, kind in FORMATS.items():
+            if start.startswith(kind.magic):
+                return UserError(f"{source.name} is compressed; let its name say so: {source.name}{suffix}")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return UserError(f"{source.name} is UTF-16, not UTF-8{_recode('UTF-16', source)}")
+    bad = problem.object[problem.start]
+    return _unreadable(
+        source,
+        f"{source.name} is not UTF-8: byte 0x{bad:02x} in line {number}, at byte offset {offset + problem.start}"
+        f"{_recode('LATIN1', source)} (or whatever its encoding is)",
+    )
+
+
+def _recode(encoding: str, source: Source) -> str:
+    return f"; convert it first, for example with iconv -f {encoding} -t UTF-8 {source.name}"
+
+
+def _unreadable(source: Source, message: str) -> UserError:
+    """A mistake in the text; of a compressed file only where its damage, which may show first as that, is excluded."""
+    refuse_damage(source.name)
+    return UserError(message)
+
+
 def _read_txt(source: Source, reading: Reading, advance: Callable[[float], Any]) -> Iterator[str]:
+    lines = (part for _, line in _lines(source, advance) for part in line.split("\r"))  # as old Macs ended lines
     if reading.text_layout == "lines":
-        yield from (line for _, line in _lines(source, advance))
+        yield from lines
         return
     paragraph: list[str] = []
-    for _, line in _lines(source, advance):
+    for line in lines:
         if line and not line.isspace():
             paragraph.append(line)
         elif paragraph:
@@ -211,13 +231,30 @@ def _read_jsonl(source: Source, reading: Reading, advance: Callable[[float], Any
         where = f"{source.name}, line {number}"
         try:
             record = json.loads(line)
-        except ValueError as problem:
-            raise UserError(f"{where}: no valid JSON ({problem})") from None
+        except (ValueError, RecursionError) as problem:
+            raise _unreadable(source, f"{where}: {_no_record(line, problem)}") from None
         if not isinstance(record, dict):
-            raise UserError(f'{where}: a JSON object such as {{"{reading.text_field}": "…"}} is needed')
-        if reading.text_field not in record:
-            raise _missing_field(where, reading.text_field, list(record))
-        yield _text(record[reading.text_field], where, reading.text_field)
+            raise UserError(f"{where}: {_no_record(line, None)}")
+        yield _text(_field(record, reading.text_field, where), where, reading.text_field)
+
+
+def _no_record(line: str, problem: Exception | None) -> str:
+    if line.strip() in ("[", "{") or line.lstrip().startswith("["):
+        return 'this is JSON, but not one record a line; make that of it, for example with jq -c ".[]" (of a list)'
+    return f"no valid JSON ({problem})" if problem else "a JSON object is needed, with a field for the text"
+
+
+def _field(record: Mapping[str, Any], field: str, where: str, outer: str = "") -> Any:
+    """The value of `field`; a.b is the field b of what the field a holds, where no field is named a.b itself.
+
+    `outer`: the fields around `record`, each followed by its dot.
+    """
+    if field in record:
+        return record[field]
+    first, _, rest = field.partition(".")
+    if rest and isinstance(record.get(first), Mapping):
+        return _field(record[first], rest, where, f"{outer}{first}.")
+    raise _missing_field(where, outer + field, [outer + name for name in record])
 
 
 # ---- tables
@@ -230,8 +267,17 @@ def _missing_field(where: str, field: str, fields: Sequence[str]) -> UserError:
 
 
 def _text(value: Any, where: str, field: str) -> str:
+    """`value`, if it is Unicode text."""
     if not isinstance(value, str):
         raise UserError(f"{where}: the field {field!r} holds {type(value).__name__}, a string is needed")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as problem:
+            raise UserError(
+                f"{where}: the field {field!r} is no Unicode text: character {problem.start + 1} is "
+                f"\\u{ord(value[problem.start]):04x}, half of a surrogate pair; mend or remove the record"
+            ) from None
     return value
 
 
@@ -239,16 +285,12 @@ def _read_parquet(source: Source, reading: Reading, advance: Callable[[float], A
     import pyarrow
     from pyarrow import parquet
 
-    field = reading.text_field
     try:
-        with parquet.ParquetFile(source.name) as file:
-            if field not in file.schema_arrow.names:
-                raise _missing_field(source.name, field, file.schema_arrow.names)
+        with parquet.ParquetFile(source.name, page_checksum_verification=True) as file:
+            first = _column(reading.text_field, source, file.schema_arrow.names)
             step = source.bytes / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=BATCH, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield _text(value, source.name, field)
-                advance(step * len(batch))
+            batches = file.iter_batches(batch_size=BATCH, columns=[first])
+            yield from _table_texts(source, reading, batches, lambda rows: advance(step * rows))
     except (pyarrow.ArrowInvalid, OSError) as problem:
         raise UserError(f"{source.name} is not readable as parquet: {problem}") from None
 
@@ -256,17 +298,23 @@ def _read_parquet(source: Source, reading: Reading, advance: Callable[[float], A
 def _read_dataset(source: Source, reading: Reading, advance: Callable[[float], Any]) -> Iterator[str]:
     import datasets
 
-    try:
-        dataset = datasets.load_from_disk(source.name)
-    except Exception as problem:  # whatever the library finds wrong with the folder, it is the folder
-        raise UserError(f"--input {source.name} is not readable as a saved dataset: {problem}") from None
-    if isinstance(dataset, dict):
-        if reading.dataset_split not in dataset:
+    folder = Path(source.name)
+    if (folder / "dataset_dict.json").exists():  # only the split that is asked for: others may be empty, or large
+        splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
+        if reading.dataset_split not in splits:
             raise UserError(
                 f"--input {source.name} has no split {reading.dataset_split!r}, it has "
-                f"{', '.join(map(repr, dataset))}; choose one with --dataset_split"
+                f"{', '.join(map(repr, splits))}; choose one with --dataset_split"
             )
-        dataset = dataset[reading.dataset_split]
+        folder = folder / reading.dataset_split
+    try:
+        if json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"] == []:
+            raise UserError(f"--input {folder} is an empty dataset; choose another with --dataset_split")
+        dataset = datasets.load_from_disk(str(folder))
+    except UserError:
+        raise
+    except Exception as problem:  # whatever the library finds wrong with the folder, it is the folder
+        raise UserError(f"--input {source.name} is not readable as a saved dataset: {problem}") from None
     yield from _records(source, reading, dataset, lambda rows: advance(source.bytes * rows / len(dataset)))
 
 
@@ -285,15 +333,38 @@ def _read_hub(source: Source, reading: Reading, advance: Callable[[float], Any])
 
 
 def _records(source: Source, reading: Reading, dataset: Any, advance: Callable[[int], Any]) -> Iterator[str]:
-    field = reading.text_field
-    if dataset.column_names is not None and field not in dataset.column_names:
-        raise _missing_field(source.name, field, dataset.column_names)
-    for batch in dataset.iter(batch_size=BATCH):
-        if field not in batch:
-            raise _missing_field(source.name, field, list(batch))
-        for value in batch[field]:
-            yield _text(value, source.name, field)
-        advance(len(batch[field]))
+    yield from _table_texts(source, reading, dataset.with_format("arrow").iter(batch_size=BATCH), advance)
+
+
+def _column(field: str, source: Source, names: Sequence[str]) -> str:
+    """The column that holds `field`: itself, or what stands before its first dot."""
+    for name in (field, field.partition(".")[0]):
+        if name in names:
+            return name
+    raise _missing_field(source.name, field, names)
+
+
+def _table_texts(
+    source: Source, reading: Reading, batches: Iterable[Any], advance: Callable[[int], Any]
+) -> Iterator[str]:
+    """The texts of pyarrow's tables or batches of rows."""
+    field, row = reading.text_field, 0
+    for batch in batches:
+        name = _column(field, source, batch.schema.names)
+        column = batch.column(batch.schema.names.index(name))
+        try:
+            values = column.to_pylist()
+        except UnicodeDecodeError:  # in one of them: the loop says in which
+            values = column
+        for value in values:
+            row += 1
+            where = f"{source.name}, row {row}"
+            try:
+                value = value.as_py() if hasattr(value, "as_py") else value
+            except UnicodeDecodeError as problem:
+                raise UserError(f"{where}: the field {field!r} is not UTF-8: {problem.reason}") from None
+            yield _text(value if name == field else _field({name: value}, field, where), where, field)
+        advance(len(column))
 
 
 _READERS: dict[str, Callable[[Source, Reading, Callable[[float], Any]], Iterator[str]]] = {

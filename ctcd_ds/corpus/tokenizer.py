@@ -6,8 +6,13 @@ whatever names), and `AutoTokenizer.from_pretrained` gives the same ids from the
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import itertools
 import json
+import re
 import string
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +42,20 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds for what is one thing: no tokenizer there
-        raw = sorted(path for end in ("vocab.txt", "*.model") for path in Path(directory).glob(end))
-        reason = f"give the file itself: {raw[0]}" if raw else str(problem).strip().split("\n")[0]
-        raise UserError(f"tokenizer {directory} cannot be loaded: {reason}") from None
-    return _validated(tokenizer, str(directory))
+        raise UserError(f"tokenizer {directory} cannot be loaded: {_reason(Path(directory), problem)}") from None
+    return validated(tokenizer, str(directory))
 
 
-def _validated(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+def _reason(directory: Path, problem: Exception) -> str:
+    if raw := sorted(path for end in ("vocab.txt", "*.model") for path in directory.glob(end)):
+        return f"give the file itself: {raw[0]}"
+    if directory.is_dir() and not (directory / "tokenizer.json").exists():
+        return "it is a directory that holds no tokenizer: no tokenizer.json, vocab.txt or .model"
+    return str(problem).strip().split("\n")[0]
+
+
+def validated(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, if it can serve; raises UserError, with its `name`, where not."""
     missing = [role for role in ROLES if getattr(tokenizer, f"{role}_token_id") is None]
     if missing:
         raise UserError(
@@ -51,6 +63,14 @@ def _validated(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedToken
             f"models need {', '.join(f'{role}_token' for role in ROLES)}: train one with `ctcd tokenizer`, "
             f"or add what is missing to its tokenizer_config.json"
         )
+    ids = special_ids(tokenizer)
+    for role, other in itertools.combinations(ROLES, 2):
+        if ids[role] == ids[other] and (role, other) != ("cls", "sep"):  # these two frame a row, and may look alike
+            raise UserError(
+                f"tokenizer {name}: its {role}_token and its {other}_token are one token "
+                f"({getattr(tokenizer, f'{role}_token')!r}); each must be a token of its own: give them in its "
+                f"tokenizer_config.json"
+            )
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer {name} ({type(tokenizer).__name__}) does not run on the `tokenizers` library (no "
@@ -69,30 +89,71 @@ def bring_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A user's tokenizer: a BERT vocab.txt, a SentencePiece .model, a tokenizer directory, or a hub name.
 
-    `lowercase` decides for a vocab.txt (by default: lowercase where it holds no capital letter); the others bring
-    their own rule, and a contradiction is an error. `sample()` gives lines of the user's text, on which a .model
-    is compared with native SentencePiece.
+    `lowercase` decides for a vocab.txt (by default: lowercase where it holds no capital letter), and True lowers the
+    text for a .model that does not do so itself; else a contradiction is an error. `sample()` gives lines of the user's
+    text, on which a .model, and a directory that holds one, is compared with native SentencePiece.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".model":
         from ctcd_ds.corpus.sentencepiece_model import import_sentencepiece
 
-        tokenizer = import_sentencepiece(path, sample())
+        lines = sample()
+        tokenizer = import_sentencepiece(path, lines)
+        if lowercase and not lowercases(tokenizer):
+            tokenizer = import_sentencepiece(path, lines, lowercase=True)
     elif path.is_file() and path.suffix == ".txt":
         tokenizer = _from_vocab(path, lowercase)
     elif path.is_file():
         raise UserError(f"tokenizer {source}: give a vocab.txt, a SentencePiece .model, or the directory it is in")
-    elif path.suffix in (".txt", ".model"):
-        raise UserError(f"tokenizer {source} does not exist")
+    elif path.exists():
+        tokenizer = load_tokenizer(path)
+        for model in sorted(path.glob("*.model")):
+            _compare_with_native(model, tokenizer, sample())
     else:
-        tokenizer = load_tokenizer(path if path.exists() else source)
+        _refuse_a_path(source)
+        print(f"tokenizer {source}: no such file or directory here; asking the Hugging Face hub", flush=True)
+        tokenizer = load_tokenizer(source)
     if lowercase is not None and lowercase != lowercases(tokenizer):
         does = "lowercases" if lowercases(tokenizer) else "does not lowercase"
         raise UserError(
             f"--lowercase {str(lowercase).lower()} contradicts the tokenizer {source}, which {does} its text; "
-            f"leave the option out, it is for a vocab.txt"
+            f"leave the option out, it is for a vocab.txt or a .model"
         )
     return tokenizer
+
+
+def _refuse_a_path(source: str) -> None:
+    """Raises UserError where what does not exist can only be meant as a path, and so is no name on the hub."""
+    path = Path(source)
+    is_file = path.suffix in (".txt", ".model", ".json")
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not is_file
+    if is_name and ("/" not in source or not path.parent.exists()):
+        return
+    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+    raise UserError(f"tokenizer {source}: no such file or directory{seen}{hint}")
+
+
+def _compare_with_native(path: Path, tokenizer: PreTrainedTokenizerBase, sample: list[str]) -> None:
+    """Compares what a directory makes of text with native SentencePiece on the .model `path` that lies in it.
+
+    A directory without a tokenizer.json is what transformers makes of the .model: refused where that is something else.
+    With one, it says itself what it is: then differences are only said.
+    """
+    from ctcd_ds.corpus.sentencepiece_model import compare, read_model
+
+    model = read_model(path)
+    unknown = next(piece.piece for piece in model.pieces if piece.type == 2)
+
+    def ours(lines: list[str]) -> list[list[str]]:
+        rows = tokenizer(lines, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        found = [tokenizer.convert_ids_to_tokens(row) for row in rows]
+        return [[unknown if token == tokenizer.unk_token else token for token in tokens] for tokens in found]
+
+    lenient = (path.parent / "tokenizer.json").exists()
+    compare(path, model, ours, sample, f"the file itself: {path}", lenient)
 
 
 def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -113,21 +174,50 @@ def _from_vocab(path: Path, lowercase: bool | None) -> PreTrainedTokenizerBase:
         tokens = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8 (byte offset {problem.start})") from None
-    tokens = [token.removesuffix("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
+    tokens = [token.rstrip(" \t\r") or token for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
     if missing := [token for token in SPECIAL_TOKENS if token not in tokens]:
         raise UserError(f"{path} is no BERT vocabulary: it has no {', '.join(missing)} (one token a line)")
     if len(set(tokens)) < len(tokens):
         first: dict[str, int] = {}
         again = next((t, i) for i, t in enumerate(tokens) if first.setdefault(t, i) != i)
         raise UserError(f"{path}: {again[0]!r} stands in line {first[again[0]] + 1} and in line {again[1] + 1}")
-    if lowercase is None:  # "[CLS]" and its like are capitals in every vocabulary
-        lowercase = not any(capital in token for token in tokens if token[:1] != "[" for capital in CAPITALS)
+    if lowercase is None:  # "[CLS]" and "<S>" are capitals in every vocabulary
+        words = (token for token in tokens if token[:1] not in ("[", "<"))
+        lowercase = not any(capital in token for token in words for capital in CAPITALS)
     return wordpiece_tokenizer(tokens, lowercase)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Saves the tokenizer so that `AutoTokenizer.from_pretrained(directory)` gives the same ids."""
     tokenizer.save_pretrained(str(directory))
+
+
+def fit_to_model(tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int) -> None:
+    """Lets the tokenizer give what the model takes, wherever both are saved: inputs by name, rows cut to a length.
+
+    `max_length`: tokens of a row to which `truncation=True` cuts. Segments are for models that have more than one.
+    """
+    takes = inspect.signature(type(model).forward).parameters
+    segments = "token_type_ids" in takes and (getattr(model.config, "type_vocab_size", None) or 0) > 1
+    tokenizer.model_input_names = [
+        "input_ids",
+        *(["token_type_ids"] if segments else []),
+        *(["attention_mask"] if "attention_mask" in takes else []),
+    ]
+    tokenizer.model_max_length = max_length
+    for name in ("model_input_names", "model_max_length"):
+        tokenizer.init_kwargs[name] = getattr(tokenizer, name)
+
+
+def unknown_pieces(tokenizer: PreTrainedTokenizerBase, lines: list[str], count: int = 8) -> list[tuple[str, int]]:
+    """What of these lines is unknown to the tokenizer, and how often, the most frequent pieces first."""
+    unknown = tokenizer.unk_token_id
+    found: Counter[str] = Counter()
+    encodings = tokenizer.backend_tokenizer.encode_batch(lines, add_special_tokens=False)
+    for line, encoding in zip(lines, encodings, strict=True):
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        found.update(line[start:end] for number, (start, end) in places if number == unknown)
+    return found.most_common(count)
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -148,7 +238,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "fingerprint": canonical_sha256({"rules": _rules(tokenizer), "special": ids}),
         "vocabulary": canonical_sha256({"tokens": tokenizer.get_vocab(), "special": ids}),
         "vocab_size": len(tokenizer),
-        **ids,
+        "special": ids,
     }
 
 

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, save_tokenizer, wordpiece_tokenizer
+from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, save_tokenizer, unknown_pieces, wordpiece_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TYPES = ("wordpiece", "unigram", "bpe")
-ALPHABET = 1000  # as many single characters a WordPiece vocabulary holds at most, as in BERT's own training
+ALPHABET = 1000  # single characters that a WordPiece vocabulary holds of an alphabet, as in BERT's own training
+COVERAGE = 0.9999  # of all characters; a script of thousands has more than ALPHABET for it, where there is room
 MINIMUM = 2  # a WordPiece that the text holds only once is not worth an embedding
-SAMPLE = 5000  # lines on which a SentencePiece model is compared with native SentencePiece
+SAMPLE = 5000  # lines on which a tokenizer is tried: compared with native SentencePiece, its unknown pieces counted
 
 Texts = Callable[[str], Iterator[str]]  # called with a caption for its progress bar; each call reads from the start
 
@@ -39,10 +40,12 @@ def train_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, o
         raise UserError(f"--output_dir {output_dir} exists already; name a new one")
     if vocab_size <= len(SPECIAL_TOKENS):
         raise UserError(f"--vocab_size {vocab_size}: the special tokens alone are {len(SPECIAL_TOKENS)}")
+    sample: list[str] = []
+    texts = _sampling(texts, sample)
     if kind == "wordpiece":
         tokenizer, model = _train_wordpiece(texts, vocab_size, lowercase), None
     else:
-        tokenizer, model = _train_sentencepiece(kind, texts, vocab_size, lowercase)
+        tokenizer, model = _train_sentencepiece(kind, texts, vocab_size, lowercase, sample)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as folder:
         finished = Path(folder) / "tokenizer"
@@ -50,6 +53,31 @@ def train_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, o
         if model is not None:
             (finished / "spiece.model").write_bytes(model)
         finished.replace(output_dir)
+    _say_unknown(tokenizer, sample)
+
+
+def _sampling(texts: Texts, sample: list[str]) -> Texts:
+    """The same texts, whose first lines are left in `sample`."""
+
+    def passed(caption: str) -> Iterator[str]:
+        for text in texts(caption):
+            if len(sample) < SAMPLE:
+                sample.extend(line for line in _sentences(text) if line.strip())
+            yield text
+
+    return passed
+
+
+def _say_unknown(tokenizer: PreTrainedTokenizerBase, sample: list[str]) -> None:
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(sample, add_special_tokens=False)
+    total = sum(len(encoding.ids) for encoding in encodings)
+    unknown = sum(encoding.ids.count(tokenizer.unk_token_id) for encoding in encodings)
+    most = ", ".join(f"{piece!r} ({count:,})" for piece, count in unknown_pieces(tokenizer, sample))
+    print(
+        f"unknown tokens in the first {len(sample):,} lines: {unknown / max(1, total):.3%}"
+        f"{f'; most often {most}' if most else ''}",
+        flush=True,
+    )
 
 
 # ---- WordPiece
@@ -64,7 +92,7 @@ def _train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> PreTrain
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    characters, continuing = _alphabet(normalizer.normalize_str, texts("counting characters"))
+    characters, continuing = _alphabet(normalizer.normalize_str, texts("counting characters"), vocab_size)
     named = [*SPECIAL_TOKENS, *characters, *(f"##{c}" for c in continuing)]
     if len(named) > vocab_size:
         raise UserError(f"--vocab_size {vocab_size} is too small for this text: its characters alone need {len(named)}")
@@ -84,8 +112,11 @@ def _train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> PreTrain
     return wordpiece_tokenizer(sorted(tokens, key=lambda token: tokens[token]), lowercase)
 
 
-def _alphabet(normalize: Callable[[str], str], texts: Iterator[str]) -> tuple[list[str], list[str]]:
-    """The most frequent characters of the normalised text, and those of them that also stand inside words."""
+def _alphabet(normalize: Callable[[str], str], texts: Iterator[str], vocab_size: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters of the normalised text, and those of them that also stand inside words.
+
+    ALPHABET of them, and more for COVERAGE as long as `vocab_size` tokens have room (with each one's "##").
+    """
     counts: Counter[str] = Counter()
     neighbours: set[tuple[str, str]] = set()
     for text in texts:
@@ -95,8 +126,17 @@ def _alphabet(normalize: Callable[[str], str], texts: Iterator[str]) -> tuple[li
     if not counts:
         raise UserError("--input holds no text")
     frequent = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-    characters = sorted(frequent[:ALPHABET])
     inside = {c for before, c in neighbours if _in_word(before) and _in_word(c)}
+    wanted = COVERAGE * sum(counts[c] for c in frequent)
+    covered, room, number = 0, vocab_size - len(SPECIAL_TOKENS), 0
+    for number, character in enumerate(frequent):
+        room -= 1 + (character in inside)
+        if number >= ALPHABET and (room < 0 or covered >= wanted):
+            break
+        covered += counts[character]
+    else:
+        number = len(frequent)
+    characters = sorted(frequent[:number])
     return characters, [c for c in characters if c in inside]
 
 
@@ -118,7 +158,7 @@ def _too_large(vocab_size: int, possible: int) -> UserError:
 
 
 def _train_sentencepiece(
-    kind: str, texts: Texts, vocab_size: int, lowercase: bool
+    kind: str, texts: Texts, vocab_size: int, lowercase: bool, sample: list[str]
 ) -> tuple[PreTrainedTokenizerBase, bytes]:
     """SentencePiece's own trainer; its model as a Hugging Face tokenizer, and the model itself."""
     import io
@@ -127,20 +167,11 @@ def _train_sentencepiece(
 
     from ctcd_ds.corpus.sentencepiece_model import import_sentencepiece
 
-    sample: list[str] = []
-
-    def sentences() -> Iterator[str]:
-        for text in texts("reading"):
-            for line in _sentences(text):
-                if len(sample) < SAMPLE:
-                    sample.append(line)
-                yield line
-
     pad, unk, cls, sep, mask = SPECIAL_TOKENS
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(),
+            sentence_iterator=(line for text in texts("reading") for line in _sentences(text)),
             model_writer=written,
             model_type=kind,
             vocab_size=vocab_size,
@@ -195,7 +226,7 @@ def _with_exact_sums(model: bytes) -> bytes:
 
 def _explained(problem: str, vocab_size: int, any_text: bool) -> Exception:
     """The trainer's complaint in the words of our options; what is not a user's mistake stays what it is."""
-    if not any_text:
+    if not any_text or "all_chars_count" in problem:  # none, or none but what the normaliser drops
         return UserError("--input holds no text")
     if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", problem):
         return _too_large(vocab_size, int(found[1]))

@@ -83,7 +83,8 @@ def workplace(output_dir: Path, plan: dict[str, Any]) -> Iterator[Workplace | No
     """The workplace of the corpus that `plan` describes: new, or as a kill left it; None where it is finished.
 
     `plan` is JSON: everything that decides the content. Raises UserError where `output_dir` holds something else,
-    saying what differs. A UserError inside leaves nothing behind that was not there before.
+    saying what differs. A UserError inside leaves nothing behind that was not there before, nor does any other failure
+    before the first shard.
     """
     plan = json.loads(json.dumps(plan))
     if (output_dir / "manifest.json").exists():
@@ -108,7 +109,9 @@ def workplace(output_dir: Path, plan: dict[str, Any]) -> Iterator[Workplace | No
             else:
                 place.save()
             yield place
-    except UserError:
+    except Exception as failure:
+        if not isinstance(failure, UserError) and place.documents:
+            raise  # finished shards are kept for the next attempt
         for path in new:
             shutil.rmtree(path) if path == place.folder else path.rmdir()
         raise
@@ -146,7 +149,7 @@ def _same_plan(output_dir: Path, there: dict[str, Any], here: dict[str, Any], wh
     if differences:
         raise UserError(
             f"--output_dir {output_dir} holds {what} that was made otherwise: {'; '.join(differences[:5])}. "
-            f"Give the same command again, or name a new directory"
+            f"Give the same command again, name a new directory, or remove this one"
         )
 
 

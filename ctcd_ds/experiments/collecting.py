@@ -8,18 +8,18 @@ from typing import Any
 
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.experiments.grid import partner, points
-from ctcd_ds.experiments.planning import Planned, Whole
+from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
-from ctcd_ds.experiments.running import Ending
+from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
 
 
-def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Results:
+def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float) -> Results:
     """The content of results.json. `endings`: by the run's owner; `seconds`: wall time so far."""
-    experiment, planned, directory = whole.experiment, whole.planned, whole.directory
-    cells = [_cell(cell, endings.get(cell.owner, Ending("waiting", "not started")), directory) for cell in planned]
+    experiment, planned, directory = plan.experiment, plan.cells, plan.directory
+    cells = [_cell(cell, endings.get(cell.owner, Outcome("waiting", "not started")), directory) for cell in planned]
     conditions = _conditions(planned, cells)
     comparisons = list(_comparisons(experiment, conditions))
     unfinished = sum(cell.state != "finished" for cell in cells)
@@ -42,11 +42,11 @@ def collect(whole: Whole, endings: Mapping[str, Ending], seconds: float) -> Resu
         comparisons=comparisons,
         caveats=caveats(comparisons, len(experiment.seeds), unfinished, experiment.note),
         seconds=seconds,
-        **whole.about,
+        **plan.about,
     )
 
 
-def _cell(cell: Planned, ending: Ending, directory: Path) -> Cell:
+def _cell(cell: PlannedCell, ending: Outcome, directory: Path) -> Cell:
     finished = ending.state == "finished"
     summary, peers = (read_json(cell.run / "summary.json"), cell.peers) if finished else ({}, {})
     agreement = {
@@ -74,7 +74,7 @@ def _cell(cell: Planned, ending: Ending, directory: Path) -> Cell:
     )
 
 
-def _peer(name: str, known: PeerResult, cell: Planned, summary: Mapping[str, Any], directory: Path) -> PeerResult:
+def _peer(name: str, known: PeerResult, cell: PlannedCell, summary: Mapping[str, Any], directory: Path) -> PeerResult:
     place = cell.run / "hf" / name
     return known.model_copy(
         update={
@@ -87,7 +87,7 @@ def _peer(name: str, known: PeerResult, cell: Planned, summary: Mapping[str, Any
 
 
 def glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
-    """This model's scores from run_glue's results.json."""
+    """This model's scores from the results.json of `ctcd glue`."""
     for entry in read_json(path).get("models", {}).values():
         if Path(entry["path"]).resolve() == model.resolve():
             return {
@@ -110,7 +110,7 @@ def shapes(results: Results) -> list[str]:
     return [found[size] for size in sorted(found, key=lambda size: size[0] or 0, reverse=True)]
 
 
-def _conditions(planned: Sequence[Planned], cells: Sequence[Cell]) -> dict[str, Condition]:
+def _conditions(planned: Sequence[PlannedCell], cells: Sequence[Cell]) -> dict[str, Condition]:
     members: dict[str, list[Cell]] = {}
     for cell in cells:
         members.setdefault(cell.condition, []).append(cell)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -12,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, typed
+from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, as_typed, count, typed
 from ctcd_ds.cluster.owner import owned
-from ctcd_ds.cluster.slurm import Cluster, require_sbatch
+from ctcd_ds.cluster.slurm import SlurmSettings, require_sbatch
 from ctcd_ds.demo.data import data_commands
 from ctcd_ds.ending import is_finished
 from ctcd_ds.experiments.grid import expand
 from ctcd_ds.experiments.local import as_they_stand, collect_only, run_here
-from ctcd_ds.experiments.planning import Whole, plan_cells, structural_mistakes
+from ctcd_ds.experiments.planning import ExperimentPlan, plan_cells, structural_mistakes
 from ctcd_ds.experiments.queueing import queue_cells, refuse_while_queued
 from ctcd_ds.experiments.results import write_results
 from ctcd_ds.experiments.running import places, recipe_place
@@ -34,7 +33,7 @@ from ctcd_ds.training.run_directory import git_commit
 class Slurm:
     """Where cells are queued; `collecting`: the words that collect this experiment, after `python`."""
 
-    cluster: Cluster
+    cluster: SlurmSettings
     nodes: int
     collecting: Sequence[str]
 
@@ -61,54 +60,54 @@ class Request:
     slurm: Slurm | None = None
 
 
-def run_experiment(asked: Request) -> int:
+def run_experiment(request: Request) -> int:
     """Runs all cells of an experiment file that are not finished yet, and writes DIR/results.json after each.
 
     Raises UserError before anything starts where file, recipes, data or directory cannot serve. Returns the exit code:
     0 all cells are finished (or queued), 1 some are not, 85 stopped with all saved.
     """
-    fresh, gpus = not asked.directory.exists(), _gpus()
-    whole = _prepared(asked, gpus)
-    print(describe(whole), flush=True)
-    if asked.dry_run:
+    fresh, gpus = not request.directory.exists(), _gpus()
+    plan = _prepared(request, gpus)
+    print(describe(plan), flush=True)
+    if request.dry_run:
         return EXIT_DONE
-    if asked.only_collect:  # beside whatever runs
-        _write_recipes(whole)
-        return collect_only(whole)
-    with owned(whole.directory):
-        return _run(whole, asked, gpus, fresh)
+    if request.only_collect:  # beside whatever runs
+        _write_recipes(plan)
+        return collect_only(plan)
+    with owned(plan.directory):
+        return _run(plan, request, gpus, fresh)
 
 
-def _run(whole: Whole, asked: Request, gpus: int, fresh: bool) -> int:
-    _write_recipes(whole)
-    if asked.slurm is not None:
-        write_results(whole.directory, as_they_stand(whole))
+def _run(plan: ExperimentPlan, request: Request, gpus: int, fresh: bool) -> int:
+    _write_recipes(plan)
+    if request.slurm is not None:
+        write_results(plan.directory, as_they_stand(plan))
         try:
-            print(queue_cells(whole, asked.slurm.cluster, asked.slurm.nodes, asked.slurm.collecting))
+            print(queue_cells(plan, request.slurm.cluster, request.slurm.nodes, request.slurm.collecting))
         except UserError:
             if fresh:
-                shutil.rmtree(whole.directory)
+                shutil.rmtree(plan.directory)
             raise
         return EXIT_DONE
     cores = len(os.sched_getaffinity(0))
-    return run_here(whole, places(whole.experiment.ranks, asked.max_parallel, gpus, cores))
+    return run_here(plan, places(plan.experiment.ranks, request.max_parallel, gpus, cores))
 
 
-def _prepared(asked: Request, gpus: int) -> Whole:
+def _prepared(request: Request, gpus: int) -> ExperimentPlan:
     """Everything checked and counted. Nothing is written but the demo's data, where the experiment is on them."""
-    experiment, directory, slurm = load_experiment(asked.path, asked.size), asked.directory, asked.slurm
-    if asked.seeds is not None:
-        experiment = experiment.model_copy(update={"seeds": asked.seeds})
-    _refuse_or_resume(directory, asked.resume or asked.only_collect)
+    experiment, directory, slurm = load_experiment(request.path, request.size), request.directory, request.slurm
+    if request.seeds is not None:
+        experiment = experiment.model_copy(update={"seeds": request.seeds})
+    _refuse_or_resume(directory, request.resume or request.only_collect)
     device, world = device_type(), experiment.ranks or max(1, gpus)
     if slurm is not None:
         device, world = slurm.cluster.device, slurm.nodes * slurm.cluster.ranks_per_node
-        if not asked.dry_run:
+        if not request.dry_run:
             require_sbatch()
             refuse_while_queued(directory)
     with tempfile.TemporaryDirectory() as passing:
-        place = Path(passing) / "data" if asked.dry_run else directory / "data"
-        experiment, overrides = with_data(experiment, place, asked.overrides, asked.data_dir)
+        place = Path(passing) / "data" if request.dry_run else directory / "data"
+        experiment, overrides = with_data(experiment, place, request.overrides, request.data_dir)
         cells = expand(experiment, base_recipe(experiment, overrides), directory)
         if mistakes := structural_mistakes(cells):  # before data is made, which takes a while
             raise Mistakes("the cells' recipes", mistakes)
@@ -117,14 +116,14 @@ def _prepared(asked: Request, gpus: int) -> Whole:
         planned = plan_cells(experiment, cells, directory, world, device)
         _check_glue(experiment)
     about = {
-        "experiment": asked.path.stem,
-        "size": asked.size,
+        "experiment": request.path.stem,
+        "size": request.size,
         "recipe": experiment.recipe,
         "corpus": str(planned[0].recipe.corpus.path),
         "command": typed(),
         "git_commit": git_commit(),
     }
-    return Whole(experiment, planned, directory, about)
+    return ExperimentPlan(experiment, planned, directory, about)
 
 
 def _refuse_or_resume(directory: Path, resume: bool) -> None:
@@ -167,13 +166,13 @@ def make_demo_data(place: Path) -> None:
         return
     place.mkdir(parents=True, exist_ok=True)
     for line in data_commands(place, place):
-        print(f"$ {shlex.join(line)}", flush=True)
+        print(f"$ {as_typed(line)}", flush=True)
         if (code := subprocess.run(line, check=False).returncode) != 0:
             raise RunFailure(f"the demo's data could not be made: {line[2]} ended with {code}")
 
 
 def _check_glue(experiment: Experiment) -> None:
-    """Looks at the GLUE files as run_glue will, before hours of training. Raises its UserError."""
+    """Looks at the GLUE files as `ctcd glue` will, before hours of training. Raises its UserError."""
     if experiment.glue is not None:
         from ctcd_ds.evaluation.glue import load
 
@@ -186,23 +185,23 @@ def _gpus() -> int:
     return torch.cuda.device_count() if device_type() == "cuda" else 0
 
 
-def _write_recipes(whole: Whole) -> None:
+def _write_recipes(plan: ExperimentPlan) -> None:
     """DIR/recipes/CELL.yaml. Raises Mistakes where a finished cell was run with another recipe."""
-    different, directory = [], whole.directory
-    for cell in whole.planned:
+    different, directory = [], plan.directory
+    for cell in plan.cells:
         place, text = recipe_place(directory, cell.name), cell.recipe.to_yaml()
         if place.exists() and place.read_text(encoding="utf-8") != text and is_finished(cell.run):
             different.append(f"{cell.name} is finished with another recipe ({place}): name another --output_dir")
     if different:
         raise Mistakes(f"--resume of {directory}", different)
     (directory / "recipes").mkdir(parents=True, exist_ok=True)
-    for cell in whole.planned:
+    for cell in plan.cells:
         write_atomic(recipe_place(directory, cell.name), cell.recipe.to_yaml())
 
 
-def describe(whole: Whole) -> str:
+def describe(plan: ExperimentPlan) -> str:
     """What will be run: conditions, steps, cost."""
-    experiment, planned, about = whole.experiment, whole.planned, whole.about
+    experiment, planned, about = plan.experiment, plan.cells, plan.about
     lines = [f"{about['experiment']}, size {about['size']}: {experiment.question}"]
     lines += [experiment.note] if experiment.note else []
     lines += ["", f"{'condition':<44}{'steps':>8}{'FLOPs':>10}{'in all':>10}  peers"]
@@ -213,6 +212,7 @@ def describe(whole: Whole) -> str:
         same = "" if cell.owner == cell.name else f", same run as {cell.owner}"
         costs = f"{cell.flops:>10.2g}{cell.total_flops:>10.2g}"
         lines.append(f"{cell.cell.point.name:<44}{cell.steps:>8}{costs}  {peers}{same}")
-    total = sum(cell.flops for cell in whole.runs)
-    lines.append(f"{len(planned)} cells ({len(experiment.seeds)} seeds), {len(whole.runs)} runs, {total:.3g} FLOPs")
+    total = sum(cell.flops for cell in plan.runs)
+    cells, seeds = count(len(planned), "cell"), count(len(experiment.seeds), "seed")
+    lines.append(f"{cells} ({seeds}), {count(len(plan.runs), 'run')}, {total:.3g} FLOPs")
     return "\n".join(lines)

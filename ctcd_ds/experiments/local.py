@@ -18,26 +18,26 @@ from tqdm import tqdm
 from ctcd_ds.cli import EXIT_DONE, EXIT_FAILED, EXIT_SAVED
 from ctcd_ds.ending import is_finished
 from ctcd_ds.experiments.collecting import collect
-from ctcd_ds.experiments.planning import Planned, Whole
+from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
 from ctcd_ds.experiments.results import FILE, Cell, Results, read_results, write_results
-from ctcd_ds.experiments.running import Ending, Machine, do_cell, found_ending, run_cells
+from ctcd_ds.experiments.running import Machine, Outcome, do_cell, found_ending, run_cells
 from ctcd_ds.training.tensorboard import write_scores
 
 
-def run_here(whole: Whole, places: Sequence[Mapping[str, str]]) -> int:
+def run_here(plan: ExperimentPlan, places: Sequence[Mapping[str, str]]) -> int:
     """Runs what is not finished, as many cells at once as there are places; the exit code."""
-    began, before = time.monotonic(), _seconds_before(whole.directory)
-    machine, runs = Machine(places, whole.directory), whole.runs
-    endings: dict[str, Ending] = {}
+    began, before = time.monotonic(), _seconds_before(plan.directory)
+    machine, runs = Machine(places, plan.directory), plan.runs
+    endings: dict[str, Outcome] = {}
 
     def write() -> Results:
-        results = collect(whole, endings, before + time.monotonic() - began)
-        write_results(whole.directory, results)
+        results = collect(plan, endings, before + time.monotonic() - began)
+        write_results(plan.directory, results)
         return results
 
     with _stopping(machine), _Progress(runs) as progress:
 
-        def on_ending(cell: Planned, ending: Ending, running: list[Planned]) -> None:
+        def on_ending(cell: PlannedCell, ending: Outcome, running: list[PlannedCell]) -> None:
             endings[cell.name] = ending
             results = write()
             result = next(c for c in results.cells if c.name == cell.name)
@@ -46,29 +46,29 @@ def run_here(whole: Whole, places: Sequence[Mapping[str, str]]) -> int:
             progress.watch(running)
 
         write()
-        run_cells(whole.planned, machine, lambda cell: do_cell(progress.started(cell), whole, machine), on_ending)
+        run_cells(plan.cells, machine, lambda cell: do_cell(progress.started(cell), plan, machine), on_ending)
     results = write()
-    print(summary(results, whole.directory), flush=True)
+    print(summary(results, plan.directory), flush=True)
     return EXIT_SAVED if machine.stopping else _code(results)
 
 
-def collect_only(whole: Whole) -> int:
+def collect_only(plan: ExperimentPlan) -> int:
     """results.json from what is there, and what stands in the way of the rest; the exit code."""
-    if (whole.directory / FILE).exists():  # the command that repeats the experiment stays
-        about = {**whole.about, "command": read_results(whole.directory).command}
-        whole = replace(whole, about=about)
-    results = as_they_stand(whole)
-    write_results(whole.directory, results)
-    for cell in whole.runs:
+    if (plan.directory / FILE).exists():  # the command that repeats the experiment stays
+        about = {**plan.about, "command": read_results(plan.directory).command}
+        plan = replace(plan, about=about)
+    results = as_they_stand(plan)
+    write_results(plan.directory, results)
+    for cell in plan.runs:
         show_scores(cell.run, next(c for c in results.cells if c.name == cell.name))
-    print(summary(results, whole.directory), flush=True)
+    print(summary(results, plan.directory), flush=True)
     return _code(results)
 
 
-def as_they_stand(whole: Whole) -> Results:
+def as_they_stand(plan: ExperimentPlan) -> Results:
     """The results of the runs as they stand by the files they left: for runs that others started."""
-    endings = {cell.name: found_ending(cell, whole.experiment) for cell in whole.runs}
-    return collect(whole, endings, _seconds_before(whole.directory))
+    endings = {cell.name: found_ending(cell, plan.experiment) for cell in plan.runs}
+    return collect(plan, endings, _seconds_before(plan.directory))
 
 
 def _code(results: Results) -> int:
@@ -119,9 +119,9 @@ def _stopping(machine: Machine) -> Iterator[None]:
 class _Progress:
     """One bar over the FLOPs of all runs, moved by what the running cells have logged."""
 
-    def __init__(self, runs: Sequence[Planned]) -> None:
+    def __init__(self, runs: Sequence[PlannedCell]) -> None:
         self._done = sum(cell.flops for cell in runs if is_finished(cell.run))
-        self._running: dict[str, Planned] = {}
+        self._running: dict[str, PlannedCell] = {}
         self._count, self._number = len(runs), 0
         shown = sys.stderr.isatty()
         self._bar = tqdm(
@@ -145,19 +145,19 @@ class _Progress:
         self._thread.join()
         self._bar.close()
 
-    def started(self, cell: Planned) -> Planned:
+    def started(self, cell: PlannedCell) -> PlannedCell:
         """Counts what this cell logs from now on."""
         if not is_finished(cell.run):
             self._running[cell.name] = cell
         return cell
 
-    def watch(self, running: Sequence[Planned]) -> None:
+    def watch(self, running: Sequence[PlannedCell]) -> None:
         """Forgets the cells that ended."""
         names = {cell.name for cell in running}
         for name in [name for name in self._running if name not in names]:
             self._done += self._flops(self._running.pop(name))
 
-    def say(self, cell: Planned, ending: Ending, result: Any) -> None:
+    def say(self, cell: PlannedCell, ending: Outcome, result: Any) -> None:
         """A line above the bar for a cell that ended."""
         self._number += 1
         losses = ", ".join(f"{name} {peer.valid_loss:.4f}" for name, peer in result.peers.items() if peer.valid_loss)
@@ -170,7 +170,7 @@ class _Progress:
             self._bar.update(max(0.0, now - self._bar.n))
 
     @staticmethod
-    def _flops(cell: Planned) -> float:
+    def _flops(cell: PlannedCell) -> float:
         """What this cell's run has behind it."""
         try:
             last = (cell.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]

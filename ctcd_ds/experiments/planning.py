@@ -18,7 +18,7 @@ from ctcd_ds.training.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedCell:
     """A cell that can be run. FLOPs are of the whole run; `total_flops` with the runs that it needs.
 
     `run`: its run directory, which belongs to `owner`: the first cell with the same recipe.
@@ -46,21 +46,21 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ExperimentPlan:
     """An experiment checked and counted: all cells, in the order in which they are to be run.
 
     `directory`: absolute, where all of it goes. `about`: the fields of results.json that only the command knows.
     """
 
     experiment: Experiment
-    planned: Sequence[Planned]
+    cells: Sequence[PlannedCell]
     directory: Path
     about: Mapping[str, Any]
 
     @property
-    def runs(self) -> list[Planned]:
+    def runs(self) -> list[PlannedCell]:
         """The cells that are runs of their own; the others share one of these."""
-        return [cell for cell in self.planned if cell.owner == cell.name]
+        return [cell for cell in self.cells if cell.owner == cell.name]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Size:
 
 def plan_cells(
     experiment: Experiment, cells: Sequence[CellPlan], directory: Path, world: int, device: str
-) -> list[Planned]:
+) -> list[PlannedCell]:
     """Every cell with its recipe and cost, in the order in which they are to be run: what others need comes first.
 
     `world`, `device` ('cuda' or 'cpu'): of the runs to be, which may be on other machines.
@@ -106,7 +106,7 @@ def plan_cells(
         recipe = Recipe.model_validate(raw)
         owner = owner_of[cell.name] = owners.setdefault(_meaning(recipe), cell.name)
         planned.append(
-            Planned(
+            PlannedCell(
                 replace(cell, recipe=raw),
                 recipe,
                 run_place(directory, owner),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.owner import still_queued
-from ctcd_ds.cluster.slurm import Cluster, Run, Submission, cancel, head, sbatch
-from ctcd_ds.experiments.planning import Planned, Whole
-from ctcd_ds.experiments.running import ASKED, asked, glue_options, is_done
+from ctcd_ds.cluster.slurm import Run, SlurmSettings, Submission, cancel, head, sbatch
+from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
+from ctcd_ds.experiments.running import GLUE_REQUEST, glue_options, glue_request, is_done
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.manifest import read_json, write_atomic
 
@@ -28,19 +28,19 @@ def refuse_while_queued(directory: Path) -> None:
         )
 
 
-def queue_cells(whole: Whole, cluster: Cluster, nodes: int, collecting: Sequence[str]) -> str:
+def queue_cells(plan: ExperimentPlan, cluster: SlurmSettings, nodes: int, collecting: Sequence[str]) -> str:
     """Queues all runs that are not done, and the command `collecting` behind the last of them. Returns what to say.
 
     A run's first job waits for the exports that it needs; where one of those fails, SLURM takes the run from the queue
     and the others go on. The collecting job runs whatever became of them. Raises UserError where SLURM refuses
     one: then none is queued.
     """
-    experiment, directory = whole.experiment, whole.directory
-    owner_of = {cell.name: cell.owner for cell in whole.planned}
+    experiment, directory = plan.experiment, plan.directory
+    owner_of = {cell.name: cell.owner for cell in plan.cells}
     deepspeed = Path(experiment.deepspeed_config).read_text(encoding="utf-8")
     queued: dict[str, dict[str, str]] = {}
     try:
-        for cell in whole.runs:
+        for cell in plan.runs:
             if not is_done(cell, experiment):
                 needed = [queued[owner] for name in cell.cell.needs if (owner := owner_of[name]) in queued]
                 needs = [jobs.get("export", jobs["pretrain"]) for jobs in needed]
@@ -55,13 +55,13 @@ def queue_cells(whole: Whole, cluster: Cluster, nodes: int, collecting: Sequence
 
 
 def _submission(
-    cell: Planned, experiment: Experiment, cluster: Cluster, nodes: int, deepspeed: str, after: Sequence[str]
+    cell: PlannedCell, experiment: Experiment, cluster: SlurmSettings, nodes: int, deepspeed: str, after: Sequence[str]
 ) -> Submission:
     glue, exported = experiment.glue, (cell.run / "hf").exists()
     if glue is not None:
         (cell.run / "slurm").mkdir(parents=True, exist_ok=True)
-        (cell.run / "slurm" / ASKED.name).write_text(asked(glue), encoding="utf-8")
-    places = (shlex.quote(str(cell.run / place)) for place in (Path("slurm", ASKED.name), ASKED))
+        (cell.run / "slurm" / GLUE_REQUEST.name).write_text(glue_request(glue), encoding="utf-8")
+    places = (shlex.quote(str(cell.run / place)) for place in (Path("slurm", GLUE_REQUEST.name), GLUE_REQUEST))
     return Submission(
         cluster=cluster,
         folder=cell.run,
@@ -76,7 +76,7 @@ def _submission(
     )
 
 
-def _collect(directory: Path, cluster: Cluster, words: Sequence[str], last: Sequence[str]) -> str:
+def _collect(directory: Path, cluster: SlurmSettings, words: Sequence[str], last: Sequence[str]) -> str:
     lines = [
         *head(cluster, directory, "collect", {"ntasks": 1}, "collect-%j.log"),
         f"$PYTHON {shlex.join(words)}",

@@ -24,15 +24,15 @@ from typing import Any
 from ctcd_ds.cli import EXIT_SAVED, RunFailure, command
 from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.ending import ending, is_finished
-from ctcd_ds.experiments.planning import Planned, Whole
+from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
 from ctcd_ds.experiments.specification import Experiment, Glue
 from ctcd_ds.manifest import write_atomic
 
-ASKED = Path("glue", "asked.json")  # in a run directory
+GLUE_REQUEST = Path("glue", "asked.json")  # in a run directory
 
 
 @dataclass(frozen=True)
-class Ending:
+class Outcome:
     """How a cell ended, as `results.Cell` says it."""
 
     state: str
@@ -112,19 +112,19 @@ def failure_message(log: str) -> str:
 
 
 def run_cells(
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedCell],
     machine: Machine,
-    do: Callable[[Planned], Ending],
-    on_ending: Callable[[Planned, Ending, list[Planned]], None],
-) -> dict[str, Ending]:
+    do: Callable[[PlannedCell], Outcome],
+    on_ending: Callable[[PlannedCell, Outcome, list[PlannedCell]], None],
+) -> dict[str, Outcome]:
     """Runs each owner's run once all that it needs is finished; calls `on_ending` after each with what still runs.
 
     Returns how every run ended; a cell whose need failed is waiting.
     """
     owner_of = {cell.name: cell.owner for cell in planned}
     waiting = [cell for cell in planned if cell.owner == cell.name]
-    endings: dict[str, Ending] = {}
-    running: dict[Future[Ending], Planned] = {}
+    endings: dict[str, Outcome] = {}
+    running: dict[Future[Outcome], PlannedCell] = {}
     with ThreadPoolExecutor(machine.width) as pool:
         while waiting or running:
             for cell in list(waiting):
@@ -132,7 +132,7 @@ def run_cells(
                 bad = [name for name in needs if name in endings and endings[name].state != "finished"]
                 if bad:
                     waiting.remove(cell)
-                    endings[cell.name] = Ending("waiting", f"needs {bad[0]}, which is not finished")
+                    endings[cell.name] = Outcome("waiting", f"needs {bad[0]}, which is not finished")
                     on_ending(cell, endings[cell.name], list(running.values()))
                 elif len(running) < machine.width and not machine.stopping and all(n in endings for n in needs):
                     waiting.remove(cell)
@@ -146,9 +146,9 @@ def run_cells(
     return endings
 
 
-def do_cell(cell: Planned, whole: Whole, machine: Machine) -> Ending:
+def do_cell(cell: PlannedCell, plan: ExperimentPlan, machine: Machine) -> Outcome:
     """Pretrains, exports and fine-tunes one cell; what is finished already is left."""
-    experiment, directory = whole.experiment, whole.directory
+    experiment, directory = plan.experiment, plan.directory
     try:
         with machine.place() as environment:
             if not is_finished(cell.run):
@@ -158,40 +158,40 @@ def do_cell(cell: Planned, whole: Whole, machine: Machine) -> Ending:
                 machine.call(cell.name, line, environment)
             if experiment.glue is not None and not _is_scored(cell, experiment.glue):
                 machine.call(cell.name, _run_glue(cell, experiment.glue), environment)
-                write_atomic(cell.run / ASKED, asked(experiment.glue))
+                write_atomic(cell.run / GLUE_REQUEST, glue_request(experiment.glue))
     except Stopped:
-        return Ending("waiting", "stopped early; go on with --resume")
+        return Outcome("waiting", "stopped early; go on with --resume")
     except (RunFailure, OSError) as failure:
-        return Ending("failed", str(failure))
-    return Ending("finished")
+        return Outcome("failed", str(failure))
+    return Outcome("finished")
 
 
-def found_ending(cell: Planned, experiment: Experiment) -> Ending:
+def found_ending(cell: PlannedCell, experiment: Experiment) -> Outcome:
     """How a run stands by the files it left: for runs that others started."""
     if is_done(cell, experiment):
-        return Ending("finished")
+        return Outcome("finished")
     if is_finished(cell.run):
-        return Ending("waiting", f"trained, but not yet exported and scored; logs in {cell.run / 'slurm'}")
+        return Outcome("waiting", f"trained, but not yet exported and scored; logs in {cell.run / 'slurm'}")
     if (ended := ending(cell.run)) is None:
-        return Ending("waiting", "not finished")
-    return Ending("failed" if ended.state == "failed" else "waiting", f"{ended.state}: {ended.reason}")
+        return Outcome("waiting", "not finished")
+    return Outcome("failed" if ended.state == "failed" else "waiting", f"{ended.state}: {ended.reason}")
 
 
-def is_done(cell: Planned, experiment: Experiment) -> bool:
+def is_done(cell: PlannedCell, experiment: Experiment) -> bool:
     """Whether a run is finished, exported and scored as asked for: nothing is left to do."""
     scored = experiment.glue is None or _is_scored(cell, experiment.glue)
     return is_finished(cell.run) and (cell.run / "hf").exists() and scored
 
 
-def _is_scored(cell: Planned, glue: Glue) -> bool:
-    """Whether this run's exports were fine-tuned as asked for: run_glue would do nothing, after long imports."""
+def _is_scored(cell: PlannedCell, glue: Glue) -> bool:
+    """Whether this run's exports were fine-tuned as asked for: `ctcd glue` would do nothing, after long imports."""
     try:
-        return (cell.run / ASKED).read_text(encoding="utf-8") == asked(glue)
+        return (cell.run / GLUE_REQUEST).read_text(encoding="utf-8") == glue_request(glue)
     except OSError:
         return False
 
 
-def asked(glue: Glue) -> str:
+def glue_request(glue: Glue) -> str:
     """The content of the file CELL/glue/asked.json, which is there when GLUE is done."""
     return glue.model_dump_json(indent=1) + "\n"
 
@@ -207,7 +207,7 @@ def recipe_place(directory: Path, cell: str) -> Path:
     return directory / "recipes" / f"{cell}.yaml"
 
 
-def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[str]:
+def _pretrain(cell: PlannedCell, experiment: Experiment, directory: Path) -> list[str]:
     recipe, config = recipe_place(directory, cell.name), experiment.deepspeed_config
     line = command("pretrain", "--recipe", recipe, "--deepspeed_config", config, "--output_dir", cell.run, "--resume")
     if experiment.ranks == 1:
@@ -217,7 +217,7 @@ def _pretrain(cell: Planned, experiment: Experiment, directory: Path) -> list[st
     return [*launcher, "--module", *line[2:]]
 
 
-def _run_glue(cell: Planned, glue: Glue) -> list[str]:
+def _run_glue(cell: PlannedCell, glue: Glue) -> list[str]:
     models = [cell.run / "hf" / peer for peer in cell.exports]
     options = [word for option, value in glue_options(glue).items() for word in (f"--{option}", value)]
     return command("glue", "--model", *models, "--output_dir", cell.run / "glue", *options)

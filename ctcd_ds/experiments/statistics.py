@@ -17,6 +17,7 @@ from statistics import fmean, median
 import numpy as np
 from scipy import stats
 
+from ctcd_ds.cli import count
 from ctcd_ds.experiments.results import Comparison, Spread
 
 CONFIDENCE = 0.95
@@ -109,10 +110,9 @@ def _words(
     if not differences:
         return f"{whom}: no evidence of a difference: no seed is finished in both."
     if between is None:
-        seeds = "one seed" if len(differences) == 1 else f"{len(differences)} seeds"
         return (
-            f"{whom}: no evidence of a difference: {seeds} (mean {fmean(differences):+.{digits}f}) can tell nothing; "
-            f"at least {MINIMUM_PAIRS} are needed."
+            f"{whom}: no evidence of a difference: {count(len(differences), 'seed')} "
+            f"(mean {fmean(differences):+.{digits}f}) can tell nothing; at least {MINIMUM_PAIRS} are needed."
         )
     numbers = (
         f"{fmean(differences):+.{digits}f}, {CONFIDENCE:.0%} interval {between[0]:+.{digits}f} to "
@@ -130,8 +130,9 @@ def caveats(comparisons: Sequence[Comparison], seeds: int, unfinished: int, note
         cells = "one cell is" if unfinished == 1 else f"{unfinished} cells are"
         said.append(f"{cells} not finished: what is said of their conditions rests on fewer seeds.")
     if seeds < MINIMUM_PAIRS:
-        few = "one seed" if seeds == 1 else f"{seeds} seeds"
-        said.append(f"{few} cannot tell a difference from chance: at least {MINIMUM_PAIRS} are needed.")
+        said.append(
+            f"{count(seeds, 'seed')} cannot tell a difference from chance: at least {MINIMUM_PAIRS} are needed."
+        )
     elif seeds < BOOTSTRAP_PAIRS:
         said.append(f"{seeds} seeds: only large differences can be told from chance, and spreads are rough.")
     judged = sum(comparison.interval is not None for comparison in comparisons)

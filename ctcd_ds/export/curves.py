@@ -17,10 +17,10 @@ def draw(path: Path, rows: LoggedRows, name: str, peers: Iterable[str]) -> bool:
 
     others = [peer for peer in peers if peer != name]
     order = [name, *others]
-    soft = sorted({key for row in rows for key in row if key.startswith("loss/") and "/soft/" in key})
+    taught = sorted({key for row in rows for key in row if key.startswith("loss/") and key.count("/") == 3})
     if not any(_series(rows, f"loss/{peer}/hard") or _series(rows, f"valid/{peer}/loss") for peer in order):
         return False
-    panels = 2 if soft else 1
+    panels = 2 if taught else 1
     figure = Figure(figsize=(4.2 * panels, 3.2), dpi=110, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for peer, colour in zip(order, _COLOURS, strict=False):
@@ -31,11 +31,12 @@ def draw(path: Path, rows: LoggedRows, name: str, peers: Iterable[str]) -> bool:
             axes[0].plot(
                 *zip(*held_out, strict=True), color=colour, linewidth=width, marker="o", markersize=3, label=peer
             )
-        for key in (key for key in soft if key.split("/")[1] == peer):
-            label = f"{peer} from {key.split('/')[-1]}"
+        for key in (key for key in taught if key.split("/")[1] == peer):
+            _, _, kind, other = key.split("/")
+            label = f"{peer} from {other}" if kind == "soft" else f"{peer} from {other}, {kind}"
             axes[1].plot(*zip(*_series(rows, key), strict=True), color=colour, linewidth=width, label=label)
-    axes[0].set(title="hard loss: held-out (dots), training (thin)", xlabel="step", ylabel="nats per masked token")
-    if soft:
+    axes[0].set(title="hard loss: held-out (dots), training (thin)", xlabel="step", ylabel="nats per target")
+    if taught:
         axes[1].set(title="soft loss, training", xlabel="step")
     for panel in axes:
         panel.title.set_fontsize(9)

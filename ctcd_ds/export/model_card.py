@@ -17,6 +17,8 @@ from ctcd_ds import __version__
 from ctcd_ds.export.curves import LoggedRows, draw
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Recipe
+from ctcd_ds.tasks import TASKS
+from ctcd_ds.tasks.task import Words
 from ctcd_ds.training.run_directory import RunDirectory
 
 FILE, CURVES = "README.md", "curves.png"
@@ -24,17 +26,16 @@ _BEGIN, _END = "<!-- scores: `ctcd glue` writes them here -->", "<!-- end of sco
 _BODY = """
 # {name}
 
-A {model_type} masked language model with {layers} layers, trained from {origin} by
+A {model_type} {kind} with {layers} layers, trained from {origin} by
 [CTCD-DS](https://arxiv.org/abs/2311.02849) {version}: {how}.
 
 ```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import {auto_class}, AutoTokenizer, pipeline
 
 directory = "."  # this folder; on the hub, the repository's name
-model = AutoModelForMaskedLM.from_pretrained(directory)
+model = {auto_class}.from_pretrained(directory)
 tokenizer = AutoTokenizer.from_pretrained(directory)
-fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
-print(fill(f"A {{tokenizer.mask_token}} of text."))
+{example}
 ```
 
 To fine-tune it, load it with `AutoModelForSequenceClassification.from_pretrained(directory, num_labels=2)`.
@@ -58,7 +59,7 @@ The recipe that repeats it:
 
 - It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
 - It reads rows of at most {positions} tokens; it was trained on rows of {row_length}.
-- It fills in masked tokens. It does not write text, and its facts are not to be relied on.
+- {limit}, and its facts are not to be relied on.
 - Held-out values are measured on the same corpus's held-out documents with fixed masks; they say nothing of other text.
 - Scores of tasks are those of fine-tuned copies; a difference within the spread of a few seeds is none.
 """
@@ -73,14 +74,18 @@ def write_card(
     """
     config = json.loads((run.peers / name / "config.json").read_text())
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
-    section = recipe.peers[name]
+    section, task = recipe.peers[name], TASKS[recipe.objective.task]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
     terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
     drawn = draw(place / CURVES, rows, name, recipe.peers)
-    results = _held_out(rows, name, Path(recipe.corpus.path).name)
+    results = _held_out(rows, name, Path(recipe.corpus.path).name, task.words)
     body = _BODY.format(
         name=name,
         model_type=config["model_type"],
+        kind=task.words.model,
+        auto_class=task.auto_class().__name__,
+        example=task.words.example,
+        limit=task.words.limit,
         layers=next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?"),
         origin=f"`{section.pretrained}`" if section.pretrained else "scratch",
         version=__version__,
@@ -99,8 +104,8 @@ def write_card(
     )
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["ctcd", "co-training", "co-distillation", "masked-lm"],
+        pipeline_tag=task.words.pipeline,
+        tags=["ctcd", "co-training", "co-distillation", recipe.objective.task],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -137,7 +142,7 @@ def _scores(results: Sequence[EvalResult]) -> str:
     return "\n".join([_BEGIN, "| data | metric | value |", "|---|---|---|", *(lines or ["| none yet | | |"]), _END])
 
 
-def _held_out(rows: LoggedRows, name: str, corpus: str) -> list[EvalResult]:
+def _held_out(rows: LoggedRows, name: str, corpus: str, words: Words) -> list[EvalResult]:
     """The peer's last held-out values, as results."""
     prefix = f"valid/{name}/"
     found: dict[str, float] = {}
@@ -145,11 +150,11 @@ def _held_out(rows: LoggedRows, name: str, corpus: str) -> list[EvalResult]:
         found |= {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v is not None}
     return [
         EvalResult(
-            task_type="fill-mask",
+            task_type=words.pipeline,
             dataset_type=corpus,
             dataset_name=f"held-out rows of {corpus}",
             metric_type=metric,
-            metric_name=f"{metric} at masked tokens",
+            metric_name=f"{metric} at {words.target}",
             metric_value=round(value, 4),
         )
         for metric, value in found.items()

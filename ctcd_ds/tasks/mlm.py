@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.objective.batch import NO_TARGET, Batch, View
 from ctcd_ds.recipe import PeerSection, Recipe
 from ctcd_ds.tasks.masking import Masking, target_count
-from ctcd_ds.tasks.task import Task
+from ctcd_ds.tasks.task import Task, Words
 
 Masked = tuple[np.ndarray, np.ndarray, np.ndarray]  # input_ids [n, L], positions [n, k], targets [n, k]
 
@@ -55,6 +55,15 @@ class MaskedLM(Task):
     Soft losses are at the targets that all distilling peers have in common, or `everywhere`: at all positions of text.
     """
 
+    words: ClassVar[Words] = Words(
+        model="masked language model",
+        pipeline="fill-mask",
+        example="""fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+print(fill(f"A {tokenizer.mask_token} of text."))""",
+        target="masked tokens",
+        limit="It fills in masked tokens. It does not write text",
+    )
+
     corpus: Corpus
     sequence_length: int
     common: Masking
@@ -86,9 +95,8 @@ class MaskedLM(Task):
         return AutoModelForMaskedLM
 
     def rows(self, split: str) -> Rows:
-        """Rows between the tokenizer's [CLS] and [SEP]. Raises UserError where the split has not enough text."""
-        special = self.corpus.special
-        return self.corpus.rows(split, self.sequence_length, before=(special.cls,), after=(special.sep,))
+        """Rows in the tokenizer's frame, [CLS] … [SEP]. Raises UserError where the split has not enough text."""
+        return self.corpus.rows(split, self.sequence_length, *self.corpus.frame)
 
     def batches(
         self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray, micro_batch: int

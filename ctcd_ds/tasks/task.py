@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,23 @@ from ctcd_ds.recipe import Recipe
 VALID_SEED = 0x7A11D  # held-out rows are asked the same at every step, in every run, whatever its seed
 
 
+class Words(NamedTuple):
+    """How cards speak of a task's models."""
+
+    model: str  # masked language model
+    pipeline: str  # the hub's name of what it does
+    example: str  # program lines that show `model` and `tokenizer` at work
+    target: str  # what it is scored on
+    limit: str  # what it does, and what it does not
+
+
 class Task(ABC):
     """One way of asking language models about rows of text; all that is particular to it stands in one file here.
 
     A task is made for one recipe and one corpus, and hands every peer what it sees and is asked.
     """
+
+    words: ClassVar[Words]
 
     @classmethod
     @abstractmethod

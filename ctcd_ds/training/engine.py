@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.memory import keep_freed_memory
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
-from ctcd_ds.training.ops import load_collectives
+from ctcd_ds.training.ops import load_collectives, settle_extensions
 from ctcd_ds.training.plan import Plan
 
 INITIALISATION_TIMEOUT = timedelta(minutes=30)
@@ -49,7 +51,9 @@ def start_processes(ranks: Ranks) -> torch.device:
     """Joins the process group and picks this rank's device."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
 
+    settle_extensions()
     ranks.announce()
     set_interface(ranks)
     # DeepSpeed builds its ops with ninja; over ssh the environment is not activated, and another ninja builds all anew.
@@ -62,11 +66,15 @@ def start_processes(ranks: Ranks) -> torch.device:
         os.environ["LOCAL_RANK"] = str(device_number(ranks))  # DeepSpeed reads this too
         accelerator.set_device(device_number(ranks))
     try:
-        deepspeed.init_distributed(dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False)
+        with redirect_stdout(io.StringIO()) as said:  # it prints what it has built
+            deepspeed.init_distributed(
+                dist_backend=communication_backend(), timeout=INITIALISATION_TIMEOUT, verbose=False
+            )
     except dist.DistNetworkError as problem:
         if "EADDRINUSE" not in str(problem):
             raise
         raise UserError(_port_is_taken(ranks)) from None
+    logger.info(said.getvalue().strip())
     _unlink_shared_memory()
     return torch.device(accelerator.current_device_name())
 

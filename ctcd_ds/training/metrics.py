@@ -97,10 +97,10 @@ def shown_as(key: str) -> str:
     The part before the slash is the group: one quantity, all peers.
     """
     match key.split("/"):
-        case ["loss", peer, "hard"]:
-            return f"Hard loss/{peer}"
-        case ["loss", peer, "soft", other]:
-            return f"Soft loss/{peer} learning from {other}"
+        case ["loss", peer, kind]:
+            return f"{kind.capitalize()} loss/{peer}"
+        case ["loss", peer, kind, other]:
+            return f"{kind.capitalize()} loss/{peer} learning from {other}"
         case ["valid", "agreement", one, other]:
             return f"Same answer on held-out rows/{one} and {other}"
         case ["valid", peer, what]:

@@ -1,12 +1,54 @@
-"""DeepSpeed's compiled collectives for the CPU, loaded so that a process killed meanwhile stops nobody after it."""
+"""Where DeepSpeed builds its ops, and its collectives for the CPU loaded so that a killed process stops nobody."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import os
+import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import torch
+
+from ctcd_ds.cli import UserError
+
+VARIABLE = "TORCH_EXTENSIONS_DIR"
+
+
+def settle_extensions() -> None:
+    """Sets TORCH_EXTENSIONS_DIR, unless the user has: a place for each environment, that can be written.
+
+    torch has one place for an account; there, two environments would rebuild the same op for each other at each switch.
+    Raises UserError where no place can be written.
+    """
+    own = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    temporary = Path(tempfile.gettempdir(), f"ctcd_ds-{os.getuid()}")
+    places, problems = [], []
+    if given := os.environ.get(VARIABLE):
+        places.append(Path(given))
+    else:
+        with suppress(RuntimeError):  # no HOME, and no such user
+            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            places.append(Path(cache, "torch_extensions", f"ctcd_ds-{own}"))
+        places.append(temporary / own)
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            if place.parent == temporary and temporary.stat().st_uid != os.getuid():
+                raise PermissionError(f"{temporary} is another user's")
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as problem:
+            problems.append(str(problem))
+        else:
+            os.environ[VARIABLE] = str(place)
+            return
+    raise UserError(
+        f"DeepSpeed has no place to build its ops in ({'; '.join(problems)}): "
+        f"set {VARIABLE} to a directory that can be written"
+    )
 
 
 def load_collectives() -> None:
@@ -23,7 +65,11 @@ def load_collectives() -> None:
     if not builder.is_compatible():  # then DeepSpeed goes without it
         return
     folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-    with (folder / "ctcd_ds.lock").open("w") as ours:
+    try:
+        ours = (folder / "ctcd_ds.lock").open("w")
+    except OSError as problem:
+        raise UserError(f"{VARIABLE}: {problem}. Name a directory that can be written") from None
+    with ours:
         with suppress(OSError):  # a file system without locks: as DeepSpeed alone would do
             fcntl.flock(ours, fcntl.LOCK_EX)
             _remove_if_left_over(folder / "lock")

@@ -6,18 +6,14 @@ import errno
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.objective.batch import Batch
-from ctcd_ds.objective.fused import Losses
 from ctcd_ds.tasks.loader import Cut, TrainLoader
 from ctcd_ds.training import checkpoint, loading
 from ctcd_ds.training.clock import Clock
@@ -32,7 +28,8 @@ from ctcd_ds.training.rank_zero import on_rank_zero
 from ctcd_ds.training.run_directory import RunDirectory
 from ctcd_ds.training.saving import save
 from ctcd_ds.training.schedule import lr_factor
-from ctcd_ds.training.signals import REASONS, StopSignals
+from ctcd_ds.training.signals import StopSignals
+from ctcd_ds.training.step import exchange, forward_and_backward, with_global_soft_count
 from ctcd_ds.training.watchdog import Watchdog
 
 
@@ -71,18 +68,13 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         for group in engine.optimizer.param_groups:
             group["lr"] = settings[group["peer"]].lr * factor
 
-        batches, seen = next(loader), []
+        batches = next(loader)
         if plan.task.soft_count_varies:
-            batches = _with_global_soft_count(batches, device)
-        for k, batch in enumerate(batches):
-            found = engine(batch, step * config.accumulation + k, ranks.rank, graph)
-            engine.backward(found.total)
-            seen.append(found)
-            if k + 1 < config.accumulation:
-                engine.step()  # counts a micro-step; the optimizer moves at the last one
+            batches = with_global_soft_count(batches, device)
+        seen = forward_and_backward(engine, batches, step, ranks.rank, graph)
 
         wish = signals.reason or clock.over()
-        losses, grad_norms, norms, save_due, stop = _exchange(seen, gradients, clock.save_due(), wish)
+        losses, grad_norms, norms, save_due, stop = exchange(seen, gradients, clock.save_due(), wish)
         bad = guard.judge({**losses, **grad_norms}, step + 1, seen, batches)
         gradients.clip(norms, settings)
         gradients.allow_step(bad is None)
@@ -168,36 +160,6 @@ def _improve(best: dict[str, float], losses: dict[str, float]) -> bool:
     better = {name: loss for name, loss in losses.items() if loss < best.get(name, math.inf)}
     best.update(better)
     return bool(better)
-
-
-def _with_global_soft_count(batches: list[Batch], device: torch.device) -> list[Batch]:
-    """Each with its share of the step's soft positions over all ranks."""
-    count = torch.tensor(float(sum(batch.shared for batch in batches)), device=device)
-    dist.all_reduce(count)
-    share = count.clamp(min=1) / (dist.get_world_size() * len(batches))  # two masks may have nothing in common
-    return [replace(batch, soft_count=share) for batch in batches]
-
-
-def _exchange(
-    seen: list[Losses], gradients: PeerGradients, save_due: bool, stop: str | None
-) -> tuple[dict[str, float], dict[str, float], Tensor, bool, str | None]:
-    """The step's global values, and what any rank wishes, in one all-reduce and one host sync.
-
-    Returns the losses and the gradient norms (before clipping) by their names in metrics.jsonl, the norms as a tensor
-    on the device, whether a checkpoint is due, and why to stop (None: go on).
-    """
-    terms = torch.stack([torch.stack(list(losses.terms.values())) for losses in seen]).mean(dim=0)
-    terms = terms.double() / dist.get_world_size()
-    wishes = torch.tensor([save_due, *(stop == reason for reason in REASONS)], dtype=torch.float64).to(terms.device)
-    packed = torch.cat([terms, gradients.squared_norms(), wishes])
-    dist.all_reduce(packed)
-    first, last = len(terms), len(packed) - len(wishes)
-    norms = packed[first:last].sqrt()
-    host = torch.cat([packed[:first], norms, packed[last:]]).tolist()
-    reason = next((reason for reason, count in zip(REASONS, host[last + 1 :], strict=True) if count), None)
-    named = dict(zip(seen[0].terms, host[:first], strict=True))
-    grad_norms = {f"grad_norm/{peer}": norm for peer, norm in zip(gradients.groups, host[first:last], strict=True)}
-    return named, grad_norms, norms, host[last] > 0, reason
 
 
 def start(plan: Plan, ranks: Ranks, run: RunDirectory) -> str | None:

@@ -19,6 +19,7 @@ import pytest
 
 from cluster.hosts import Host, Network, skip_without, wait_for
 from cluster.ssh import SSHD, start_sshd
+from commands import PATIENCE_S
 from runs import ROOT, bert, chain_corpus, final_weights, metrics, start_ranks
 
 pytestmark = pytest.mark.cluster
@@ -78,7 +79,7 @@ class Place:
             host.start(*line, log=log, **{**there, "RANK": rank, **(of_second if rank == 1 else {})})
             for rank, host in enumerate(self.hosts)
         ]
-        codes = [rank.wait(60) for rank in ranks]
+        codes = [rank.wait(PATIENCE_S) for rank in ranks]
         return codes[0], log.read_text()
 
     def running(self) -> dict[int, str]:
@@ -147,7 +148,7 @@ def alone(place: Place) -> Path:
     line = [ROOT / "launchers" / "pretrain.py", *place.arguments("alone")]
     ranks = start_ranks(line, 2, place.folder / "alone-log", DS_ACCELERATOR="cpu")
     try:
-        assert [rank.wait(200) for rank in ranks] == [0, 0], (place.folder / "alone-log-rank0.log").read_text()
+        assert [rank.wait(PATIENCE_S) for rank in ranks] == [0, 0], (place.folder / "alone-log-rank0.log").read_text()
     finally:
         for rank in ranks:
             rank.kill()
@@ -166,7 +167,7 @@ def assert_equal(alone: Path, run: Path) -> None:
 
 def test_two_hosts_over_pdsh_equal_one_host_with_two_ranks(place: Place, alone: Path) -> None:
     log = place.folder / "pdsh.log"
-    assert place.deepspeed("pretrain.py", log, *place.arguments("pdsh")).wait(120) == 0, log.read_text()
+    assert place.deepspeed("pretrain.py", log, *place.arguments("pdsh")).wait(PATIENCE_S) == 0, log.read_text()
     assert_equal(alone, place.folder / "pdsh")
     assert not place.running()
     assert all(host.run("ls", "/dev/shm") == "" for host in place.hosts)
@@ -184,7 +185,7 @@ def test_no_ssh_equals_it_too(place: Place, alone: Path) -> None:
         )
         for number, host in enumerate(place.hosts)
     ]
-    assert [one.wait(120) for one in started] == [0, 0], "".join(log.read_text() for log in logs)
+    assert [one.wait(PATIENCE_S) for one in started] == [0, 0], "".join(log.read_text() for log in logs)
     assert_equal(alone, place.folder / "no_ssh")
 
 
@@ -197,7 +198,7 @@ def start_long(place: Place, name: str) -> tuple[subprocess.Popen[str], Path]:
     launcher = place.deepspeed("pretrain.py", log := place.folder / f"{name}.log", *words)
     run = place.folder / name
     try:
-        wait_for(lambda: logged(run) > 4 or launcher.poll() is not None, 120, f"steps of {name}")
+        wait_for(lambda: logged(run) > 4 or launcher.poll() is not None, PATIENCE_S, f"steps of {name}")
         assert launcher.poll() is None, log.read_text()
     except BaseException:
         place.end_all()
@@ -227,7 +228,7 @@ def test_a_fault_ends_the_run_everywhere(place: Place, fault: str) -> None:
             os.kill(pid, signal.SIGTERM)
         wait_for(lambda: not ranks_of(first) and not ranks_of(second), LIMIT + 5, f"the ranks' end after {fault}")
         wait_for(lambda: not place.running(), begun + LIMIT + 35 - time.monotonic(), f"the end of all after {fault}")
-        launcher.wait(5)
+        launcher.wait(PATIENCE_S)
     finally:
         second.restore()
         place.end_all()
@@ -246,7 +247,7 @@ def test_a_fault_ends_the_run_everywhere(place: Place, fault: str) -> None:
 def test_a_preflight_of_good_hosts_is_good_and_leaves_nothing(place: Place) -> None:
     log, before = place.folder / "good.log", sorted(place.folder.iterdir())
     begun = time.monotonic()
-    assert place.deepspeed("preflight.py", log, *place.arguments("new/run")).wait(60) == 0, log.read_text()
+    assert place.deepspeed("preflight.py", log, *place.arguments("new/run")).wait(PATIENCE_S) == 0, log.read_text()
     said = log.read_text()
     assert row(said, "node1") == ["node1", "0", *["ok"] * 7, "skipped"]
     assert row(said, "node2") == ["node2", "1", *["ok"] * 7, "skipped"]
@@ -261,7 +262,7 @@ def test_a_host_without_a_link_is_named(place: Place) -> None:
     try:
         words = [*place.arguments("unreached"), "--patience_s", 4]
         launcher = place.deepspeed("preflight.py", log := place.folder / "unreached.log", *words)
-        assert launcher.wait(60) != 0
+        assert launcher.wait(PATIENCE_S) != 0
     finally:
         place.hosts[1].restore()
         place.end_all()

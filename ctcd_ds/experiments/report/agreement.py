@@ -104,16 +104,16 @@ def _models(run: RunDirectory, recipe: Recipe, device: torch.device) -> Iterator
     from transformers import logging
 
     logging.disable_progress_bar()
-    auto = TASKS[recipe.objective.task].auto_class()
     exports = {name: run.path / "hf" / name for name in recipe.peers}
     exports |= {name: Path(peer.pretrained or "") for name, peer in recipe.peers.items() if peer.frozen}
     missing = [name for name, place in exports.items() if not (place / "config.json").is_file()]
     states = _checkpointed(run, missing) if missing else {}
+    auto_class = TASKS[recipe.objective.task].auto_class()
     for name, place in exports.items():
         if name in states:
-            model = peer_model(run, name, states[name], auto)
+            model = peer_model(run, name, states[name], auto_class)
         else:
-            model = auto.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
+            model = auto_class.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
         yield name, model.eval().to(device)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from ctcd_ds.cli import RunFailure, UserError
+from ctcd_ds.cli import RunFailure, UserError, count
 from ctcd_ds.experiments.report.agreement import Agreement, Answers, compare_answers, held_out_answers
 from ctcd_ds.experiments.report.drawing import GRID, SERIES, Picture, draw, label_rows, legend_above
 from ctcd_ds.experiments.report.logs import slug
@@ -102,8 +102,7 @@ def _judged(ours: Mapping[int, Agreement], theirs: Mapping[int, Agreement]) -> s
     differences = [100 * (a - b) for a, b in shares if a is not None and b is not None]
     made = interval(differences)
     if made is None:
-        count = "one seed" if len(differences) == 1 else f"{len(differences)} seeds"
-        return f"No evidence of a difference: {count} cannot tell."
+        return f"No evidence of a difference: {count(len(differences), 'seed')} cannot tell."
     (low, high), _ = made
     between = f"{low:+.1f} to {high:+.1f}".replace("-", "−")
     numbers = f"95 % interval of the difference {between} points, {len(differences)} seeds"

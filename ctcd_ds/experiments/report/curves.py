@@ -49,18 +49,14 @@ class Curves:
                 )
 
     def soft_losses(self) -> Iterator[Picture]:
-        """Each edge of the distillation graph: how far a peer is from the other's prediction."""
-        edges = dict.fromkeys(
-            (peer, other)
-            for run in self.study.runs.values()
-            for peer, section in run.recipe.peers.items()
-            for other, weight in section.soft.items()
-            if weight
-        )
-        for peer, other in edges:
+        """Every loss by which a peer learns from another, by its name in metrics.jsonl."""
+        logged = (key for run in self.study.runs.values() for row in run.rows for key in row)
+        for key in dict.fromkeys(key for key in logged if key.startswith("loss/") and key.count("/") == 3):
+            _, peer, kind, other = key.split("/")
             title = f"{peer} learning from {other}"
-            said = "Soft loss (KL divergence, unweighted) of training steps, averaged over windows."
-            yield from self._lines(f"soft {title}", title, said, f"loss/{peer}/soft/{other}", "soft loss (nats)")
+            what, unit = ("KL divergence, unweighted", " (nats)") if kind == "soft" else ("unweighted", "")
+            said = f"{kind.capitalize()} loss ({what}) of training steps, averaged over windows."
+            yield from self._lines(f"{kind} {title}", title, said, key, f"{kind} loss{unit}")
 
     def gradient_norms(self) -> Iterator[Picture]:
         """Each peer's gradient norm before clipping."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ctcd_ds.cli import count
 from ctcd_ds.evaluation.speed import Speed
 from ctcd_ds.experiments.report.study import Study, plain
 from ctcd_ds.experiments.results import Comparison
@@ -126,10 +127,9 @@ def _one(study: Study, comparison: Comparison) -> Statement:
 
 def difference(comparison: Comparison) -> str:
     """The difference with its interval, or why there is none."""
-    metric, count = METRICS[comparison.metric], len(comparison.seeds)
+    metric, seeds = METRICS[comparison.metric], count(len(comparison.seeds), "seed")
     if comparison.mean is None:
         return "No seed is finished in both."
-    seeds = "one seed" if count == 1 else f"{count} seeds"
     if comparison.interval is None:
         return f"No evidence of a difference: {seeds} (mean {metric.signed(comparison.mean)}) cannot tell."
     low, high = (metric.signed(end) for end in comparison.interval)
@@ -148,10 +148,9 @@ def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statem
         verdicts = [c.verdict for c in own]
         best = min(own, key=lambda c: (c.mean or 0.0) * (1 if c.lower_is_better else -1))
         whom = "itself" if peer == against_peer else f"the {against_peer}"
-        conditions = "one condition" if len(own) == 1 else f"{len(own)} conditions"
         text = (
-            f"The {peer} against {whom} in “{plain(against)}” ({metric.name}), in {conditions}: better in "
-            f"{verdicts.count('better')}, worse in {verdicts.count('worse')}, "
+            f"The {peer} against {whom} in “{plain(against)}” ({metric.name}), in {count(len(own), 'condition')}: "
+            f"better in {verdicts.count('better')}, worse in {verdicts.count('worse')}, "
             f"no evidence of a difference in {verdicts.count('no evidence')}."
         )
         verdict = "no evidence"
