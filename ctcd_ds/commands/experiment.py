@@ -22,22 +22,10 @@ def main() -> int:
     add("--experiment", type=Path, required=True, help="the experiment file, YAML or JSON")
     add("--output_dir", type=Path, required=True, help="for cells/, results.json and the report")
     add("--size", default="full", help="full, or tiny: a rehearsal for 2 cores on the demo text")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change base recipe keys",
-    )
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change base recipe keys")
     add("--data_dir", metavar="DIR|hub", help="GLUE's files, in place of the experiment's glue.data_dir")
     add("--seeds", type=cli.whole_numbers, help="in place of the experiment's")
-    add(
-        "--max_parallel",
-        type=cli.positive,
-        metavar="N",
-        help="cells at once; left out: as many as fill GPUs or cores",
-    )
+    add("--max_parallel", type=cli.positive, help="cells at once; left out: as many as fill GPUs or cores")
     add("--resume", action="store_true", help="go on with the experiment in --output_dir")
     add("--slurm", action="store_true", help="queue the cells as jobs and return; on a login node")
     add("--nodes", type=cli.positive, default=1, help="nodes of each cell's run, with --slurm")

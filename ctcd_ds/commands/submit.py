@@ -43,12 +43,7 @@ def options() -> argparse.Namespace:
     add("--glue_tasks", type=cli.names, default="all", help="as `ctcd glue --tasks`")
     add("--glue_seeds", type=cli.whole_numbers, default="1", help="one fine-tuning for each")
     add("--cluster", type=Path, metavar="FILE", help=f"defaults for this cluster; left out: {DEFAULTS}, if there")
-    add(
-        "--print",
-        action="store_true",
-        dest="show",
-        help="show the scripts; write and submit nothing (needs no SLURM)",
-    )
+    add("--print", action="store_true", dest="show", help="show the scripts; write and submit nothing (needs no SLURM)")
     return parser.parse_args()
 
 

@@ -57,7 +57,7 @@ def run(
     `tasks` are names or ("all",): those that `data_dir` holds; `data_dir` is a folder of official files or "hub".
     `task_files` bring further tasks (task_file.py, advglue.py), `no_finetune_on` names those of them that are scored by
     their base's models only. Writes results.json and submissions/MODEL.zip into `output_dir`, the fine-tuned models if
-    `keep_models`, and the scores into the cards of models that export_hf.py wrote.
+    `keep_models`, and the scores into the cards of models that `ctcd export` wrote.
     Raises UserError, before anything is written, for models, tasks, data or an output directory that cannot serve.
     """
     settings = settings or FinetuneSettings()

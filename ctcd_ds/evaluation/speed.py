@@ -1,6 +1,6 @@
 """How fast and how large exported peers are on this machine: the other half of what compression is for.
 
-A peer is measured as it is used, as a sentence classifier (`AutoModelForSequenceClassification`, as run_glue.py
+A peer is measured as it is used, as a sentence classifier (`AutoModelForSequenceClassification`, as `ctcd glue`
 fine-tunes it) without gradients. Rows are random tokens without padding: the time does not depend on what they say.
 Models take turns, A B A B, so that a slow minute hits all of them.
 

@@ -172,7 +172,7 @@ def make_demo_data(place: Path) -> None:
 
 
 def _check_glue(experiment: Experiment) -> None:
-    """Looks at the GLUE files as run_glue will, before hours of training. Raises its UserError."""
+    """Looks at the GLUE files as `ctcd glue` will, before hours of training. Raises its UserError."""
     if experiment.glue is not None:
         from ctcd_ds.evaluation.glue import load
 

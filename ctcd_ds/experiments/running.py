@@ -184,7 +184,7 @@ def is_done(cell: PlannedCell, experiment: Experiment) -> bool:
 
 
 def _is_scored(cell: PlannedCell, glue: Glue) -> bool:
-    """Whether this run's exports were fine-tuned as asked for: run_glue would do nothing, after long imports."""
+    """Whether this run's exports were fine-tuned as asked for: `ctcd glue` would do nothing, after long imports."""
     try:
         return (cell.run / GLUE_REQUEST).read_text(encoding="utf-8") == glue_request(glue)
     except OSError:

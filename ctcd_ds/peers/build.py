@@ -60,8 +60,11 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int) 
 
     if section.pretrained is not None and not (Path(section.pretrained) / "config.json").is_file():
         looks_local = section.pretrained.startswith((".", "/")) or section.pretrained.count("/") > 1
-        if looks_local or Path(section.pretrained).exists():
-            yield f"pretrained = {section.pretrained!r}: no config.json there"
+        if Path(section.pretrained).exists():
+            yield f"pretrained = {section.pretrained!r}: no config.json there (`ctcd export` makes models of a run)"
+            return
+        if looks_local:
+            yield f"pretrained = {section.pretrained!r}: no such directory"
             return
     model = section.model or {}
     if section.model is not None:
@@ -80,7 +83,8 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int) 
     try:
         config = peer_config(section, corpus)
     except UserError as mistake:
-        yield f"{'model' if section.model is not None else 'pretrained'}: {mistake}"
+        hub = f"pretrained = {section.pretrained!r}: no such directory, and no model of the hub"
+        yield f"{'model' if section.model is not None else hub}: {mistake}"
         return
     if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         yield f"model_type {config.model_type!r} has no masked-LM head in transformers"

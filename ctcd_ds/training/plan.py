@@ -85,8 +85,9 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     except UserError as mistake:
         raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
     for name, section in recipe.peers.items():
-        mistakes += [f"peers.{name}.{said}" for said in config_mistakes(section, corpus, recipe.corpus.sequence_length)]
-        mistakes += [f"peers.{name}.{said}" for said in _tokenizer_mistakes(section.pretrained, corpus)]
+        said = list(config_mistakes(section, corpus, recipe.corpus.sequence_length))
+        said = said or list(_tokenizer_mistakes(section.pretrained, corpus))
+        mistakes += [f"peers.{name}.{mistake}" for mistake in said]
     task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, None
     try:
         rows = task.rows("train")
