@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from commands import ROOT, command
 from corpora import write_shard
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.prepare import Settings, prepare
 from ctcd_ds.corpus.rows import read_corpus_manifest
+from ctcd_ds.corpus.sources import Reading
 from ctcd_ds.manifest import read_manifest, sampled_sha256, write_manifest
 from ctcd_ds.training import checkpoint
 from runs import Job, bert, chain_corpus, run_jobs
@@ -82,6 +84,32 @@ def test_any_damage_is_found_and_named(
     said = damage(tmp_path / part / PARTS[part])
     code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / part)
     assert code == 1 and said in out and str(tmp_path) in out
+
+
+def test_a_flip_in_what_no_shard_holds_is_found_and_named(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Files of the tokenizer that change no id, how a corpus was made, and which checkpoint is the newest."""
+    (tmp_path / "a.txt").write_text("some words\n\nof two documents")
+    tokenizer = str(made / "corpus/tokenizer")
+    prepare([str(tmp_path / "a.txt")], tokenizer, tmp_path / "corpus", Settings(valid_fraction=0), Reading())
+    shutil.copytree(made / "run", tmp_path / "run")
+    for victim in (*sorted((tmp_path / "corpus/tokenizer").iterdir()), tmp_path / "corpus/preparation.json"):
+        whole = victim.read_bytes()
+        code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "corpus")
+        assert code == 0, out
+        victim.write_bytes(whole.replace(b"{", b"{ ", 1))  # the same JSON in other bytes
+        code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "corpus")
+        if victim.name == "preparation.json":  # its hash is of its content
+            assert code == 0, out
+            victim.write_bytes(whole.replace(b"paragraphs", b"paragraphz"))
+            code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "corpus")
+        assert code == 1 and str(victim) in out, out
+        victim.write_bytes(whole)
+    latest = tmp_path / "run/checkpoints/latest"
+    latest.write_bytes(latest.read_bytes()[:-2] + b"7\n")
+    code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "run")
+    assert code == 1 and str(latest) in out
 
 
 def test_another_tokenizer_in_a_corpus_is_found(

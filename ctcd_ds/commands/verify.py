@@ -18,6 +18,7 @@ def main() -> int:
     path = parser.parse_args().path
     places = list(find(path))
     damage = [problem for place in places for problem in problems(place)]
+    damage += pointer_damage(path / "checkpoints")
     for problem in damage:
         print(problem)
     print(f"{path}: {cli.count(len(places), 'manifest')}, {cli.count(len(damage), 'problem')}")
@@ -34,6 +35,15 @@ def find(path: Path) -> Iterator[Path]:
         raise cli.UserError(
             f"{path}: neither a run with checkpoints, nor a checkpoint, nor a corpus (no manifest.json)"
         )
+
+
+def pointer_damage(checkpoints: Path) -> Iterator[str]:
+    """Whether the file that names the newest checkpoint, for people, names one that is there."""
+    latest = checkpoints / "latest"
+    if latest.exists():
+        content = latest.read_bytes()
+        if content not in [f"{place.name}\n".encode() for place in checkpoints.glob("step-*")]:
+            yield f"{latest}: names {content!r}, and there is no such checkpoint"
 
 
 def problems(place: Path) -> Iterator[str]:

@@ -145,6 +145,7 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
             "dtype": dtype_for(identity["vocab_size"]),
             "settings": settings,
             "splits": place.shards,
+            "files": place.files("tokenizer"),
             **LAYOUT,
         }
     )
