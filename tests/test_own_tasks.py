@@ -143,7 +143,9 @@ def test_each_set_is_a_result_of_its_own_on_a_card(tmp_path: Path) -> None:
     known = {task.name: task for task in own_tasks([path], [tasks.MNLI, tasks.QQP])}
     cell = {"adv_mnli": {"accuracy_matched": 0.5, "accuracy_mismatched": 0.25}, "adv_qqp": {"accuracy": 1.0, "f1": 0.8}}
     scores = {name: {"median": 1.0, "seeds": {"1": {"metrics": metrics}}} for name, metrics in cell.items()}
-    found = eval_results(scores, known)
+    rows = {name: {"train_rows": 0, "dev_rows": 2} for name in known}
+    content = {"settings": {"epochs": 3.0}, "tasks": rows, "models": {"it": {"tasks": scores}}}
+    found = eval_results("it", content, known)
     assert [result.metric_value for result in found] == [0.5, 0.25, 1.0, 0.8]
     assert len({(*result.unique_identifier, result.metric_type) for result in found}) == 4
     assert all("fine-tuned on" in (result.metric_name or "") for result in found)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, save_tokenizer, unknown_pieces, wordpiece_tokenizer
+from ctcd_ds.manifest import built
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,13 +47,10 @@ def train_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, o
         tokenizer, model = _train_wordpiece(texts, vocab_size, lowercase), None
     else:
         tokenizer, model = _train_sentencepiece(kind, texts, vocab_size, lowercase, sample)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as folder:
-        finished = Path(folder) / "tokenizer"
-        save_tokenizer(tokenizer, finished)
+    with built(output_dir) as folder:
+        save_tokenizer(tokenizer, folder)
         if model is not None:
-            (finished / "spiece.model").write_bytes(model)
-        finished.replace(output_dir)
+            (folder / "spiece.model").write_bytes(model)
     _say_unknown(tokenizer, sample)
 
 
