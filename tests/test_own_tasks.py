@@ -274,6 +274,8 @@ def test_a_mistake_in_a_task_file_is_one_message_with_its_cure(home: Path, chang
         ('{"text": "a", "mood": "por"}', "bad.jsonl:2: label 'por' is none of poor, great; did you mean 'poor'?"),
         ('{"text": 1, "mood": "poor"}', "bad.jsonl:2: text = 1 is no text"),
         ('{"text": "a"', "bad.jsonl:2 is not JSON"),
+        ('{"text": "half \\ud83d", "mood": "poor"}', "bad.jsonl:2: text is no Unicode text: character 6"),
+        ('\ufeff{"text": "a", "mood": "por"}', "bad.jsonl:2: label 'por' is none"),
         ('["a"]', "bad.jsonl:2: a row is an object with text, mood"),
     ],
 )
@@ -293,6 +295,7 @@ def test_a_wrong_row_is_named(home: Path, line: str, said: str) -> None:
         ('{"qqp": []}', "adv_qqp (add qqp)"),
         ("[1, 2]", "is not AdvGLUE's dev.json"),
         ('{"sst2": [{"sentence": "a", "label": 2}]}', "label '2' is none of 0, 1"),
+        ('\ufeff{"sst2": [{"sentence": "a", "label": 2}]}', "label '2' is none of 0, 1"),
         ("{", "is not JSON"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.tokenizer import fit_to_model, row_positions
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.data import TaskData
 from ctcd_ds.evaluation.metrics import Array
@@ -54,8 +55,7 @@ class Checkpoint:
     name: str  # in tables
     sha256: str  # of its weights
     positions: int  # tokens of the longest row it can read
-    tokenizer: Any
-    segments: bool  # whether it tells a first from a second sentence by token_type_ids
+    tokenizer: Any  # gives what the model takes
 
 
 def open_checkpoint(path: Path, name: str) -> Checkpoint:
@@ -77,13 +77,13 @@ def open_checkpoint(path: Path, name: str) -> Checkpoint:
         raise UserError(f"--model: the weights in {path} do not fit its config.json: {sorted(unfit)[0]} is missing")
     if tokenizer.pad_token_id is None:
         raise UserError(f"--model: {path}: its tokenizer has no padding token")
+    fit_to_model(tokenizer, model)
     return Checkpoint(
         path=path,
         name=name,
         sha256="+".join(file_entry(file)["sha256"] for file in weights),
-        positions=_positions(model),
+        positions=row_positions(model),
         tokenizer=tokenizer,
-        segments=getattr(model.config, "type_vocab_size", 0) > 1,
     )
 
 
@@ -92,22 +92,12 @@ def _is_of_the_body(key: str, model: Any) -> bool:
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
 
 
-def _positions(model: Any) -> int:
-    """How many tokens a row may have; RoBERTa's first positions, up to the padding's, are never used."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            return int(module.num_embeddings - unused)
-    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
-
-
 def encode(rows: TaskRows, checkpoint: Checkpoint, max_length: int) -> list[Feature]:
     """Token ids of each row, cut to `max_length`, not padded yet, with `labels` where there are any."""
     encoded = checkpoint.tokenizer(
         *(list(sentences) for sentences in zip(*rows.texts, strict=True)),
         truncation=True,
         max_length=min(max_length, checkpoint.positions),
-        return_token_type_ids=checkpoint.segments,
         return_attention_mask=False,  # all ones; padding makes it
     )
     features: list[Feature] = [{name: values[row] for name, values in encoded.items()} for row in range(len(rows))]

@@ -68,14 +68,16 @@ def _export_one(
 ) -> None:
     from transformers import AutoModelForMaskedLM, logging
 
-    from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_identity
+    from ctcd_ds.corpus.tokenizer import fit_to_model, load_tokenizer, save_tokenizer, tokenizer_identity
 
     logging.disable_progress_bar()
     vocab_size = manifest["vocab_size"]
     tokenizer = load_tokenizer(run.tokenizer)
     if len(tokenizer) != vocab_size:
         raise Damage(f"{run.tokenizer} has {len(tokenizer)} tokens, the checkpoint's manifest says {vocab_size}")
-    peer_model(run, name, state, vocab_size).save_pretrained(place)
+    model = peer_model(run, name, state, vocab_size)
+    model.save_pretrained(place)
+    fit_to_model(tokenizer, model)
     save_tokenizer(tokenizer, place)
 
     reloaded, inside = AutoModelForMaskedLM.from_pretrained(place), peer_model(run, name, state)
