@@ -13,7 +13,7 @@ TWO_AT_A_TIME := -n 2 --dist loadfile
 # What a cluster on this one machine needs, by its names in Debian.
 CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin mpich iptables
 
-.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report all nightly check clean
+.PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report test-architectures all nightly check clean
 .PHONY: chromium cluster-packages
 
 setup: $(VENV)/ready
@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(PYTEST) $(TWO_AT_A_TIME) -m "not (data or benchmarks or faults or cluster or browser or nightly)"
+	$(PYTEST) $(TWO_AT_A_TIME) -m "not (data or benchmarks or faults or cluster or browser or architectures or nightly)"
 
 # Signals, dead launchers, hangs: real processes, real time.
 test-faults: setup
@@ -58,6 +58,10 @@ chromium:
 	    apt-get -q -o DPkg::Lock::Timeout=120 update && apt-get -q -o DPkg::Lock::Timeout=120 install -y \
 	        --no-install-recommends chromium || echo "chromium could not be installed"; \
 	fi
+
+# Every architecture of transformers in small: rehearsed, counted, trained, exported, loaded.
+test-architectures: setup
+	$(PYTEST) $(TWO_AT_A_TIME) -m architectures
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup

@@ -108,7 +108,7 @@ class Shape:
     def flops(self) -> float:
         """What one training step must do: matrix products only, heads at the targets only."""
         share = self.masking.count(self.length) / self.length
-        costs = (cost(peer.config, self.length, share) for peer in meta_models(self))
+        costs = (cost(peer.config, self.length, share, MaskedLM.auto_class()) for peer in meta_models(self))
         return sum(3 * c.forward_flops for c in costs) * self.rows * self.length
 
 
@@ -121,7 +121,10 @@ def meta_models(shape: Shape) -> list[Any]:
 def build_models(shape: Shape) -> dict[str, Any]:
     """The peers as Hugging Face models, fp32, by name."""
     sections = [PeerSection(model=size.model(shape.length)) for size in shape.peers]
-    return {name: build_peer(name, s, shape.corpus, seed=1) for name, s in zip(shape.names, sections, strict=True)}
+    return {
+        name: build_peer(name, s, shape.corpus, 1, MaskedLM.auto_class())
+        for name, s in zip(shape.names, sections, strict=True)
+    }
 
 
 def full_graph(names: Sequence[str]) -> DistillationGraph:

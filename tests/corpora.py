@@ -11,7 +11,8 @@ import numpy as np
 
 from ctcd_ds.corpus.indexed import write_index
 from ctcd_ds.corpus.rows import Corpus, Rows, SpecialIds
-from ctcd_ds.manifest import file_entries, sampled_entry, write_manifest
+from ctcd_ds.corpus.workplace import write_preparation
+from ctcd_ds.manifest import sampled_entry, write_manifest
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
 Documents = Sequence[Sequence[int]]
@@ -38,6 +39,7 @@ def write_corpus(
         ]
         for split, shards in {"train": train, "valid": valid}.items()
     }
+    write_preparation(directory, {}, directory / "tokenizer")
     write_corpus_manifest(directory, splits, vocab_size, special)
     return directory
 
@@ -91,7 +93,6 @@ def write_corpus_manifest(
             "dtype": corpus_dtype(vocab_size),
             "settings": {"seed": 1, "fraction": 1.0, "valid_fraction": 0.01},
             "splits": splits,
-            "files": file_entries(directory, ["tokenizer"]),
         },
     )
 

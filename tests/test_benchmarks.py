@@ -99,13 +99,16 @@ def test_different_maths_is_not_timed() -> None:
 
 def test_what_a_step_must_do_is_counted_like_training_counts_it() -> None:
     import workload
+    from transformers import AutoModelForMaskedLM
 
     from ctcd_ds.peers.accounting import cost
 
     shape = workload.Shape((workload.Size(2, 32), workload.Size(1, 64)), 32, 4, 512)
     models = workload.build_models(shape).values()
     share = round(0.15 * 30) / 32
-    assert shape.flops() == sum(3 * cost(m.config, 32, share).forward_flops for m in models) * 4 * 32
+    assert (
+        shape.flops() == sum(3 * cost(m.config, 32, share, AutoModelForMaskedLM).forward_flops for m in models) * 4 * 32
+    )
 
 
 def test_peak_bytes_counts_what_is_held_at_one_time() -> None:

@@ -359,6 +359,8 @@ def test_a_pretrained_model_of_a_stranger_runs_nothing(corpus: Path, tmp_path: P
     """Pickled weights with code in them, and a config that brings Python files."""
     import json
 
+    from transformers import AutoModelForMaskedLM
+
     from ctcd_ds.corpus.rows import Corpus
     from ctcd_ds.peers.build import build_peer, peer_config
     from ctcd_ds.recipe import PeerSection
@@ -370,7 +372,7 @@ def test_a_pretrained_model_of_a_stranger_runs_nothing(corpus: Path, tmp_path: P
     torch.save({"bert.embeddings.word_embeddings.weight": Evil(mark)}, model / "pytorch_model.bin")
     section = PeerSection(pretrained=str(model))
     with pytest.raises(Exception, match=r"(?i)weights_only|unpickl|unsupported"):
-        build_peer("teacher", section, Corpus.open(corpus), 1)
+        build_peer("teacher", section, Corpus.open(corpus), 1, AutoModelForMaskedLM)
     assert not mark.exists()
 
     config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}}

@@ -42,8 +42,9 @@ MODELS: dict[tuple[str, str], tuple[dict[str, Any], Way]] = {
     ("mlm", "bart"): (BART, Way(True, True, "final_logits_bias")),
     ("clm", "gpt2"): ({"n_embd": E, "n_layer": 2, "n_head": 4}, CUT_AND_TAP),
     ("clm", "llama"): ({**BERT, "num_key_value_heads": 2}, CUT_AND_TAP),
-    # Its soft cap stands after the output embedding.
-    ("clm", "gemma2"): ({**BERT, "num_key_value_heads": 2, "head_dim": 8}, Way(cut=True, tap=False)),
+    ("clm", "gemma2"): ({**BERT, "num_key_value_heads": 2, "head_dim": 8}, Way(True, True, cap=30.0)),
+    ("clm", "cohere"): ({**BERT, "num_key_value_heads": 2, "logit_scale": 0.25}, Way(True, True, scale=0.25)),
+    ("clm", "granite"): ({**BERT, "num_key_value_heads": 2, "logits_scaling": 8.0}, Way(True, True, scale=0.125)),
     ("span", "t5"): ({"d_model": E, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}, Way(cut=False, tap=True)),
 }
 AUTO = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM, "span": AutoModelForSeq2SeqLM}
@@ -82,8 +83,12 @@ def test_logits_and_gradients_at_positions_are_the_whole_models(task: str, kind:
         chosen = slice(None) if positions is None else positions
 
         def ours(positions: Tensor | None = positions) -> Tensor:
-            hidden, weight, bias, *_ = project_positions(model, inputs, positions)
-            return hidden if weight is None else nn.functional.linear(hidden, weight, bias)
+            hidden, weight, bias, scale, cap = project_positions(model, inputs, positions)
+            if weight is None:
+                return hidden
+            logits = scale * hidden @ weight.t()
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            return logits if bias is None else logits + bias
 
         def theirs(chosen: Any = chosen) -> Tensor:
             return model(**inputs).logits.flatten(0, 1)[chosen]
@@ -147,14 +152,14 @@ class Unknown(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Any:
         logits = self.decoder(torch.tanh(self.mixed(self.base_model(input_ids)[0])))
-        if self.after == "bias":
-            logits = logits + self.late
         if self.after == "learned scale":
             logits = logits * self.scale
-        if self.after == "constant scale":
+        elif "scale" in self.after:
             logits = logits / 4
-        if self.after == "soft cap":
+        if "soft cap" in self.after:
             logits = 30 * torch.tanh(logits / 30)
+        if "bias" in self.after:
+            logits = logits + self.late
         if self.after == "constant":
             logits = logits + torch.arange(V)
         if self.after == "by position":
@@ -177,8 +182,9 @@ class Embedded(nn.Module):
         ("", CUT_AND_TAP),
         ("bias", Way(True, True, "late")),
         ("learned scale", Way(True, False)),
-        ("constant scale", Way(True, False)),
-        ("soft cap", Way(True, False)),
+        ("constant scale", Way(True, True, scale=0.25)),
+        ("soft cap", Way(True, True, cap=30.0)),
+        ("scale, soft cap and bias", Way(True, True, "late", 0.25, 30.0)),
         ("constant", Way(True, False)),
         ("by position", Way(False, False)),
         ("hidden", Way(True, False)),
@@ -188,7 +194,7 @@ def test_a_model_of_ones_own_is_understood(after: str, way: Way) -> None:
     torch.manual_seed(0)
     model, inputs = Unknown(after).eval(), rows("mlm")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert way_of(model) == way
+    assert way_of(model) == way._replace(scale=pytest.approx(way.scale, rel=1e-6))
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()), (
         "the probe left a trace"
     )

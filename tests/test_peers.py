@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForMaskedLM
 
 from corpora import write_corpus
 from ctcd_ds.corpus.rows import Corpus
@@ -45,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def peer(corpus: Corpus, name: str = "teacher", **section: Any) -> Any:
-    return build_peer(name, PeerSection.model_validate(section), corpus, seed=1)
+    return build_peer(name, PeerSection.model_validate(section), corpus, 1, AutoModelForMaskedLM)
 
 
 def batch(peers: int) -> Batch:
@@ -68,7 +69,9 @@ def test_every_architecture_gets_gradients_and_keeps_its_tied_weights(corpus: Co
     graph = Recipe.model_validate(
         {"corpus": {"path": "x"}, "peers": {"a": {"model": SMALL[kind]}}, "training": {"steps": 1}}
     ).graph()
-    module = CoTraining({"a": build_peer("a", section, corpus, 1)}, graph, VOCABULARY, 1.0, seed=1)
+    module = CoTraining(
+        {"a": build_peer("a", section, corpus, 1, AutoModelForMaskedLM)}, graph, VOCABULARY, 1.0, seed=1
+    )
     losses = module(batch(1), 0, 0)
     losses.total.backward()
     assert torch.isfinite(losses.total)
@@ -143,15 +146,14 @@ def test_biases_and_norms_have_no_weight_decay(corpus: Corpus) -> None:
         ({"model_type": "bert", "hiden_size": 32}, "did you mean 'hidden_size'?"),
         ({"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}, "does not divide hidden_size = 30"),
         ({"model_type": "bert", "max_position_embeddings": 16}, "less than corpus.sequence_length = 24"),
-        ({"model_type": "roberta", "max_position_embeddings": 24}, "positions begin after the padding id"),
         ({"model_type": "bert", "hidden_size": "wide"}, "expected int"),
-        ({"model_type": "gpt2"}, "no masked-LM head"),
+        ({"model_type": "gpt2"}, "no head for this task in transformers (AutoModelForMaskedLM)"),
     ],
 )
 def test_what_is_wrong_with_a_model_is_said_before_it_is_built(
     corpus: Corpus, model: dict[str, Any], said: str
 ) -> None:
-    found = list(config_mistakes(PeerSection(model=model), corpus, LENGTH))
+    found = list(config_mistakes(PeerSection(model=model), corpus, LENGTH, AutoModelForMaskedLM))
     assert any(said in mistake for mistake in found), found
 
 
@@ -159,13 +161,19 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
     """Forward FLOPs against torch's own counter; heads on all positions, so that the counter sees the same work."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for kind in ("bert", "distilbert", "electra", "roberta"):
+    for kind in ("bert", "distilbert", "electra", "roberta", "albert"):
         section = PeerSection(model=SMALL[kind])
         config, model = peer_config(section, corpus), peer(corpus, model=SMALL[kind]).eval()
-        found = cost(config, LENGTH, head_fraction=1.0)
+        found = cost(config, LENGTH, 1.0, AutoModelForMaskedLM)
         assert found.parameters == sum(p.numel() for p in model.parameters())
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ids, _ = inputs(rows=2)
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 model(input_ids=ids)
         assert counter.get_total_flops() / ids.numel() == pytest.approx(found.forward_flops, rel=0.02), kind
+
+
+def test_a_head_at_some_positions_costs_their_share(corpus: Corpus) -> None:
+    config = peer_config(PeerSection(model=SMALL["bert"]), corpus)
+    whole, half = (cost(config, LENGTH, share, AutoModelForMaskedLM).forward_flops for share in (1.0, 0.5))
+    assert whole - half == 0.5 * 2 * (32 * 32 + 32 * 320)

@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, bring_tokenizer, fit_to_model, load_tokenizer, save_tokenizer
+from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, bring_tokenizer, load_tokenizer, save_tokenizer
 from ctcd_ds.corpus.tokenizer_training import train_tokenizer
 from ctcd_ds.evaluation import finetune, glue
+from ctcd_ds.peers.reading import fit_tokenizer
 
 WORDS = ["red", "green", "blue", "black", "white", "brown", "amber", "grey"]
 
@@ -118,7 +119,7 @@ def test_a_tokenizer_takes_inputs_and_length_from_its_model(tmp_path: Path) -> N
             **sizes,
         )
         tokenizer = byte_level()
-        fit_to_model(tokenizer, AutoModelForMaskedLM.from_config(config))
+        fit_tokenizer(tokenizer, AutoModelForMaskedLM.from_config(config))
         save_tokenizer(tokenizer, tmp_path / model_type)
         saved = AutoTokenizer.from_pretrained(tmp_path / model_type)
         assert (saved.model_input_names, saved.model_max_length) == (inputs, length), model_type

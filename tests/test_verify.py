@@ -17,9 +17,7 @@ from commands import ROOT, command
 from corpora import write_shard
 from ctcd_ds.cli import UserError
 from ctcd_ds.commands import verify
-from ctcd_ds.corpus.prepare import Settings, prepare
 from ctcd_ds.corpus.rows import read_corpus_manifest
-from ctcd_ds.corpus.sources import Reading
 from ctcd_ds.manifest import read_manifest, sampled_sha256, write_manifest
 from ctcd_ds.training import checkpoint
 from runs import Job, bert, chain_corpus, run_jobs
@@ -92,47 +90,22 @@ def test_every_byte_is_covered(made: Path, tmp_path: Path) -> None:
     for part in ("corpus", "run"):
         shutil.copytree(made / part, tmp_path / part)
         files = [path for path in (tmp_path / part).rglob("*") if path.is_file()]
-        free = {path for path in files if path.name == "exit.json" or path.parent.name in ("tensorboard", "logs")}
+        free = {path for path in files if path.name == "exit.json" or path.parent.name == "tensorboard"}
         assert len(set(files) - free) > 6 and not list(verify_all(tmp_path / part))
         for file in set(files) - free:
             written = file.read_bytes()
-            for place in {0, len(written) - 1}:
+            for place in {0, len(written) // 3, len(written) - 1}:
                 file.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
                 assert any(str(file) in said for said in verify_all(tmp_path / part)), (file, place)
-            if file.name != "manifest.json":  # a place without one is no place to verify
-                file.unlink()
-                assert any(str(file) in said for said in verify_all(tmp_path / part)), file
+            if file.name == "manifest.json":
+                continue
+            file.unlink()
+            assert any(str(file) in said for said in verify_all(tmp_path / part)), file
             file.write_bytes(written)
 
 
 def verify_all(path: Path) -> list[str]:
     return [problem for place in verify.find(path) for problem in verify.problems(place)]
-
-
-def test_a_flip_in_what_no_shard_holds_is_found_and_named(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """Files of the tokenizer that change no id, how a corpus was made, and which checkpoint is the newest."""
-    (tmp_path / "a.txt").write_text("some words\n\nof two documents")
-    tokenizer = str(made / "corpus/tokenizer")
-    prepare([str(tmp_path / "a.txt")], tokenizer, tmp_path / "corpus", Settings(valid_fraction=0), Reading())
-    shutil.copytree(made / "run", tmp_path / "run")
-    for victim in (*sorted((tmp_path / "corpus/tokenizer").iterdir()), tmp_path / "corpus/preparation.json"):
-        whole = victim.read_bytes()
-        code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "corpus")
-        assert code == 0, out
-        victim.write_bytes(whole.replace(b"{", b"{ ", 1))  # the same JSON in other bytes
-        code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "corpus")
-        if victim.name == "preparation.json":
-            assert code == 1 and "white space" in out, out
-            victim.write_bytes(whole.replace(b"paragraphs", b"paragraphz"))
-            code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "corpus")
-        assert code == 1 and str(victim) in out, out
-        victim.write_bytes(whole)
-    latest = tmp_path / "run/checkpoints/latest"
-    latest.write_bytes(latest.read_bytes()[:-2] + b"7\n")
-    code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / "run")
-    assert code == 1 and str(latest) in out
 
 
 def test_another_tokenizer_in_a_corpus_is_found(

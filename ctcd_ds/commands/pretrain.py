@@ -49,7 +49,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
     from ctcd_ds.training.deepspeed_config import read_config
     from ctcd_ds.training.engine import device_type
     from ctcd_ds.training.forecast import forecast
-    from ctcd_ds.training.plan import describe, make_plan
+    from ctcd_ds.training.plan import describe, make_plan, rehearse_peers
     from ctcd_ds.training.run_directory import RunDirectory
 
     run = RunDirectory(arguments.output_dir.resolve())
@@ -61,6 +61,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
     plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path)
     if arguments.dry_run:
         if ranks.first:
+            rehearse_peers(plan, device_type())
             print(describe(plan))
         return cli.EXIT_DONE
     if ranks.first:
@@ -73,6 +74,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
         return cli.EXIT_DONE
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         refuse_damage(plan.corpus.path)
+        rehearse_peers(plan, device_type())
     libraries_write_to(run.path, ranks.rank)
     if ranks.first:
         print(

@@ -40,7 +40,7 @@ def find(path: Path) -> Iterator[Path]:
 
 def problems(place: Path) -> Iterator[str]:
     """What is wrong with one directory."""
-    from ctcd_ds.corpus.damage import corpus_damage
+    from ctcd_ds.corpus.damage import corpus_damage, damage_beside
     from ctcd_ds.corpus.rows import read_corpus_manifest
     from ctcd_ds.training import checkpoint, run_directory
 
@@ -52,6 +52,7 @@ def problems(place: Path) -> Iterator[str]:
                 yield from run_directory.RunDirectory(place).problems()
             case _:
                 yield from corpus_damage(place, read_corpus_manifest(place))
+                yield from damage_beside(place)
     except cli.UserError as problem:
         yield str(problem)
 

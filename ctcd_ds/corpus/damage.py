@@ -6,33 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import NotRequired, TypedDict
-
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.rows import read_corpus_manifest
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.corpus.workplace import PLAN
-from ctcd_ds.manifest import FileEntry, check_shape, file_problems, read_manifest
+from ctcd_ds.manifest import file_problems, read_manifest
 
 # Up to here all is read before a run, in less than a second (sha256 runs at 1.5 GB/s); beyond, samples of each file.
 READ_WHOLE_BYTES = 2**30
 
 
-class _Listed(TypedDict):
-    files: NotRequired[dict[str, FileEntry]]
-
-
 def corpus_damage(path: Path, manifest: Mapping[str, Any], sampled: bool = False) -> Iterator[str]:
     """What is not as the manifest says: a line with both sizes or hashes for each file, and for the tokenizer."""
-    listed = "files" in manifest  # corpora of before state the tokenizer's identity only
-    yield from file_problems(
-        path, _files(path, manifest), beside=(PLAN,) if listed else (PLAN, "tokenizer"), sampled=sampled
-    )
-    if listed and (path / PLAN).exists():  # it proves itself: other files may give the same corpus
-        try:
-            read_manifest(path / PLAN)
-        except UserError as problem:
-            yield str(problem)
+    yield from file_problems(path, _files(manifest), beside=("tokenizer", PLAN), sampled=sampled)
     try:
         found = tokenizer_identity(load_tokenizer(path / "tokenizer"))
     except UserError as problem:
@@ -42,16 +28,22 @@ def corpus_damage(path: Path, manifest: Mapping[str, Any], sampled: bool = False
         yield f"{path / 'tokenizer'}: its identity is {found}, the manifest says {manifest['tokenizer']}"
 
 
+def damage_beside(path: Path) -> Iterator[str]:
+    """The same of what does not make a corpus another: preparation.json, and every byte of the tokenizer's files."""
+    try:
+        yield from file_problems(path / "tokenizer", read_manifest(path / PLAN)["tokenizer"])
+    except UserError as problem:
+        yield str(problem)
+
+
 def refuse_damage(path: Path) -> None:
     """Raises Damage with all that is not as the manifest says; of large corpora only samples are read."""
     manifest = read_corpus_manifest(path)
-    sampled = sum(entry["bytes"] for entry in _files(path, manifest).values()) > READ_WHOLE_BYTES
+    sampled = sum(entry["bytes"] for entry in _files(manifest).values()) > READ_WHOLE_BYTES
     if problems := list(corpus_damage(path, manifest, sampled)):
         raise Damage(f"corpus {path} is damaged; copy it again, or prepare it again:\n  " + "\n  ".join(problems))
 
 
-def _files(path: Path, manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    check_shape(path / "manifest.json", manifest, _Listed)
+def _files(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     shards = [shard for shards in manifest["splits"].values() for shard in shards]
-    files = {f"{shard['name']}.{kind}": shard[kind] for shard in shards for kind in ("bin", "idx")}
-    return {**files, **manifest.get("files", {})}
+    return {f"{shard['name']}.{kind}": shard[kind] for shard in shards for kind in ("bin", "idx")}

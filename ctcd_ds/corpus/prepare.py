@@ -149,7 +149,6 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
             "unigram_loss": unigram_loss(
                 (place.folder, place.output_dir), place.shards, dtype_for(identity["vocab_size"]), identity
             ),
-            "files": place.files("tokenizer"),
             **LAYOUT,
         }
     )

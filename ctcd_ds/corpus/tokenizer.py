@@ -7,7 +7,6 @@ whatever names), and `AutoTokenizer.from_pretrained` gives the same ids from the
 from __future__ import annotations
 
 import difflib
-import inspect
 import itertools
 import json
 import re
@@ -190,33 +189,6 @@ def _from_vocab(path: Path, lowercase: bool | None) -> PreTrainedTokenizerBase:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Saves the tokenizer so that `AutoTokenizer.from_pretrained(directory)` gives the same ids."""
     tokenizer.save_pretrained(str(directory))
-
-
-def fit_to_model(tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int | None = None) -> None:
-    """Lets the tokenizer give what the model takes, wherever both are saved: inputs by name, rows cut to a length.
-
-    `max_length`: tokens of a row to which `truncation=True` cuts; left out, as many as the model can read. Segments are
-    for models that have more than one.
-    """
-    takes = inspect.signature(type(model).forward).parameters
-    segments = "token_type_ids" in takes and (getattr(model.config, "type_vocab_size", None) or 0) > 1
-    tokenizer.model_input_names = [
-        "input_ids",
-        *(["token_type_ids"] if segments else []),
-        *(["attention_mask"] if "attention_mask" in takes else []),
-    ]
-    tokenizer.model_max_length = row_positions(model) if max_length is None else max_length
-    for name in ("model_input_names", "model_max_length"):
-        tokenizer.init_kwargs[name] = getattr(tokenizer, name)
-
-
-def row_positions(model: Any) -> int:
-    """How many tokens a row may have; RoBERTa's first positions, up to the padding's, are never used."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and hasattr(module, "num_embeddings"):
-            unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            return int(module.num_embeddings - unused)
-    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
 
 def unknown_pieces(tokenizer: PreTrainedTokenizerBase, lines: list[str], count: int = 8) -> list[tuple[str, int]]:

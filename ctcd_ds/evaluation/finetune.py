@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.tokenizer import fit_to_model, row_positions
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.data import TaskData
 from ctcd_ds.evaluation.metrics import Array
@@ -23,8 +22,11 @@ from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import file_entry
 from ctcd_ds.memory import keep_freed_memory
+from ctcd_ds.peers.reading import fit_tokenizer, row_limit
 
 Feature = dict[str, Any]
+
+NO_LIMIT = 1 << 30  # tokens of a row, of a model whose config states none
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ def open_checkpoint(path: Path, name: str) -> Checkpoint:
         raise UserError(f"--model: the weights in {path} do not fit its config.json: {sorted(unfit)[0]} is missing")
     if tokenizer.pad_token_id is None:
         raise UserError(f"--model: {path}: its tokenizer has no padding token")
-    fit_to_model(tokenizer, model)
+    fit_tokenizer(tokenizer, model)
     return Checkpoint(
         path=path,
         name=name,
         sha256="+".join(file_entry(file)["sha256"] for file in weights),
-        positions=row_positions(model),
+        positions=row_limit(model) or NO_LIMIT,
         tokenizer=tokenizer,
     )
 

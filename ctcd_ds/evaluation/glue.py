@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.tokenizer import fit_to_model, save_tokenizer
+from ctcd_ds.corpus.tokenizer import save_tokenizer
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.card import write_cards
 from ctcd_ds.evaluation.data import HUB, TaskData, from_folder, from_hub, tasks_in
@@ -37,6 +37,7 @@ from ctcd_ds.evaluation.results import Cell, Grid, best_seed, report, resume, sa
 from ctcd_ds.evaluation.submission import write_predictions, write_zip
 from ctcd_ds.evaluation.task_file import own_tasks
 from ctcd_ds.evaluation.tasks import GLUE, Task, named
+from ctcd_ds.peers.reading import fit_tokenizer
 
 ALL = ("all",)
 
@@ -279,7 +280,7 @@ def do_lane(
         if keep_models:
             kept = output_dir / "models" / checkpoint.name / task.name / f"seed-{seed}"
             finetuned.trainer.save_model(kept)
-            fit_to_model(checkpoint.tokenizer, finetuned.trainer.model, min(settings.max_length, checkpoint.positions))
+            fit_tokenizer(checkpoint.tokenizer, finetuned.trainer.model, min(settings.max_length, checkpoint.positions))
             save_tokenizer(checkpoint.tokenizer, kept)
         del finetuned
         gc.collect()  # a Trainer refers to itself, and holds the model

@@ -27,6 +27,7 @@ from ctcd_ds.evaluation.glue import model_names
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.measuring import Step, interleaved, peak_bytes, ratio, synchronise
 from ctcd_ds.peers.accounting import cost
+from ctcd_ds.tasks.mlm import MaskedLM
 from ctcd_ds.training.run_directory import environment
 
 FILE = "speed.json"
@@ -125,7 +126,7 @@ class _Candidate:
         )
         self.model, self.device = model.to(device).eval(), device
         try:
-            self.parameters = cost(model.config, self.checkpoint.positions, 1.0).parameters
+            self.parameters = cost(model.config, self.checkpoint.positions, 1.0, MaskedLM.auto_class()).parameters
         except ValueError:
             raise UserError(f"--model: {path} is no masked language model ({model.config.model_type})") from None
         self.weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

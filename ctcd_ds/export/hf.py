@@ -13,15 +13,14 @@ from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.manifest import built
-from ctcd_ds.peers.build import load_fitted
+from ctcd_ds.peers.build import TOLERANCE, difference, one_line, save_and_reload, with_state
+from ctcd_ds.peers.reading import fit_tokenizer
 from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, valid_batches
 from ctcd_ds.training import checkpoint as checkpoints
 from ctcd_ds.training.loading import consolidated
 from ctcd_ds.training.run_directory import RunDirectory
-
-TOLERANCE = 1e-4  # of the logits' own size: only the shape of the last GEMM differs
 
 
 def export(source: Path, peer: str, output_dir: Path, data_license: str | None = None) -> dict[str, Path]:
@@ -42,10 +41,10 @@ def export(source: Path, peer: str, output_dir: Path, data_license: str | None =
     names = trained if peer == "all" else [peer]
     with built(output_dir) as folder:
         weights = consolidated(checkpoint)
-        input_ids = _probe(recipe, manifest["vocab_size"])
+        auto, inputs = TASKS[recipe.objective.task].auto_class(), _probe(recipe, manifest["vocab_size"])
         for name in names:
             place = folder / name if peer == "all" else folder
-            _export_one(run, name, weights[name], manifest, place, input_ids)
+            _export_one(run, name, weights[name], manifest, place, auto, inputs)
             write_card(place, run, recipe, name, manifest, data_license)
     return {name: output_dir / name if peer == "all" else output_dir for name in names}
 
@@ -64,60 +63,56 @@ def _find(source: Path) -> tuple[RunDirectory, Path, dict[str, Any]]:
 
 
 def _export_one(
-    run: RunDirectory, name: str, state: Mapping[str, Tensor], manifest: dict[str, Any], place: Path, input_ids: Tensor
+    run: RunDirectory,
+    name: str,
+    state: Mapping[str, Tensor],
+    manifest: dict[str, Any],
+    place: Path,
+    auto: Any,
+    inputs: Mapping[str, Tensor],
 ) -> None:
-    from transformers import AutoModelForMaskedLM, logging
+    from transformers import logging
 
-    from ctcd_ds.corpus.tokenizer import fit_to_model, load_tokenizer, save_tokenizer, tokenizer_identity
+    from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_identity
 
     logging.disable_progress_bar()
     vocab_size = manifest["vocab_size"]
     tokenizer = load_tokenizer(run.tokenizer)
     if len(tokenizer) != vocab_size:
         raise Damage(f"{run.tokenizer} has {len(tokenizer)} tokens, the checkpoint's manifest says {vocab_size}")
-    model = peer_model(run, name, state, vocab_size)
-    model.save_pretrained(place)
-    fit_to_model(tokenizer, model)
+    exported = peer_model(run, name, state, auto, vocab_size)
+    reloaded = save_and_reload(exported, place, auto)
+    identity = tokenizer_identity(tokenizer)
+    fit_tokenizer(tokenizer, exported)
     save_tokenizer(tokenizer, place)
 
-    reloaded, inside = AutoModelForMaskedLM.from_pretrained(place), peer_model(run, name, state)
-    with torch.no_grad():
-        found = reloaded.eval()(input_ids=input_ids).logits
-        expected = inside.eval()(input_ids=input_ids).logits[..., :vocab_size]
-    error, size = float((found - expected).abs().max()), float(expected.abs().max())
-    if found.shape != expected.shape or not error <= TOLERANCE * max(1.0, size):
+    error, size = difference(reloaded, peer_model(run, name, state, auto), inputs)
+    if not error <= TOLERANCE * max(1.0, size):
         raise RunFailure(f"peer {name}: the exported model's logits are off by {error:.3g} (logits up to {size:.3g})")
-    if tokenizer_identity(load_tokenizer(place)) != tokenizer_identity(tokenizer):
+    if tokenizer_identity(load_tokenizer(place)) != identity:
         raise RunFailure(f"peer {name}: the exported tokenizer does not give the ids of {run.tokenizer}")
 
 
-def peer_model(run: RunDirectory, name: str, state: Mapping[str, Tensor], vocab_size: int | None = None) -> Any:
+def peer_model(
+    run: RunDirectory, name: str, state: Mapping[str, Tensor], auto: Any, vocab_size: int | None = None
+) -> Any:
     """The peer with these weights; with `vocab_size` its vocabulary is cut to that, else padded as in training."""
-    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(run.peers / name, trust_remote_code=False)
-        config.dtype = torch.float32
-        if vocab_size is not None:
-            config.vocab_size = vocab_size
-        model = AutoModelForMaskedLM.from_config(config)
-        load_fitted(model, state)
+        return with_state(config, state, auto, vocab_size)
     except Exception as problem:  # transformers has no common base for what it raises
-        raise Damage(f"{run.peers / name / 'config.json'} does not fit the weights: {_one_line(problem)}") from None
-    return model
+        raise Damage(f"{run.peers / name / 'config.json'} does not fit the weights: {one_line(problem)}") from None
 
 
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split()) or type(problem).__name__
-
-
-def _probe(recipe: Recipe, vocab_size: int) -> Tensor:
-    """Ids to compare logits on, int64 [4, L]: masked held-out rows, or random ids where the corpus is not there."""
+def _probe(recipe: Recipe, vocab_size: int) -> Mapping[str, Tensor]:
+    """Four rows to compare logits on: held-out ones as peers see them, or random ids where the corpus is not there."""
     length = recipe.corpus.sequence_length
     try:
         corpus = Corpus.open(Path(recipe.corpus.path))
         task = TASKS[recipe.objective.task].of(recipe, corpus)
         rows = task.rows("valid" if corpus.tokens("valid") else "train")
     except UserError:
-        return torch.randint(5, vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
-    return next(valid_batches(rows, task, Cut(4), max_rows=4)).views[0].inputs["input_ids"]
+        return {"input_ids": torch.randint(5, vocab_size, (4, length), generator=torch.Generator().manual_seed(0))}
+    return next(valid_batches(rows, task, Cut(4), max_rows=4)).views[0].inputs

@@ -1,35 +1,94 @@
-"""What a peer costs: parameters, FLOPs per token. Counted on a model without memory (torch's meta device)."""
+"""What a peer costs: parameters, FLOPs per token. Counted by torch as the model runs one row, without memory."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ctcd_ds.peers.heads import Way, project_by
 
 
 class Cost(NamedTuple):
     """Parameters with and without embeddings (tied output embeddings count once), and FLOPs per token.
 
     `forward_flops`: multiply-adds count two; the head at `head_fraction` of the positions. Training costs three
-    times that (backward is two forwards), a frozen peer once.
+    times that (backward is two forwards), a frozen peer once. `largest`: values of the largest parameter.
+    `activations`: values per token that its layers put out, which backward needs.
     """
 
     parameters: int
     without_embeddings: int
     forward_flops: float
+    largest: int
+    activations: float
 
 
-def cost(config: Any, sequence_length: int, head_fraction: float) -> Cost:
-    """The cost of a masked LM with this config at this row length."""
-    from transformers import AutoModelForMaskedLM
+def cost(config: Any, sequence_length: int, head_fraction: float, auto: Any) -> Cost:
+    """The cost of a model of the Auto class `auto` with this config at this row length.
 
-    with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(config)
-    parameters = sum(p.numel() for p in model.parameters())
+    Attention counts in full, whatever its kernel.
+    """
+    positions = round(head_fraction * sequence_length)
+    problem: Exception | None = None
+    for place in _places():
+        try:
+            with place:
+                return _counted(copy.deepcopy(config), auto, sequence_length, positions)
+        except Exception as found:  # its code asks for a value that is not there, or transformers has no such path
+            problem = found
+    assert problem is not None
+    raise problem
+
+
+def _places() -> Iterator[Any]:
+    """Where a model is made: without memory where its code lets us, which differs from type to type."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    yield torch.device("meta")
+    yield FakeTensorMode()
+    yield nullcontext()
+
+
+def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
+    # Attention as plain matrix products: a fused kernel's cost would depend on which one is chosen.
+    model = auto.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    inputs = {"input_ids": torch.full((1, length), config.get_text_config().vocab_size // 2)}
+    sizes = [p.numel() for p in model.parameters()]
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    inside = {id(m) for m in model.base_model.modules()}
-    encoder = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and id(m) in inside)
-    head = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside)
-    attention = 2 * 2 * sequence_length * config.hidden_size * config.num_hidden_layers  # Q·Kᵀ and weights·V
-    return Cost(parameters, parameters - embeddings, 2.0 * encoder + attention + 2.0 * head * head_fraction)
+    values = _values_put_out(model)
+    flops = _flops(model, inputs, torch.arange(positions), values)
+    return Cost(sum(sizes), sum(sizes) - embeddings, flops / length, max(sizes), sum(values) / length)
+
+
+def _values_put_out(model: Any) -> list[int]:
+    """Grows by the size of what each layer of the base model puts out as it runs."""
+    sizes: list[int] = []
+    for layer in model.base_model.modules():
+        if layer is not model.get_output_embeddings() and not list(layer.children()):
+            layer.register_forward_hook(
+                lambda _layer, _arguments, output: sizes.append(output.numel() if isinstance(output, Tensor) else 0)
+            )
+    return sizes
+
+
+def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: list[int]) -> int:
+    """Of one forward with logits at `positions`; the fastest way that runs is the one that training takes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for tap in (True, False):
+        values.clear()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            try:
+                projection = project_by(Way(model.base_model is not model, tap), model, inputs, positions)
+            except Exception:
+                if not tap:
+                    raise
+                continue
+        last = 0 if projection.weight is None else 2 * len(positions) * projection.weight.numel()
+        return int(counter.get_total_flops()) + last
+    raise AssertionError("unreachable")

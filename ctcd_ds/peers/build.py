@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,10 +17,21 @@ from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.recipe import PeerSection
 
+TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
 VOCABULARY_MULTIPLE = 64  # GEMMs with an odd inner size run at a fraction of their rate
 
-# Their positions begin after the padding id, which takes as many places away.
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "mpnet", "data2vec-text", "ibert")
+# Settings of a Hugging Face config that are not the model's to decide here: the value that changes nothing, and why.
+_PRECISION = "weights have the precision of the DeepSpeed config (bf16, fp16)"
+_NOT_THE_MODELS = {
+    "dtype": ("float32", _PRECISION),
+    "torch_dtype": ("float32", _PRECISION),
+    "return_dict": (True, "outputs are read by their names"),
+    "output_hidden_states": (False, "nobody reads them, and they take memory"),
+    "output_attentions": (False, "nobody reads them, and they take memory"),
+    "is_decoder": (False, "the task decides which tokens a position sees"),
+    "add_cross_attention": (False, "there is no second row to attend to"),
+    "gradient_checkpointing": (False, "activations are always kept"),
+}
 
 
 def padded(vocab_size: int) -> int:
@@ -46,18 +59,20 @@ def peer_config(section: PeerSection, corpus: Corpus) -> Any:
             values = dict(section.model or {})
             config = AutoConfig.for_model(values.pop("model_type"), **values)
     except Exception as problem:  # transformers raises whatever its config classes raise
-        raise UserError(" ".join(str(problem).split())) from None
-    special = corpus.special
-    config.pad_token_id, config.cls_token_id, config.sep_token_id = special.pad, special.cls, special.sep
-    config.bos_token_id, config.eos_token_id = special.cls, special.sep
-    config.vocab_size = padded(corpus.vocab_size)
+        raise UserError(one_line(problem)) from None
+    special, own = corpus.special, config.get_text_config()
+    for part in {id(config): config, id(own): own}.values():
+        part.pad_token_id, part.cls_token_id, part.sep_token_id = special.pad, special.cls, special.sep
+        part.bos_token_id, part.eos_token_id = special.cls, special.sep
+        part.vocab_size = padded(corpus.vocab_size)
     return config
 
 
-def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int) -> Iterator[str]:
-    """What is wrong with a peer's `model` or `pretrained`, as 'key = value: why' lines relative to the peer."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForMaskedLM
+def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, auto: Any) -> Iterator[str]:
+    """What is wrong with a peer's `model` or `pretrained`, as 'key = value: why' lines relative to the peer.
 
+    `auto`: the task's Auto class of transformers.
+    """
     if section.pretrained is not None and not (Path(section.pretrained) / "config.json").is_file():
         looks_local = section.pretrained.startswith((".", "/")) or section.pretrained.count("/") > 1
         if Path(section.pretrained).exists():
@@ -66,87 +81,184 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int) 
         if looks_local:
             yield f"pretrained = {section.pretrained!r}: no such directory"
             return
-    model = section.model or {}
-    if section.model is not None:
-        try:
-            known = set(AutoConfig.for_model(model["model_type"]).to_dict())
-        except ValueError:
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-            near = did_you_mean(model["model_type"], CONFIG_MAPPING_NAMES)
-            hint = near if near.startswith("did") else "transformers has no such architecture"
-            yield f"model.model_type = {model['model_type']!r}: {hint}"
-            return
-        known |= set(AutoConfig.for_model(model["model_type"]).attribute_map)
-        for key in sorted(set(model) - known - {"model_type"}):
-            yield f"model.{key} = {model[key]!r}: {model['model_type']} has no such setting; {_near(key, known)}"
+    if section.model is not None and (said := list(_setting_mistakes(section.model))):
+        yield from said
+        return
     try:
         config = peer_config(section, corpus)
     except UserError as mistake:
         hub = f"pretrained = {section.pretrained!r}: no such directory, and no model of the hub"
         yield f"{'model' if section.model is not None else hub}: {mistake}"
         return
-    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
-        yield f"model_type {config.model_type!r} has no masked-LM head in transformers"
+    if type(config) not in auto._model_mapping:
+        yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__})"
         return
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
         yield f"model.num_attention_heads = {heads}: does not divide hidden_size = {width}"
         return
     places = getattr(config, "max_position_embeddings", None)
-    if isinstance(places, int):
-        offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
-        if sequence_length + offset > places:
-            extra = f" + {offset} (its positions begin after the padding id)" if offset else ""
-            yield (
-                f"max_position_embeddings = {places}: less than corpus.sequence_length = {sequence_length}{extra}; "
-                "raise it or shorten the rows"
-            )
-    try:
-        with torch.device("meta"):
-            AutoModelForMaskedLM.from_config(config)
-    except Exception as problem:  # whatever an architecture says about its own config
-        yield f"model: transformers cannot build it: {' '.join(str(problem).split())}"
-
-
-def _near(key: str, known: set[str]) -> str:
-    hint = did_you_mean(key, known)
-    return hint if hint.startswith("did") else "see its config class in transformers"
-
-
-def build_peer(name: str, section: PeerSection, corpus: Corpus, seed: int) -> Any:
-    """The peer as a Hugging Face masked LM in fp32 on the CPU, vocabulary padded, weights tied as its config says.
-
-    Initialisation is keyed by (seed, name): it does not depend on which other peers are in the run.
-    """
-    from transformers import AutoModelForMaskedLM
-
-    config = peer_config(section, corpus)
-    config.dtype = torch.float32
-    torch.manual_seed(seed_of(seed, "initialisation", name))
-    model = AutoModelForMaskedLM.from_config(config)
-    if section.pretrained is not None:
-        checkpoint = AutoModelForMaskedLM.from_pretrained(
-            section.pretrained, dtype=torch.float32, trust_remote_code=False
+    if isinstance(places, int) and sequence_length > places:
+        yield (
+            f"max_position_embeddings = {places}: less than corpus.sequence_length = {sequence_length}; "
+            "raise it or shorten the rows"
         )
+    yield from _building_mistakes(section.model or {}, config, auto)
+
+
+def _setting_mistakes(model: Mapping[str, Any]) -> Iterator[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = model["model_type"]
+    if kind not in CONFIG_MAPPING_NAMES:
+        near = did_you_mean(kind, CONFIG_MAPPING_NAMES)
+        yield f"model.model_type = {kind!r}: {_or_else(near, 'transformers has no such architecture')}"
+        return
+    for key in sorted(set(model) & set(_NOT_THE_MODELS)):
+        harmless, reason = _NOT_THE_MODELS[key]
+        if model[key] not in (harmless, None):
+            yield f"model.{key} = {model[key]!r}: {reason}; remove it"
+
+
+def _building_mistakes(model: Mapping[str, Any], config: Any, auto: Any) -> Iterator[str]:
+    """What the model's own code says as it is built without memory, and which of the settings nothing reads."""
+    from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+
+    read: set[str] = set()
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"), _noting_reads(type(config), read):
+            auto.from_config(config)
+    except Exception as problem:  # whatever an architecture says about its own config
+        if keys := [key for key, value in model.items() if problem.args == (value,)]:  # it looked for an activation
+            yield f"model.{keys[0]} = {model[keys[0]]!r}: allowed: {', '.join(sorted(ACT2FN))}"
+        else:
+            yield f"model: transformers cannot build it: {one_line(problem)}"
+        return
+    if not model:
+        return
+    default = AutoConfig.for_model(model["model_type"])
+    known = {*default.to_dict(), *default.attribute_map, *_NOT_THE_MODELS, "model_type", "attn_implementation"}
+    for key in sorted(set(model) - known - read):
+        near = _or_else(did_you_mean(key, known), "see its config class in transformers")
+        yield f"model.{key} = {model[key]!r}: {model['model_type']} has no such setting; {near}"
+
+
+@contextmanager
+def _noting_reads(kind: type, read: set[str]) -> Iterator[None]:
+    """Notes which attributes of configs of this class are read: some settings have no default in their class."""
+    plain = kind.__getattribute__
+
+    def noting(config: Any, name: str) -> Any:
+        read.add(name)
+        return plain(config, name)  # type: ignore[call-arg]
+
+    own = kind.__dict__.get("__getattribute__")
+    kind.__getattribute__ = noting  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        if own is None:
+            del kind.__getattribute__
+        else:
+            kind.__getattribute__ = own  # type: ignore[method-assign]
+
+
+def _or_else(hint: str, otherwise: str) -> str:
+    return hint if hint.startswith("did") else otherwise
+
+
+def one_line(problem: Exception) -> str:
+    """What an exception says, on one line of a few hundred letters: transformers can quote a whole module."""
+    said = " ".join(str(problem).split()) or type(problem).__name__
+    return said if len(said) <= 300 else f"{said[:300]} …"
+
+
+def build_peer(name: str, section: PeerSection, corpus: Corpus, seed: int, auto: Any) -> Any:
+    """The peer in fp32 on the CPU, of the task's Auto class, vocabulary padded, weights tied as its config says.
+
+    Initialisation is keyed by (seed, name): it does not depend on which other peers are in the run. What does not learn
+    although its model does (RoFormer's positions) is a buffer, so that every checkpoint holds it.
+    """
+    config = peer_config(section, corpus)
+    torch.manual_seed(seed_of(seed, "initialisation", name))
+    model = auto.from_config(config, dtype=torch.float32)
+    if section.pretrained is not None:
+        checkpoint = auto.from_pretrained(section.pretrained, dtype=torch.float32, trust_remote_code=False)
         load_fitted(model, checkpoint.state_dict())
     if section.frozen:
         model.requires_grad_(False)
+    else:
+        hold_fixed(model)
     return model
 
 
-def load_fitted(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Loads a state whose vocabulary is smaller or larger than the model's: rows beyond either are left or cut.
+def missing_weights(checkpoint: str, auto: Any) -> list[str]:
+    """The weights of a model that a checkpoint does not hold: they would begin as random numbers. Reads no values."""
+    _, loading = auto.from_pretrained(checkpoint, trust_remote_code=False, output_loading_info=True, device_map="meta")
+    return sorted(loading["missing_keys"])
 
-    Every parameter of the model must be in `state`, and differ in its first dimension only.
+
+def hold_fixed(model: torch.nn.Module) -> None:
+    """Makes buffers of parameters that do not learn, under their names: DeepSpeed saves buffers, and not those."""
+    for part in model.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(part, name)
+                part.register_buffer(name, parameter.detach())
+
+
+def load_fitted(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Loads a state whose vocabulary is smaller or larger than the model's: what is beyond either is left or cut.
+
+    Every parameter and buffer of the model must be in `state`; shapes may differ along the vocabulary, whichever
+    dimension it is.
     """
     own = model.state_dict()
     missing = sorted(set(own) - set(state))
     assert not missing, f"the state lacks {missing}"
     with torch.no_grad():
         for key, tensor in own.items():
-            rows = min(len(tensor), len(state[key])) if tensor.ndim else None
-            tensor[:rows].copy_(state[key][:rows]) if rows is not None else tensor.copy_(state[key])
+            common = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, state[key].shape, strict=True))
+            tensor[common].copy_(state[key][common])
+
+
+def with_state(config: Any, state: Mapping[str, Tensor], auto: Any, vocab_size: int | None = None) -> Any:
+    """A model of this config with these weights, fp32; with `vocab_size` its vocabulary is cut to that."""
+    config = copy.deepcopy(config)
+    if vocab_size is not None:
+        config.get_text_config().vocab_size = config.vocab_size = vocab_size
+    model = auto.from_config(config, dtype=torch.float32)
+    load_fitted(model, state)
+    return model
+
+
+def save_and_reload(model: Any, place: Path, auto: Any) -> Any:
+    """Writes a model directory and returns what transformers loads from it.
+
+    Funnel's loading zeroes the row of the padding token, to which training gave numbers (it is a column of the logits
+    too). Its config then names no padding token; the tokenizer still does.
+    """
+    model.save_pretrained(place)
+    reloaded = auto.from_pretrained(place)
+    state = reloaded.state_dict()
+    if any(not torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name in state):
+        model.config.pad_token_id = None
+        model.config.save_pretrained(place)
+        reloaded = auto.from_pretrained(place)
+    return reloaded
+
+
+def difference(exported: Any, inside: Any, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+    """How far the logits of an exported model are from those of the padded model inside, and how large they are."""
+    logits = []
+    for model in (exported, inside):
+        torch.manual_seed(0)  # Reformer hashes by random numbers
+        with torch.no_grad():
+            logits.append(model.eval()(**inputs).logits)
+    found, expected = logits[0], logits[1][..., : logits[0].shape[-1]]
+    return float((found - expected).abs().max()), float(expected.abs().max())
 
 
 _OF_FROZEN: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()

@@ -16,6 +16,15 @@ from ctcd_ds.peers.dropout import use_fast_dropout
 from ctcd_ds.peers.heads import compilable, project_positions, way_of
 
 
+class Peers(nn.ModuleDict):
+    """Peers by name; a name may be that of a method (half, train, eval), which nn.ModuleDict refuses."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Without asking whether the name is an attribute: peers are asked for by [name] only."""
+        assert module is not None
+        self._modules[name] = module
+
+
 class CoTraining(nn.Module):
     """N peers and their distillation graph.
 
@@ -38,7 +47,7 @@ class CoTraining(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.peers = nn.ModuleDict(peers)
+        self.peers = Peers(peers)
         use_fast_dropout(self)
         for peer in self.peers.values():
             way_of(peer)  # found in fp32, before the first step

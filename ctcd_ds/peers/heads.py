@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.objective.fused import Projection, project
+from ctcd_ds.peers.reading import few_tokens
 
 TOLERANCE = 1e-4  # of the logits' own size, in fp32
 
@@ -29,14 +30,16 @@ TOLERANCE = 1e-4  # of the logits' own size, in fp32
 class Way(NamedTuple):
     """How a model's logits at positions are had.
 
-    `cut`: its base model's output can be cut to the positions; `tap`: its output embedding is one linear map, after
-    which nothing follows but a `bias` (the name of a parameter or buffer) that the embedding does not hold itself.
+    `cut`: its base model's output can be cut to the positions. `tap`: its output embedding is one linear map, and
+    logits = softcap(scale · map) + bias (see `Projection`), where `bias` names a parameter or buffer outside the map.
     With neither, all logits are made and then gathered.
     """
 
     cut: bool
     tap: bool
     bias: str | None = None
+    scale: float = 1.0
+    cap: float | None = None
 
 
 def project_positions(model: Any, inputs: Mapping[str, Tensor], positions: Tensor | None) -> Projection:
@@ -48,7 +51,7 @@ def project_positions(model: Any, inputs: Mapping[str, Tensor], positions: Tenso
         inputs: what its forward takes, e.g. input_ids, int64 [B, L]; no padding: no attention mask is needed or made.
         positions: int64 [P], flat indices into B·L (L: of the decoder, where there is one); None: all, in order.
     """
-    return _project(model, way_of(model), inputs, positions)
+    return project_by(way_of(model), model, inputs, positions)
 
 
 def way_of(model: Any) -> Way:
@@ -70,7 +73,7 @@ class _Unfit(Exception):
     """A way does not suit a model, and why."""
 
 
-def _project(model: Any, way: Way, inputs: Mapping[str, Tensor], positions: Tensor | None) -> Projection:
+def project_by(way: Way, model: Any, inputs: Mapping[str, Tensor], positions: Tensor | None) -> Projection:
     cut = way.cut and positions is not None
     tapped: list[Tensor] = []
 
@@ -96,7 +99,7 @@ def _project(model: Any, way: Way, inputs: Mapping[str, Tensor], positions: Tens
     if not way.tap:
         return Projection(rows)
     bias = decoder.bias if way.bias is None else _named_tensors(model)[way.bias].flatten()
-    return Projection(hidden=rows, weight=decoder.weight, bias=bias)
+    return Projection(hidden=rows, weight=decoder.weight, bias=bias, scale=way.scale, cap=way.cap)
 
 
 def _with_first(output: Any, value: Tensor) -> Any:
@@ -122,7 +125,7 @@ def find_way(model: Any) -> Way:
     (BigBird gives up its sparse attention for good at the first short row).
     """
     twin, tensor = _twin(model).eval(), next(model.parameters())
-    inputs = _few_tokens(twin, tensor.device)
+    inputs = few_tokens(twin, rows=2, tokens=8)
     positions = torch.tensor([0, 3, 4, 6, 9, 15], device=tensor.device)
     tolerance = max(TOLERANCE, 8 * torch.finfo(tensor.dtype).eps)
     with torch.random.fork_rng([tensor.device] if tensor.is_cuda else []):
@@ -137,7 +140,7 @@ def find_way(model: Any) -> Way:
             try:
                 with torch.no_grad():
                     torch.manual_seed(0)
-                    found = project(_project(twin, way, inputs, positions), slice(None))
+                    found = project(project_by(way, twin, inputs, positions), slice(None))
             except Exception:  # its head cannot run on [1, P, E]; the next way may do
                 continue
             if found.shape == expected.shape and _near(found, expected, tolerance):
@@ -147,37 +150,32 @@ def find_way(model: Any) -> Way:
 
 def _twin(model: Any) -> Any:
     """A copy that shares the model's weights, all but those that the probe fills."""
-    own = {id(tensor) for tensor in _after_decoder(model).values()}
+    own = {id(tensor) for tensor in _of_vocabulary_size(model).values()}
     shared = {id(tensor): tensor for tensor in _named_tensors(model).values() if id(tensor) not in own}
     return copy.deepcopy(model, shared)
-
-
-def _few_tokens(model: Any, device: torch.device) -> dict[str, Tensor]:
-    """Two rows of eight ids from the middle of the vocabulary, where no special ones are."""
-    middle = model.config.get_text_config().vocab_size // 2
-    ids = (middle + torch.arange(16, device=device)).view(2, 8)
-    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
 
 
 def _ways(model: Any, inputs: Mapping[str, Tensor], tolerance: float) -> Iterator[Way]:
     """From the fastest to the one that always is one."""
     cuts = (True, False) if model.base_model is not model else (False,)
     try:
-        bias = _bias_after(model, inputs, tolerance)
+        after = _after_decoder(model, inputs, tolerance)
     except _Unfit:
         pass
     else:
-        yield from (Way(cut, True, bias) for cut in cuts)
+        yield from (Way(cut, True, *after) for cut in cuts)
     yield from (Way(cut, False) for cut in cuts)
 
 
-def _bias_after(model: Any, inputs: Mapping[str, Tensor], tolerance: float) -> str | None:
-    """The name of what is added to the output embedding's result, None where nothing is.
+def _after_decoder(
+    model: Any, inputs: Mapping[str, Tensor], tolerance: float
+) -> tuple[str | None, float, float | None]:
+    """What the model makes of its output embedding's result: the name of a bias, or None; a scale; a cap, or None.
 
-    Raises _Unfit where anything else happens to it. Whatever might be added is filled with numbers first (and stays
-    so: `model` is a twin): it may still be zero, as ESM's bias is before training.
+    Raises _Unfit where it is anything else. Whatever might be added is filled with numbers first (and stays so: `model`
+    is a twin): it may still be zero, as ESM's bias is before training.
     """
-    decoder, candidates = model.get_output_embeddings(), _after_decoder(model)
+    decoder, candidates = model.get_output_embeddings(), _of_vocabulary_size(model)
     if not isinstance(decoder, nn.Linear):
         raise _Unfit("its output embedding is no linear map")
     ramp = torch.linspace(-1, 1, decoder.out_features).to(decoder.weight).float()  # rounded as the weights are
@@ -187,17 +185,26 @@ def _bias_after(model: Any, inputs: Mapping[str, Tensor], tolerance: float) -> s
     with torch.enable_grad():
         logits = _logits_for(model, decoder, inputs, torch.zeros_like(ramp))
     added = logits[0].detach()
-    if bool((logits != added).any()) or (decoder.bias is not None and bool(added.any())):
-        raise _Unfit("what it adds is no one bias")
-    for size in (2.0**3, 2.0**22):  # as logits are, and where any soft cap shows
-        if not _near(_logits_for(model, decoder, inputs, size * ramp).detach() - added, size * ramp, tolerance):
-            raise _Unfit("it scales or caps the logits")
     names = [name for name, tensor in candidates.items() if torch.equal(tensor.detach().flatten().float(), added)]
-    if added.any() and len(names) != 1:
-        raise _Unfit("it adds numbers that are none of its parameters")
+    if bool((logits != added).any()) or (bool(added.any()) and len(names) != 1):
+        raise _Unfit("what it adds is none of its parameters")
     bias = names[0] if added.any() else None
     _nothing_else_learns(model, logits, bias)
-    return bias
+
+    def of(columns: Tensor) -> Tensor:
+        return _logits_for(model, decoder, inputs, columns).detach() - added
+
+    huge = of(2.0**22 * ramp)  # beyond any soft cap
+    cap = float(huge.max()) if huge.max() < 2.0**12 else None
+    line = huge / 2.0**22 if cap is None else cap * torch.atanh(of(ramp) / cap)
+    scale = float((line.double() @ ramp.double()).mean() / ramp.double().square().sum())
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    expected = 8 * scale * ramp if cap is None else cap * torch.tanh(8 * scale * ramp / cap)
+    if not _near(of(8 * ramp), expected, tolerance):
+        raise _Unfit("what it does to the logits is neither a scale nor a soft cap")
+    if decoder.bias is not None and (bias is not None or scale != 1.0 or cap is not None):
+        raise _Unfit("its output embedding has a bias of its own before that")
+    return bias, scale, cap
 
 
 def _logits_for(model: Any, decoder: nn.Linear, inputs: Mapping[str, Tensor], columns: Tensor) -> Tensor:
@@ -228,7 +235,7 @@ def _nothing_else_learns(model: Any, logits: Tensor, bias: str | None) -> None:
         raise _Unfit("a parameter after the output embedding is no bias")
 
 
-def _after_decoder(model: Any) -> dict[str, Tensor]:
+def _of_vocabulary_size(model: Any) -> dict[str, Tensor]:
     """What might be added after the output embedding: all of the vocabulary's size that the embedding does not hold."""
     decoder = model.get_output_embeddings()
     if not isinstance(decoder, nn.Linear):

@@ -108,8 +108,8 @@ def build_engine(plan: Plan, universal: bool = False) -> Any:
     """
     import deepspeed
 
-    recipe = plan.recipe
-    peers = {name: build_peer(name, section, plan.corpus, recipe.seed) for name, section in recipe.peers.items()}
+    recipe, auto = plan.recipe, plan.task.auto_class()
+    peers = {name: build_peer(name, section, plan.corpus, recipe.seed, auto) for name, section in recipe.peers.items()}
     module = CoTraining(peers, recipe.graph(), plan.corpus.vocab_size, recipe.objective.temperature, recipe.seed)
     module.train()
     if recipe.training.compile:

@@ -15,7 +15,8 @@ from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
-from ctcd_ds.peers.build import config_mistakes, padded, peer_config
+from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
+from ctcd_ds.peers.rehearsal import rehearse
 from ctcd_ds.recipe import Mistakes, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Task
@@ -26,7 +27,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. `rows` are the training rows, `valid` the held-out ones (None: the corpus has none)."""
+    """A checked run. `rows` are the training rows, `valid` the held-out ones (None: the corpus has none).
+
+    `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
+    """
 
     recipe: Recipe
     corpus: Corpus
@@ -38,6 +42,7 @@ class Plan:
     configs: dict[str, Any]
     costs: dict[str, Cost]
     steps: int
+    begun: dict[str, list[str]]
 
     @property
     def tokens_per_step(self) -> int:
@@ -70,7 +75,7 @@ class Plan:
             gradient_bytes=config.gradient_bytes,
             overlap=bool(config.zero.overlap_comm),
             bucket=config.zero.reduce_bucket_size,
-            largest=max(padded(self.corpus.vocab_size) * c.hidden_size for c in self.configs.values()),
+            largest=max(c.largest for c in self.costs.values()),
             activation_bytes=_activation_bytes(self) / config.micro_batch,
         )
 
@@ -84,10 +89,19 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         raise
     except UserError as mistake:
         raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
+    auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
     for name, section in recipe.peers.items():
-        said = list(config_mistakes(section, corpus, recipe.corpus.sequence_length))
-        said = said or list(_tokenizer_mistakes(section.pretrained, corpus))
+        said = list(config_mistakes(section, corpus, length, auto)) or list(
+            _tokenizer_mistakes(section.pretrained, corpus)
+        )
         mistakes += [f"peers.{name}.{mistake}" for mistake in said]
+    begun = {} if mistakes else _begun_at_random(recipe, auto)
+    mistakes += [
+        f"peers.{name}.pretrained = {recipe.peers[name].pretrained!r}: a frozen peer teaches what it knows, and this "
+        f"checkpoint lacks {_some(weights)}: they would be random numbers"
+        for name, weights in begun.items()
+        if recipe.peers[name].frozen
+    ]
     task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, None
     try:
         rows = task.rows("train")
@@ -103,9 +117,24 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
     configs = {name: peer_config(section, corpus) for name, section in recipe.peers.items()}
-    length = recipe.corpus.sequence_length
-    costs = {name: cost(c, length, task.asked(recipe, name) / length) for name, c in configs.items()}
-    return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps)
+    costs = {name: cost(c, length, task.asked(recipe, name) / length, auto) for name, c in configs.items()}
+    return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, begun)
+
+
+def rehearse_peers(plan: Plan, device: str) -> None:
+    """Tries in small whether each peer will learn on this device, and be saved, loaded and exported.
+
+    Takes a second an architecture. Raises Mistakes with all that would not end well.
+    """
+    said: dict[str, str | None] = {}
+    for config in plan.configs.values():
+        if (key := config.to_json_string()) not in said:
+            auto, length = plan.task.auto_class(), plan.recipe.corpus.sequence_length
+            said[key] = rehearse(config, auto, length, plan.deepspeed.precision, device)
+    mistakes = [f"peers.{name}: {said[c.to_json_string()]}" for name, c in plan.configs.items()
+                if said[c.to_json_string()]]  # fmt: skip
+    if mistakes:
+        raise Mistakes("this run", mistakes)
 
 
 def _steps(recipe: Recipe, rows: int) -> int:
@@ -113,6 +142,17 @@ def _steps(recipe: Recipe, rows: int) -> int:
         return recipe.training.steps
     assert recipe.training.epochs is not None
     return int(recipe.training.epochs * rows // recipe.training.global_batch_rows)
+
+
+def _begun_at_random(recipe: Recipe, auto: Any) -> dict[str, list[str]]:
+    """The weights that each peer's checkpoint does not hold, where there are any."""
+    checkpoints = {name: section.pretrained for name, section in recipe.peers.items() if section.pretrained}
+    missing = {name: missing_weights(checkpoint, auto) for name, checkpoint in checkpoints.items()}
+    return {name: weights for name, weights in missing.items() if weights}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _tokenizer_mistakes(pretrained: str | None, corpus: Corpus) -> Iterator[str]:
@@ -145,6 +185,7 @@ def describe(plan: Plan) -> str:
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
     lines += ["", "distillation graph", *(f"  {line}" for line in recipe.graph().describe())]
     lines += [f"  {name}: {said}" for name, said in plan.task.exceptions()]
+    lines += [f"  {name}: not in its checkpoint, begins at random: {_some(new)}" for name, new in plan.begun.items()]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows
     epochs, tokens = rows_seen / len(plan.rows), plan.steps * plan.tokens_per_step
@@ -178,11 +219,11 @@ def memory_per_rank(plan: Plan) -> tuple[float, float]:
 
 
 def _activation_bytes(plan: Plan) -> float:
-    """17 values a token, layer and hidden unit, and the objective's fp32 logits."""
+    """What the layers of trained peers put out, and the objective's fp32 logits."""
     config, recipe = plan.deepspeed, plan.recipe
     tokens = config.micro_batch * recipe.corpus.sequence_length
-    widths = [c.hidden_size * c.num_hidden_layers for name, c in plan.configs.items() if not recipe.peers[name].frozen]
-    return 17 * config.weight_bytes * tokens * sum(widths) + sum(
+    values = sum(c.activations for name, c in plan.costs.items() if not recipe.peers[name].frozen)
+    return config.weight_bytes * tokens * values + sum(
         logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size)
         for name in plan.configs
     )

@@ -111,7 +111,7 @@ def _models(run: RunDirectory, recipe: Recipe, device: torch.device) -> Iterator
     auto_class = TASKS[recipe.objective.task].auto_class()
     for name, place in exports.items():
         if name in states:
-            model = peer_model(run, name, states[name])
+            model = peer_model(run, name, states[name], auto_class)
         else:
             model = auto_class.from_pretrained(place, dtype=torch.float32, trust_remote_code=False)
         yield name, model.eval().to(device)

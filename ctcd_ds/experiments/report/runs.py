@@ -102,7 +102,8 @@ def _costs(run: LoggedRun) -> dict[str, Cost]:
         if not (place / "config.json").is_file():
             return {}
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        found[name] = cost(config, length, TASKS[recipe.objective.task].asked(recipe, name) / length)
+        task = TASKS[recipe.objective.task]
+        found[name] = cost(config, length, task.asked(recipe, name) / length, task.auto_class())
     return found
 
 

@@ -1,0 +1,87 @@
+"""How a model reads a row of tokens: how long it may be, and whether it tells sentences apart."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FEW = 8  # tokens that every model reads
+
+
+def few_tokens(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
+    """What a model's forward takes, of seven ids from the middle of its vocabulary, where no special ones are."""
+    count = torch.arange(rows * tokens, device=next(model.parameters()).device)
+    ids = (model.config.get_text_config().vocab_size // 2 + count % 7).view(rows, tokens)
+    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+
+
+def longest_row(model: Any) -> int | None:
+    """How many tokens its tables of positions allow, None where it has none. `model` runs twice, on a short row.
+
+    RoBERTa and its like begin after the padding id, which takes as many positions away; found by looking which
+    entry of which embedding a longer row asks for.
+    """
+    short, long = _last_rows_read(model, FEW), _last_rows_read(model, FEW + 1)
+    limits = [entries - (last + 1 - FEW) for (table, entries), last in short.items()
+              if long.get((table, entries)) == last + 1]  # fmt: skip
+    return min(limits, default=None)
+
+
+def reads_segments(model: Any) -> bool:
+    """Whether it tells a first from a second sentence by token_type_ids."""
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    return takes and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def row_limit(model: Any) -> int | None:
+    """How many tokens a row may have: by its tables of positions, else as its config says; None: nothing says it."""
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest_row(model) or (stated if isinstance(stated, int) and stated > 0 else None)
+
+
+def fit_tokenizer(tokenizer: Any, model: Any, max_length: int | None = None) -> None:
+    """Lets a tokenizer give what the model takes, wherever both are saved: inputs by name, rows cut to a length.
+
+    `max_length`: tokens of a row to which `truncation=True` cuts; left out, as many as the model can read.
+    """
+    takes = inspect.signature(model.forward).parameters
+    tokenizer.model_input_names = [
+        "input_ids",
+        *(["token_type_ids"] if reads_segments(model) else []),
+        *(["attention_mask"] if "attention_mask" in takes else []),
+    ]
+    tokenizer.model_max_length = max_length or row_limit(model) or tokenizer.model_max_length
+    for name in ("model_input_names", "model_max_length"):
+        tokenizer.init_kwargs[name] = getattr(tokenizer, name)
+
+
+@torch.no_grad()
+def _last_rows_read(model: Any, tokens: int) -> dict[tuple[int, int], int]:
+    """Embedding (address, entries) → the last entry that a row of few different tokens asks for."""
+    inputs = few_tokens(model, 1, tokens)
+    was = model.training
+    model.eval()
+    with _Lookups() as lookups, torch.random.fork_rng([]):
+        model(**inputs)
+    model.train(was)
+    return lookups.last
+
+
+class _Lookups(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: dict[tuple[int, int], int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.embedding.default:
+            self._note(args[0], args[1])
+        return function(*args, **(kwargs or {}))
+
+    def _note(self, table: Tensor, entries: Tensor) -> None:
+        if entries.numel() == entries.shape[-1]:  # relative positions are asked for in pairs
+            key = table.data_ptr(), len(table)
+            self.last[key] = max(int(entries.max()), self.last.get(key, 0))

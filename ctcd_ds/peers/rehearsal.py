@@ -1,0 +1,141 @@
+"""A run's end, tried before its beginning: a small twin of a peer reads, learns, is saved, loaded and compared.
+
+What cannot end well then does not begin. The twin is the peer's config with two layers and a vocabulary that just holds
+the special ids, so that this takes a second; where an architecture does not let itself be cut, it is the whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctcd_ds.cli import UserError
+from ctcd_ds.peers.build import TOLERANCE, difference, hold_fixed, one_line, padded, save_and_reload, with_state
+from ctcd_ds.peers.heads import project_positions
+from ctcd_ds.peers.reading import longest_row
+
+LAYERS = 2
+WORDS = 8  # of the small vocabulary, beside the special ids
+
+
+def rehearse(config: Any, auto: Any, sequence_length: int, precision: str, device: str) -> str | None:
+    """Why a peer of this config could not be trained and exported, in one sentence; None where it can.
+
+    Args:
+        config: as `peer_config` gives it. auto: the task's Auto class.
+        precision: fp32, bf16 or fp16, and device, cpu or cuda: of the run.
+    """
+    said = None
+    with _quiet(), torch.random.fork_rng([]):
+        for twin in _twins(config):
+            said = _rehearse(twin, auto, sequence_length, precision, device)
+            if said is None:
+                return None
+    return said
+
+
+def _twins(config: Any) -> Iterator[Any]:
+    """The config with a small vocabulary: first with fewer layers, then as it is."""
+    for layers in (LAYERS, None):
+        twin = copy.deepcopy(config)
+        own = twin.get_text_config()
+        twin.vocab_size = own.vocab_size = max(_special_ids(twin), default=0) + WORDS
+        depth = getattr(own, "num_hidden_layers", None)
+        if layers is not None:
+            if not isinstance(depth, int) or depth <= layers:
+                continue
+            with contextlib.suppress(Exception):  # a few compute it from others
+                own.num_hidden_layers = layers
+                if getattr(own, "layer_types", None):
+                    own.layer_types = own.layer_types[:layers]
+        yield twin
+
+
+def _special_ids(config: Any) -> list[int]:
+    settings = {**config.to_dict(), **config.get_text_config().to_dict()}
+    ids = [value for key, value in settings.items() if key.endswith(("_token_id", "_index")) and isinstance(value, int)]
+    return [value for value in ids if value < config.get_text_config().vocab_size]
+
+
+def _rehearse(config: Any, auto: Any, length: int, precision: str, device: str) -> str | None:
+    kind, words = type(config).__name__.removesuffix("Config"), config.get_text_config().vocab_size
+    inside = copy.deepcopy(config)
+    inside.vocab_size = inside.get_text_config().vocab_size = padded(words)
+    try:
+        model = auto.from_config(inside, dtype=torch.float32)
+        hold_fixed(model)
+        limit = longest_row(model)
+    except Exception as problem:
+        return f"{kind} cannot be built or cannot read a row: {one_line(problem)}"
+    if limit is not None and length > limit:
+        return (
+            f"max_position_embeddings = {config.max_position_embeddings}: its positions are enough for rows of {limit} "
+            f"tokens (they begin after the padding id), corpus.sequence_length = {length}; raise it or shorten the rows"
+        )
+    inputs = {"input_ids": (words - WORDS + torch.arange(length) % WORDS).unsqueeze(0)}
+    if (said := _learns(model, inputs, torch.float32, "cpu")) is not None:
+        return f"{kind} cannot learn from a row of {length} tokens: {said}"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    usual = (dtype, device) == (torch.float32, "cpu")
+    if not usual and (said := _learns(copy.deepcopy(model), inputs, dtype, device)) is not None:
+        return f"{kind} cannot learn in {precision} on {device} ({said}); in fp32 on the CPU it can"
+    return _export_mistake(model, config, auto, inputs, kind)
+
+
+def _learns(model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> str | None:
+    """One forward and backward in training mode; what went wrong, or None."""
+    try:
+        model.to(device, dtype).train()
+        there = {name: tensor.to(device) for name, tensor in inputs.items()}
+        positions = torch.arange(0, inputs["input_ids"].numel(), 7, device=device)
+        projection = project_positions(model, there, positions)
+        logits = projection.hidden.float()
+        if projection.weight is not None:
+            logits = logits @ projection.weight.float().t()
+        logits.square().mean().backward()
+        model.zero_grad(set_to_none=True)
+    except UserError as mistake:
+        return str(mistake)
+    except Exception as problem:
+        return one_line(problem)
+    return None
+
+
+def _export_mistake(model: Any, config: Any, auto: Any, inputs: dict[str, torch.Tensor], kind: str) -> str | None:
+    """What would be wrong with the exported model, with all weights as training leaves them: none of them zero."""
+    words = config.get_text_config().vocab_size
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.empty_like(parameter).uniform_(-0.02, 0.02))
+    try:
+        with tempfile.TemporaryDirectory(prefix="rehearsal-") as place:
+            exported = save_and_reload(with_state(model.config, model.state_dict(), auto, words), Path(place), auto)
+            error, size = difference(exported, model, inputs)
+    except Exception as problem:
+        return f"{kind} could not be exported: {one_line(problem)}"
+    if not error <= TOLERANCE * max(1.0, size):
+        return (
+            f"{kind} does not survive its own reload: the exported model's logits are off by {error:.2g} of {size:.2g}"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
