@@ -29,14 +29,20 @@ BATCH = 1000  # documents in one call of the library
 
 
 def python_prose(folder: Path, megabytes: float, vocab_size: int) -> tuple[str, str]:
-    """Text and a WordPiece tokenizer that need no file of the user's: (input, tokenizer)."""
-    from ctcd_ds.corpus.tokenizer_training import train_tokenizer
+    """Text and a WordPiece tokenizer that need no file of the user's: (input, tokenizer).
+
+    The vocabulary is smaller than `vocab_size` where this Python's prose does not give as many tokens.
+    """
+    from ctcd_ds.corpus.tokenizer_training import TooLarge, train_tokenizer
     from ctcd_ds.demo.text import documents as prose
 
     found = ["\n".join(document.paragraphs) for document in prose(int(megabytes * 2**20))]
     text = folder / "prose.txt"
     text.write_text("\n\n".join(found) + "\n", encoding="utf-8")
-    train_tokenizer("wordpiece", lambda caption: iter(found), vocab_size, True, folder / "tokenizer")
+    try:
+        train_tokenizer("wordpiece", lambda caption: iter(found), vocab_size, True, folder / "tokenizer")
+    except TooLarge as limit:
+        train_tokenizer("wordpiece", lambda caption: iter(found), limit.possible, True, folder / "tokenizer")
     return str(text), str(folder / "tokenizer")
 
 
@@ -101,7 +107,9 @@ def main() -> None:
     parser.add_argument("--lowercase", type=options.true_or_false, metavar="true|false", help="for a vocab.txt")
     parser.add_argument("--workers", type=cli.positive, default=2)
     parser.add_argument("--megabytes", type=float, default=24.0, help="of Python's prose, where there is no --input")
-    parser.add_argument("--vocab_size", type=cli.positive, default=30522, help="of the tokenizer trained on it")
+    parser.add_argument(
+        "--vocab_size", type=cli.positive, default=30522, help="of the tokenizer trained on it, at most"
+    )
     parser.set_defaults(device="cpu", repetitions=3)
     arguments = parser.parse_args()
     common.begin(arguments)

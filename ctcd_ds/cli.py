@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -169,6 +170,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process: a UserError is one message without traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows ? where it has no letter
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = main()
     except UserError as mistake:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,44 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def built(place: Path) -> Iterator[Path]:
+    """A folder to make a result in. It is at `place` when the context ends, all or, after an exception, nothing.
+
+    Where `place` is there already, and empty, the result is made inside it: it may be a volume of a container, which
+    cannot be replaced. Its files are as readable as the user's other ones. Raises UserError where `place` is not empty
+    or cannot be written.
+    """
+    inside = place.is_dir()
+    if place.exists() and not (inside and not any(place.iterdir())):
+        raise UserError(f"--output_dir {place} is not empty: name another")
+    temporary = place / ".unfinished" if inside else place.with_name(f".{place.name}.unfinished")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as problem:
+        raise UserError(f"--output_dir {place} cannot be written: {problem.strerror} ({temporary})") from None
+    try:
+        yield temporary
+        readable = temporary.stat().st_mode & 0o666  # safetensors makes its files for their owner alone
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)
+        if inside:
+            for path in temporary.iterdir():
+                path.rename(place / path.name)
+        else:
+            temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_entries(directory: Path, names: Iterable[str] = ("",)) -> dict[str, dict[str, Any]]:
+    """Relative name → `file_entry` of the files that `names` mean, or that lie in folders of these names."""
+    paths = [path for name in names for path in (directory / name, *(directory / name).rglob("*")) if path.is_file()]
+    return {path.relative_to(directory).as_posix(): file_entry(path) for path in sorted(paths)}
+
+
 def file_problems(
     directory: Path, stated: Mapping[str, Mapping[str, Any]], beside: tuple[str, ...] = (), sampled: bool = False
 ) -> Iterator[str]:
@@ -119,7 +159,11 @@ def check_shape(path: Path, content: Any, shape: Any) -> None:
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` with its own sha256 under the key "sha256", atomically."""
-    write_atomic(path, json.dumps({**content, "sha256": canonical_sha256(content)}, indent=1) + "\n")
+    write_atomic(path, _as_written({**content, "sha256": canonical_sha256(content)}))
+
+
+def _as_written(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,7 +181,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises UserError, naming the path, where it is missing; Damage where it is no JSON object, or was changed.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as problem:
@@ -147,4 +192,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     stated = content.pop("sha256", None)
     if stated != (found := canonical_sha256(content)):
         raise Damage(f"{path} was changed or damaged: it states sha256 {stated}, its content has {found}")
+    if text != _as_written({**content, "sha256": stated}):
+        raise Damage(f"{path} was changed or damaged: its content is good, and not its white space or spelling")
     return {**content, "sha256": stated}

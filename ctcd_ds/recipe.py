@@ -198,11 +198,14 @@ class Recipe(Section):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML or JSON recipe, applies `a.b=c` overrides, validates everything.
 
+    `peers.NAME=null` takes a peer away, and what the others would learn from it.
     Relative paths in it are relative to the current directory and come out absolute where they exist.
     Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
     """
     raw = read_file(path, "recipe")
+    known = dict(peers) if isinstance(raw, dict) and isinstance(peers := raw.get("peers"), dict) else {}
     mistakes = [m for override in overrides if (m := apply_override(raw, override))]
+    mistakes += _take_away(raw, known)
     mistakes += recipe_mistakes(raw)
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
@@ -210,6 +213,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
+
+
+def _take_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    """Removes the peers that an override made null, and what others learn from them; says which are not `known`."""
+    peers = raw.get("peers") if isinstance(raw, dict) else None
+    if not isinstance(peers, dict):
+        return
+    for name in [name for name, peer in peers.items() if peer is None and (known.get(name) or name not in known)]:
+        del peers[name]
+        if name not in known:
+            yield f"peers.{name} = null: no peer has this name; {did_you_mean(name, known)}"
+        for peer in peers.values():
+            for key in ("soft", "soft_start_fraction"):
+                if isinstance(peer, dict) and isinstance(edges := peer.get(key), dict):
+                    edges.pop(name, None)
 
 
 def recipe_mistakes(raw: Any) -> list[str]:

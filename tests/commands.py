@@ -14,7 +14,7 @@ import pytest
 import forks
 from ctcd_ds.cluster.ranks import free_port
 
-PATIENCE_S = 400  # how long a test waits for what ends by itself: this ends a hang, it does not time the machine
+PATIENCE_S = 580  # how long a test waits for what ends by itself: this ends a hang, it does not time the machine
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ctcd_ds.corpus.indexed import write_index
 from ctcd_ds.corpus.rows import Corpus, Rows, SpecialIds
+from ctcd_ds.corpus.workplace import write_preparation
 from ctcd_ds.manifest import sampled_entry, write_manifest
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
@@ -38,6 +39,7 @@ def write_corpus(
         ]
         for split, shards in {"train": train, "valid": valid}.items()
     }
+    write_preparation(directory, {}, directory / "tokenizer")
     write_corpus_manifest(directory, splits, vocab_size, special)
     return directory
 

@@ -306,7 +306,7 @@ def test_a_cell_gives_losses_scores_exports_and_costs(real: tuple[Path, list[Any
     assert frozen.total_flops == pytest.approx(alone.flops + frozen.flops)
     assert results.conditions["alone"].peers["teacher"]["valid_loss"].seeds == [1]
     assert "teacher" not in results.conditions["frozen"].peers
-    assert any("2 cells are not finished" in said for said in results.caveats)
+    assert any(said.startswith("Not finished: ") for said in results.caveats)
     write_results(out.parent, results)
     assert read_results(out.parent) == results
 
@@ -315,9 +315,10 @@ def test_its_report_shows_scores_and_what_failed(real: tuple[Path, list[Any]]) -
     out, _ = real
     page = (out / "report" / "report.html").read_text()
     (table,) = re.findall(r'<table id="table-glue">.*?</table>', page, flags=re.DOTALL)
-    score = read_results(out).conditions["alone"].peers["teacher"]["glue/rte"].median
-    assert f">{score:.1f}" in table and "rte" in table
-    assert "pretrain ended with 1" in page and "2 cells are not finished" in page
+    score = read_results(out).conditions["alone"].peers["teacher"]["glue/rte stand-in"].median
+    assert f">{score:.1f}" in table and "rte stand-in" in table and "GLUE rte" not in page
+    assert "rte stand-in: a stand-in of" in page.split("<nav")[0], "the first screen says what the scores are of"
+    assert "pretrain ended with 1" in page and "Not finished: " in page
 
 
 def test_tensorboard_compares_cells_by_recipe_and_scores(real: tuple[Path, list[Any]]) -> None:
@@ -327,7 +328,7 @@ def test_tensorboard_compares_cells_by_recipe_and_scores(real: tuple[Path, list[
     for cell, peer in (("alone-seed-1", "teacher"), ("frozen-seed-1", "student")):
         events = EventAccumulator(str(out / "cells" / cell / "tensorboard"))
         events.Reload()
-        (score,) = events.Scalars(f"GLUE rte/{peer}")
+        (score,) = events.Scalars(f"rte stand-in/{peer}")
         assert 0 <= score.value <= 100 and score.step == 6
         assert events.PluginTagToContent("hparams")
 

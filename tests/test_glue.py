@@ -291,7 +291,7 @@ def test_mistakes_are_told_before_anything_is_written(home: Path, tmp_path: Path
     [
         ("train", "9\tonly\ttwo", r"train\.tsv:26: 3 columns .* should be 4 \(index, sentence1"),
         ("dev", "9\ta\tb\tentailement", r"dev\.tsv:12: label 'entailement' is none of entailment, not_entailment"),
-        ("test", "", r"test\.tsv:7: 1 columns"),
+        ("test", "\n9\ta\tb", r"test\.tsv:7: 1 columns"),
     ],
 )
 def test_a_malformed_line_is_named(home: Path, tmp_path: Path, file: str, line: str, match: str) -> None:
@@ -311,6 +311,29 @@ def test_wrong_columns_scores_and_encodings_are_named(home: Path, tmp_path: Path
     refuse(home, r"train\.tsv:1: no column 'sentence2'", tmp_path / "out", data_dir=tmp_path, tasks=("wnli",))
     refuse(home, r"train\.tsv:2: score '5.1'", tmp_path / "out", data_dir=tmp_path, tasks=("stsb",))
     refuse(home, r"train\.tsv is not UTF-8 text", tmp_path / "out", data_dir=tmp_path, tasks=("sst2",))
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("train.tsv", "", r"train\.tsv is empty"),
+        ("train.tsv", "sentence\tlabel\tlabel\na\t1\t0\n", r"train\.tsv:1: the header names 'label' twice"),
+        ("dev.tsv", "sentence\tlabel\na\t1\n\nb\t0\n", r"dev\.tsv:3: 1 columns"),
+    ],
+)
+def test_odd_tables_are_named(home: Path, tmp_path: Path, name: str, content: str, match: str) -> None:
+    for each in ("train", "dev"):
+        (tmp_path / "SST-2").mkdir(exist_ok=True)
+        (tmp_path / f"SST-2/{each}.tsv").write_text("\ufeffsentence\tlabel\na\t1\nb\t0\n\r\n\n")  # blank ends: no rows
+    assert len(data.from_folder(tmp_path, tasks.SST2).dev[""]) == 2
+    (tmp_path / "SST-2" / name).write_text(content)
+    refuse(home, match, tmp_path / "out", data_dir=tmp_path, tasks=("sst2",))
+
+
+def test_a_correlation_of_one_row_is_refused_before_anything_is_trained(home: Path, tmp_path: Path) -> None:
+    one = finetune.FinetuneSettings(max_eval_samples=1)
+    said = r"task stsb: pearson, spearman cannot be measured on 1 row of its dev set; give 2 or more"
+    refuse(home, said, tmp_path / "out", tasks=("stsb",), settings=one)
 
 
 def test_an_output_directory_keeps_its_models_data_and_settings(home: Path, finished: Path, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ source = loader(framed(Corpus.open(Path({str(path)!r})), "train", 32))
 next(source)
 {ending}
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=580)
     assert done.returncode == {"pass": 0, "raise ValueError": 1, "source.close()": 0}.get(ending, 3), done.stderr
     assert "Fatal" not in done.stderr and "terminate" not in done.stderr
 

@@ -28,7 +28,7 @@ print(kept, new_pages())
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_repeated_step_touches_no_new_page(keep: bool) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", STEPS.format(keep=keep)], capture_output=True, text=True, check=True, timeout=400
+        [sys.executable, "-c", STEPS.format(keep=keep)], capture_output=True, text=True, check=True, timeout=580
     )
     kept, pages = done.stdout.split()
     assert kept == str(keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ def test_a_picture_with_the_curves_of_both_peers_lies_beside_the_card(exported: 
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colours
 
 
+def test_values_of_other_weights_are_not_in_a_card(run: Path, tmp_path: Path) -> None:
+    """Held-out values are those of the exported step, and a run that goes on is said to."""
+    early = sorted((run / "checkpoints").glob("step-*"))[0]
+    step = int(early.name.removeprefix("step-"))
+    rows = {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    export(early, "student", tmp_path / "early")
+    card = read(tmp_path / "early")
+    stated = [result.metric_value for result in card.data.eval_results or []]
+    measured = rows.get(step, {}).get("valid/student/loss")
+    assert stated[:1] == ([round(measured, 4)] if measured is not None else [])
+    assert (f"{step} steps of" in card.text) == (step < max(rows))
+
+
 def test_the_licence_of_the_data_is_the_users_word_or_not_stated(run: Path, exported: Path, tmp_path: Path) -> None:
     assert "Licence of the training text: CC BY-SA 4.0 (Wikipedia)" in read(exported / "student").text
     export(run, "student", tmp_path / "other")
@@ -96,7 +110,9 @@ def test_the_licence_of_the_data_is_the_users_word_or_not_stated(run: Path, expo
     assert "Licence of the training text: not stated" in card.text and card.data.license is None
 
 
-def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(run: Path, exported: Path, tmp_path: Path) -> None:
+def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(
+    run: Path, exported: Path, tmp_path: Path, capsys: Any
+) -> None:
     student, data = exported / "student", run.parent / "glue"
     text = (student / "README.md").read_text().replace("## Limits", "## Limits\n\n- A remark of the owner's.")
     (student / "README.md").write_text(text)
@@ -106,15 +122,21 @@ def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(run: Path, exp
     content = glue.run(models, ("sst2",), data, tmp_path / "first", (1, 2), FAST)
     glue.run(models, ("rte",), data, tmp_path / "second", (1,), FAST)
     card = read(student)
-    found = {result.dataset_config: result for result in card.data.eval_results}
-    assert list(found) == [None, "sst2", "rte"]
+    found = {result.dataset_type: result for result in card.data.eval_results}
+    assert list(found)[1:] == ["sst2", "rte"]
     accuracies = [
         cell["metrics"]["accuracy"] for cell in content["models"]["student"]["tasks"]["sst2"]["seeds"].values()
     ]
     assert found["sst2"].metric_value == pytest.approx(sum(accuracies) / 2, abs=1e-4)
-    assert found["sst2"].dataset_type == "nyu-mll/glue" and found["sst2"].dataset_split == "validation"
-    assert "| GLUE sst2 | accuracy, fine-tuned, median of 2 seeds |" in card.text
+    assert "nyu-mll" not in str(card) and found["sst2"].dataset_split is None, "these rows are not GLUE's"
+    epochs = f"{FAST.epochs:g} epochs"
+    assert "| sst2 stand-in (a stand-in of " in card.text
+    assert (
+        f"GLUE's sst2 has 67,349 training and 872 dev rows) | accuracy, fine-tuned for {epochs}, median of 2"
+        in card.text
+    )
     assert "A remark of the owner's." in card.text and "none yet" not in card.text
     assert other.read_text() == "# my own card\n"
     glue.run(models, ("sst2",), data, tmp_path / "third", (1,), FAST)
-    assert "median of 2 seeds" not in read(student).text and read(student).text.count("GLUE sst2") == 1
+    assert "median of 2 seeds" not in read(student).text and read(student).text.count("| sst2 stand-in") == 1
+    assert "in place of sst2 stand-in" in capsys.readouterr().err, "what was better founded does not go without a word"

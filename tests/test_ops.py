@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,11 @@ baton.release()"""
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build folder of its own, with the op built in it."""
+    """A build folder of its own, with the op built in it: by a test run before this one, or now."""
     folder = tmp_path_factory.mktemp("extensions")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        built = settled(monkeypatch, HOME=Path.home())
+    shutil.copytree(built, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock", "*.lock"))
     assert load(folder).wait(timeout=PATIENCE_S) == 0
     return folder
 

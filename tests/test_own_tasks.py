@@ -143,7 +143,9 @@ def test_each_set_is_a_result_of_its_own_on_a_card(tmp_path: Path) -> None:
     known = {task.name: task for task in own_tasks([path], [tasks.MNLI, tasks.QQP])}
     cell = {"adv_mnli": {"accuracy_matched": 0.5, "accuracy_mismatched": 0.25}, "adv_qqp": {"accuracy": 1.0, "f1": 0.8}}
     scores = {name: {"median": 1.0, "seeds": {"1": {"metrics": metrics}}} for name, metrics in cell.items()}
-    found = eval_results(scores, known)
+    rows = {name: {"train_rows": 0, "dev_rows": 2} for name in known}
+    content = {"settings": {"epochs": 3.0}, "tasks": rows, "models": {"it": {"tasks": scores}}}
+    found = eval_results("it", content, known)
     assert [result.metric_value for result in found] == [0.5, 0.25, 1.0, 0.8]
     assert len({(*result.unique_identifier, result.metric_type) for result in found}) == 4
     assert all("fine-tuned on" in (result.metric_name or "") for result in found)
@@ -272,6 +274,8 @@ def test_a_mistake_in_a_task_file_is_one_message_with_its_cure(home: Path, chang
         ('{"text": "a", "mood": "por"}', "bad.jsonl:2: label 'por' is none of poor, great; did you mean 'poor'?"),
         ('{"text": 1, "mood": "poor"}', "bad.jsonl:2: text = 1 is no text"),
         ('{"text": "a"', "bad.jsonl:2 is not JSON"),
+        ('{"text": "half \\ud83d", "mood": "poor"}', "bad.jsonl:2: text is no Unicode text: character 6"),
+        ('\ufeff{"text": "a", "mood": "por"}', "bad.jsonl:2: label 'por' is none"),
         ('["a"]', "bad.jsonl:2: a row is an object with text, mood"),
     ],
 )
@@ -291,6 +295,7 @@ def test_a_wrong_row_is_named(home: Path, line: str, said: str) -> None:
         ('{"qqp": []}', "adv_qqp (add qqp)"),
         ("[1, 2]", "is not AdvGLUE's dev.json"),
         ('{"sst2": [{"sentence": "a", "label": 2}]}', "label '2' is none of 0, 1"),
+        ('\ufeff{"sst2": [{"sentence": "a", "label": 2}]}', "label '2' is none of 0, 1"),
         ("{", "is not JSON"),
     ],
 )

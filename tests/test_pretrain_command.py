@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from commands import ROOT, command, deepspeed
+from commands import ROOT, command, deepspeed, environment, run
 from runs import bert, chain_corpus, metrics
 
 Pretrain = Callable[..., tuple[int, str, str]]
@@ -197,7 +202,10 @@ def test_a_pretrained_peer_with_another_tokenizer_is_refused(
     assert code == 2 and "its tokenizer (200 tokens) is not the corpus's (300 tokens" in err
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "nowhere"), "frozen": True})
     code, _, err = pretrain(recipe)
-    assert code == 2 and "no config.json there" in err
+    assert code == 2 and err.count("nowhere'") == 1 and "no such directory" in err, "the hub is not spoken of"
+    recipe = with_change(good, "peers.teacher", {"pretrained": "runs/nowhere", "frozen": True})
+    code, _, err = pretrain(recipe)
+    assert code == 2 and "peers.teacher.pretrained = 'runs/nowhere': no such directory, and no model of the hub" in err
 
 
 def test_a_directory_that_holds_something_is_not_touched(
@@ -208,6 +216,54 @@ def test_a_directory_that_holds_something_is_not_touched(
     code, _, err = pretrain(good)
     assert code == 2 and "holds other files" in err
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_link_to_nowhere_in_place_of_the_checkpoints_is_named(
+    pretrain: Pretrain, good: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    code, _, err = pretrain(good)
+    assert code == 2 and f"points to {tmp_path / 'scratch'}, which is no directory" in err
+
+
+def test_a_taken_port_is_a_message_with_what_to_write(good: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(good))
+    files = ("--recipe", tmp_path / "recipe.json", "--deepspeed_config", "ds_configs/cpu.json")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        ranks = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        port = other.getsockname()[1]
+        line = ("launchers/pretrain.py", *files, "--output_dir", tmp_path / "run")
+        done = run(*line, **ranks, MASTER_PORT=port, CROSS_SIZE=1)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"port {port} of 127.0.0.1 is taken" in done.stderr and "deepspeed --master_port" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_a_bare_and_awkward_place(good: dict[str, Any], tmp_path: Path) -> None:
+    """No git, a terminal without UTF-8, signs in the path, checkpoints on another disk, and nothing to resume."""
+    place, scratch, bare = tmp_path / "50%d of it" / "größer %s", tmp_path / "scratch", tmp_path / "bin"
+    for folder in (place, scratch, bare):
+        folder.mkdir(parents=True)
+    (place / "checkpoints").symlink_to(scratch)
+    (tmp_path / "recipe.json").write_text(json.dumps(with_change(good, "training.steps", 2)))
+    files = ("--recipe", tmp_path / "recipe.json", "--deepspeed_config", ROOT / "ds_configs" / "cpu.json")
+    line = [sys.executable, ROOT / "launchers" / "pretrain.py", *files, "--output_dir", place, "--resume"]
+    (bare / "python").symlink_to(sys.executable)
+    for tool in ("c++", "g++", "ninja", "sh", "which", "ldconfig", "gcc", "as", "ld"):
+        if found := shutil.which(tool, path=environment()["PATH"]):
+            (bare / tool).symlink_to(found)
+    bare_place = environment() | {"PATH": str(bare), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([str(word) for word in line], env=bare_place, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--resume: there is no run in" in done.stdout and "begins at step 0" in done.stdout
+    assert "?" in done.stdout and "next: ctcd export --checkpoint" in done.stdout
+    assert re.search(r"finished: 2 steps in [\d.]+ s, .*\n  teacher: held-out loss \d\.\d{3} nats", done.stdout)
+    assert json.loads((place / "environment.json").read_text())["git_commit"] is None
+    assert [path.name for path in sorted(scratch.iterdir())] == ["latest", "step-00000002"]
+    assert json.loads((place / "exit.json").read_text())["state"] == "finished" and not (place / ".owner").exists()
 
 
 @pytest.fixture(scope="module")

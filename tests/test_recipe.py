@@ -179,6 +179,20 @@ def test_the_resolved_recipe_reads_back_equal(
     assert list(load_recipe(path).peers) == ["teacher", "student"]  # their order is the graph's
 
 
+def test_null_takes_a_peer_away_with_what_points_at_it(tmp_path: Path) -> None:
+    raw = changed("peers.student.soft_start_fraction", {"teacher": 0.5})
+    (tmp_path / "r.json").write_text(json.dumps(raw))
+    alone = load_recipe(tmp_path / "r.json", ["peers.teacher=null"])
+    assert list(alone.peers) == ["student"] and not list(alone.graph().edges())
+    with pytest.raises(UserError, match=r"peers.techer = null: no peer has this name; did you mean 'teacher'\?"):
+        load_recipe(tmp_path / "r.json", ["peers.techer=null"])
+    with pytest.raises(UserError, match="a run needs at least one peer"):
+        load_recipe(tmp_path / "r.json", ["peers.teacher=null", "peers.student=null"])
+    (tmp_path / "r.json").write_text(json.dumps(changed("peers.teacher", None)))
+    with pytest.raises(UserError, match=r"peers\.teacher = None"):
+        load_recipe(tmp_path / "r.json")
+
+
 _KEYS = ("peers", "corpus", "training", "soft", "hard", "model", "teacher", "frozen", "optimizer", "x")
 _ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

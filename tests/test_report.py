@@ -22,7 +22,7 @@ from ctcd_ds.experiments.report.build import write_report
 from ctcd_ds.experiments.report.curves import Curves
 from ctcd_ds.experiments.report.drawing import draw
 from ctcd_ds.experiments.report.grids import grid_pictures
-from ctcd_ds.experiments.report.study import Study
+from ctcd_ds.experiments.report.study import Study, read_study
 from ctcd_ds.experiments.report.words import role, statements
 from ctcd_ds.experiments.results import Condition, Results, write_results
 from ctcd_ds.experiments.statistics import compare, spread
@@ -69,13 +69,35 @@ def test_the_first_screen_says_what_came_out(page: Path) -> None:
     text = re.sub(r"<[^>]+>", "", page.read_text().split("<nav")[0])
     for peer in ("teacher", "student"):
         name = r"\(together &lt;b&gt;\$1\)"
-        said = re.search(
-            rf"The {peer}, taught and teaching {name}, ends at a median held-out loss of (\S+); alone, at (\S+)\.", text
-        )
+        ends = r"ends at a median held-out loss of (\S+) nats; alone, at (\S+) nats\."
+        said = re.search(rf"The {peer}, taught and teaching {name}, {ends}", text)
         assert said and 0 < float(said[1]) < 10 and 0 < float(said[2]) < 10, text
+    assert re.search(
+        r"As “together &lt;b&gt;\$1”, the teacher \w+ .* and the student \w+ .*, against training alone", text
+    )
+    assert text.index("Mind") < text.index("ends at a median"), "what to mind stands before what was found"
+    assert "20 steps of 16 rows of 32 tokens; corpus corpus" in text and "M parameters, 2 layers" in text
     assert "the teacher, alone, at" in text, "the student is held against the larger model too"
     assert len(re.findall(r"(Better|Worse|No evidence of a difference): mean difference [+−]\d", text)) == 3, text
     assert "3 seeds: only large differences can be told from chance" in text
+
+
+def test_only_what_was_trained_alike_is_compared(runs: list[Path], tmp_path: Path) -> None:
+    """The same names, one with another learning rate: no comparison, and Mind names the key with both values."""
+    places = {path.name: path for path in runs}
+    together, alone = places["together <b>$1-seed-1"], places["teacher_alone-seed-1"]
+    assert read_study([together, alone]).results.comparisons
+    for name, old, new in (("lr", "lr: 0.003", "lr: 0.001"), ("length", "sequence_length: 32", "sequence_length: 16")):
+        other = tmp_path / f"teacher_alone_{name}"
+        shutil.copytree(alone, other)
+        text = (other / "recipe.yaml").read_text()
+        assert old in text
+        (other / "recipe.yaml").write_text(text.replace(old, new))
+    results = read_study([together, *tmp_path.iterdir()]).results
+    assert results.comparisons == []
+    said = "\n".join(results.caveats)
+    assert "optimizer.lr (0.003 and 0.001)" in said and "corpus.sequence_length (32 and 16)" in said
+    assert "seed" not in said, "nothing is compared, so no number of seeds is claimed"
 
 
 def test_the_page_needs_nothing_else(page: Path) -> None:

@@ -56,6 +56,11 @@ def test_the_printed_script_is_whole_and_nothing_is_written(submit: Any, place: 
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+def test_a_percent_sign_in_a_path_is_no_pattern_of_slurms(submit: Any, place: Path) -> None:
+    _, said, _ = submit("--print", name="50%j of it")
+    assert f"#SBATCH --output='{place}/50%%j of it/slurm/pretrain-%j.log'\n" in said
+
+
 def test_a_chain_of_an_array_exports_each_run_and_compares_all_models(submit: Any, place: Path) -> None:
     (place / "glue").mkdir(exist_ok=True)
     chain = ("--seeds", "1,2", "--chain", "--glue_data", "hub")

@@ -65,7 +65,7 @@ def test_every_value_of_metrics_jsonl_is_there_under_a_name_in_words(run: Path) 
         found = {event.step: event.value for event in events.Scalars(name)}
         assert found and found == pytest.approx({step: row[key] for step, row in rows.items() if key in row}), name
     unnamed = {key for row in rows.values() for key in row if not shown_as(key)}
-    assert unnamed == {"step", "consumed_rows", "tokens"}
+    assert unnamed == {"step", "consumed_rows", "tokens", "seconds"}
     assert {key for key in names if key in rows[6]} == names.keys(), "metrics.jsonl keeps its own keys"
 
 
@@ -82,6 +82,12 @@ def test_steps_that_were_done_again_are_there_once(run: Path) -> None:
     shown = [event.step for event in reader(run / "tensorboard").Scalars("Hard loss/teacher")]
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert shown == rows == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_runs_time_is_that_of_all_its_sittings(run: Path) -> None:
+    seconds = [row["seconds"] for row in metrics(run).values()]
+    assert seconds == sorted(seconds) and seconds[3] > seconds[2] > 0
+    assert json.loads((run / "summary.json").read_text())["seconds"] >= seconds[-1]
 
 
 def test_the_recipe_stands_beside_the_curves_once(run: Path) -> None:

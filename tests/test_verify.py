@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from commands import ROOT, command
 from corpora import write_shard
 from ctcd_ds.cli import UserError
+from ctcd_ds.commands import verify
 from ctcd_ds.corpus.rows import read_corpus_manifest
 from ctcd_ds.manifest import read_manifest, sampled_sha256, write_manifest
 from ctcd_ds.training import checkpoint
@@ -78,10 +79,33 @@ def test_any_damage_is_found_and_named(
 ) -> None:
     shutil.copytree(made / part, tmp_path / part)
     code, out, err = command(monkeypatch, capsys, "tools/verify.py", tmp_path / part)
-    assert (code, "0 problems" in out) == (0, True), out + err
+    assert (code, "all as it was written" in out) == (0, True), out + err
     said = damage(tmp_path / part / PARTS[part])
     code, out, _ = command(monkeypatch, capsys, "tools/verify.py", tmp_path / part)
     assert code == 1 and said in out and str(tmp_path) in out
+
+
+def test_every_byte_is_covered(made: Path, tmp_path: Path) -> None:
+    """A bit flipped anywhere in any file is found, and the file is named; exit.json and TensorBoard's are not ours."""
+    for part in ("corpus", "run"):
+        shutil.copytree(made / part, tmp_path / part)
+        files = [path for path in (tmp_path / part).rglob("*") if path.is_file()]
+        free = {path for path in files if path.name == "exit.json" or path.parent.name == "tensorboard"}
+        assert len(set(files) - free) > 6 and not list(verify_all(tmp_path / part))
+        for file in set(files) - free:
+            written = file.read_bytes()
+            for place in {0, len(written) // 3, len(written) - 1}:
+                file.write_bytes(written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :])
+                assert any(str(file) in said for said in verify_all(tmp_path / part)), (file, place)
+            if file.name == "manifest.json":
+                continue
+            file.unlink()
+            assert any(str(file) in said for said in verify_all(tmp_path / part)), file
+            file.write_bytes(written)
+
+
+def verify_all(path: Path) -> list[str]:
+    return [problem for place in verify.find(path) for problem in verify.problems(place)]
 
 
 def test_another_tokenizer_in_a_corpus_is_found(

@@ -92,7 +92,7 @@ def head(cluster: SlurmSettings, folder: Path, name: str, options: Mapping[str, 
     """Everything above a script's own work; the script stands in `folder`/slurm, and so does its log."""
     options = {
         "job-name": f"{name}-{folder.name}",
-        "output": folder / "slurm" / log,
+        "output": str(folder / "slurm").replace("%", "%%") + f"/{log}",  # its own signs are in `log` only
         "open-mode": "append",
         "partition": cluster.partition,
         "account": cluster.account,

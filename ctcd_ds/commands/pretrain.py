@@ -80,7 +80,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
         print(
             describe(plan),
             f"ranks          {ranks.describe()}",
-            *(f"changed since: {line}" for line in different),
+            *different,
             sep="\n",
             flush=True,
         )
@@ -90,8 +90,7 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
     with cli.ignore_broken_pipe():
         stopped = start(plan, ranks, run)
         if ranks.first:
-            done = f"finished: {plan.steps} steps in {run.path}"
-            print(f"saved ({stopped}): go on with --resume" if stopped else done, flush=True)
+            print(f"saved ({stopped}): go on with --resume" if stopped else run.summed_up(), flush=True)
     return cli.EXIT_SAVED if stopped else cli.EXIT_DONE
 
 

@@ -1,4 +1,6 @@
-"""Checks every byte of a run's checkpoints, of one checkpoint, or of a corpus against its manifest.
+"""Checks every byte of a run, of one of its checkpoints, or of a corpus against their manifests.
+
+Of a run all but exit.json, TensorBoard's files and what other commands put there; while it trains, not metrics.jsonl.
 
 Exit code 0: all is as it was written. 1: damage was found, and is listed with both hashes.
 """
@@ -20,17 +22,17 @@ def main() -> int:
     damage = [problem for place in places for problem in problems(place)]
     for problem in damage:
         print(problem)
-    print(f"{path}: {cli.count(len(places), 'manifest')}, {cli.count(len(damage), 'problem')}")
+    checked = f"{cli.count(len(places), 'manifest')} and every file they list"
+    print(f"{path}: {checked}: {cli.count(len(damage), 'problem') if damage else 'all as it was written'}")
     return cli.EXIT_FAILED if damage else cli.EXIT_DONE
 
 
 def find(path: Path) -> Iterator[Path]:
     """The directories below `path` that have, or should have, a manifest."""
-    if (path / "manifest.json").exists():
-        yield path
-    elif found := sorted((path / "checkpoints").glob("step-*")):
-        yield from found
-    else:
+    found = [path] if (path / "manifest.json").exists() else []
+    found += sorted((path / "checkpoints").glob("step-*"))
+    yield from found
+    if not found:
         raise cli.UserError(
             f"{path}: neither a run with checkpoints, nor a checkpoint, nor a corpus (no manifest.json)"
         )
@@ -38,15 +40,19 @@ def find(path: Path) -> Iterator[Path]:
 
 def problems(place: Path) -> Iterator[str]:
     """What is wrong with one directory."""
-    from ctcd_ds.corpus.damage import corpus_damage
+    from ctcd_ds.corpus.damage import corpus_damage, damage_beside
     from ctcd_ds.corpus.rows import read_corpus_manifest
-    from ctcd_ds.training import checkpoint
+    from ctcd_ds.training import checkpoint, run_directory
 
     try:
-        if read_manifest(place / "manifest.json").get("format") == checkpoint.FORMAT:
-            yield from file_problems(place, checkpoint.read(place)["files"])
-        else:
-            yield from corpus_damage(place, read_corpus_manifest(place))
+        match read_manifest(place / "manifest.json").get("format"):
+            case checkpoint.FORMAT:
+                yield from file_problems(place, checkpoint.read(place)["files"])
+            case run_directory.FORMAT:
+                yield from run_directory.RunDirectory(place).problems()
+            case _:
+                yield from corpus_damage(place, read_corpus_manifest(place))
+                yield from damage_beside(place)
     except cli.UserError as problem:
         yield str(problem)
 

@@ -41,7 +41,10 @@ def adopt(
     nothing is left behind.
     """
     settings.validate()
-    names = sorted(prefix.removesuffix(".bin").removesuffix(".idx") for prefix in prefixes)
+    given = dict.fromkeys(prefixes)  # the shell gives x.bin and x.idx for x*: one pair
+    for name in [name for name in given if name.endswith(".idx") and f"{name[:-4]}.bin" in given]:
+        del given[name]
+    names = sorted(prefix.removesuffix(".bin").removesuffix(".idx") for prefix in given)
     if again := next((name for name, other in pairwise(names) if name == other), None):
         raise UserError(f"--adopt names {again} twice")
     pairs = [open_pair(name) for name in names]

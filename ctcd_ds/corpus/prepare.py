@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.encode import Block, Encoder, encode_in_order
+from ctcd_ds.corpus.frequencies import unigram_loss
 from ctcd_ds.corpus.rows import FORMAT, LAYOUT, VERSION
 from ctcd_ds.corpus.sentencepiece_model import native_beside
 from ctcd_ds.corpus.shards import Step
@@ -145,6 +146,9 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
             "dtype": dtype_for(identity["vocab_size"]),
             "settings": settings,
             "splits": place.shards,
+            "unigram_loss": unigram_loss(
+                (place.folder, place.output_dir), place.shards, dtype_for(identity["vocab_size"]), identity
+            ),
             **LAYOUT,
         }
     )

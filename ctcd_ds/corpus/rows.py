@@ -67,6 +67,7 @@ class Corpus:
     dtype: str
     splits: dict[str, tuple[Shard, ...]]
     frame: tuple[tuple[int, ...], tuple[int, ...]]  # ids before and after a row
+    unigram_loss: float | None = None  # nats a held-out token, for who knows how often each occurs and no more
 
     @classmethod
     def open(cls, path: Path) -> Corpus:
@@ -93,6 +94,7 @@ class Corpus:
                 for split, entries in manifest["splits"].items()
             },
             frame=(tuple(ids[role] for role in frame["before"]), tuple(ids[role] for role in frame["after"])),
+            unigram_loss=manifest.get("unigram_loss"),
         )
 
     @property

@@ -270,15 +270,20 @@ def _text(value: Any, where: str, field: str) -> str:
     """`value`, if it is Unicode text."""
     if not isinstance(value, str):
         raise UserError(f"{where}: the field {field!r} holds {type(value).__name__}, a string is needed")
-    if not value.isascii():
+    return unicode_text(value, f"{where}: the field {field!r}")
+
+
+def unicode_text(text: str, where: str) -> str:
+    """`text`, as it is. Raises UserError where it holds half of a surrogate pair, which JSON can spell."""
+    if not text.isascii():
         try:
-            value.encode()
+            text.encode()
         except UnicodeEncodeError as problem:
             raise UserError(
-                f"{where}: the field {field!r} is no Unicode text: character {problem.start + 1} is "
-                f"\\u{ord(value[problem.start]):04x}, half of a surrogate pair; mend or remove the record"
+                f"{where} is no Unicode text: character {problem.start + 1} is \\u{ord(text[problem.start]):04x}, half "
+                f"of a surrogate pair; mend or remove the record"
             ) from None
-    return value
+    return text
 
 
 def _read_parquet(source: Source, reading: Reading, advance: Callable[[float], Any]) -> Iterator[str]:

@@ -7,7 +7,6 @@ whatever names), and `AutoTokenizer.from_pretrained` gives the same ids from the
 from __future__ import annotations
 
 import difflib
-import inspect
 import itertools
 import json
 import re
@@ -190,23 +189,6 @@ def _from_vocab(path: Path, lowercase: bool | None) -> PreTrainedTokenizerBase:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Saves the tokenizer so that `AutoTokenizer.from_pretrained(directory)` gives the same ids."""
     tokenizer.save_pretrained(str(directory))
-
-
-def fit_to_model(tokenizer: PreTrainedTokenizerBase, model: Any, max_length: int) -> None:
-    """Lets the tokenizer give what the model takes, wherever both are saved: inputs by name, rows cut to a length.
-
-    `max_length`: tokens of a row to which `truncation=True` cuts. Segments are for models that have more than one.
-    """
-    takes = inspect.signature(type(model).forward).parameters
-    segments = "token_type_ids" in takes and (getattr(model.config, "type_vocab_size", None) or 0) > 1
-    tokenizer.model_input_names = [
-        "input_ids",
-        *(["token_type_ids"] if segments else []),
-        *(["attention_mask"] if "attention_mask" in takes else []),
-    ]
-    tokenizer.model_max_length = max_length
-    for name in ("model_input_names", "model_max_length"):
-        tokenizer.init_kwargs[name] = getattr(tokenizer, name)
 
 
 def unknown_pieces(tokenizer: PreTrainedTokenizerBase, lines: list[str], count: int = 8) -> list[tuple[str, int]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, save_tokenizer, unknown_pieces, wordpiece_tokenizer
+from ctcd_ds.manifest import built
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,13 +47,10 @@ def train_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, o
         tokenizer, model = _train_wordpiece(texts, vocab_size, lowercase), None
     else:
         tokenizer, model = _train_sentencepiece(kind, texts, vocab_size, lowercase, sample)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as folder:
-        finished = Path(folder) / "tokenizer"
-        save_tokenizer(tokenizer, finished)
+    with built(output_dir) as folder:
+        save_tokenizer(tokenizer, folder)
         if model is not None:
-            (finished / "spiece.model").write_bytes(model)
-        finished.replace(output_dir)
+            (folder / "spiece.model").write_bytes(model)
     _say_unknown(tokenizer, sample)
 
 
@@ -108,7 +106,7 @@ def _train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> PreTrain
     backend.train_from_iterator(texts("counting words"), trainer)
     tokens = backend.get_vocab()
     if len(tokens) < vocab_size:
-        raise _too_large(vocab_size, len(tokens))
+        raise TooLarge(vocab_size, len(tokens))
     return wordpiece_tokenizer(sorted(tokens, key=lambda token: tokens[token]), lowercase)
 
 
@@ -147,11 +145,15 @@ def _in_word(character: str) -> bool:
     )
 
 
-def _too_large(vocab_size: int, possible: int) -> UserError:
-    return UserError(
-        f"--vocab_size {vocab_size} is too large for this text, which gives at most {possible} tokens; "
-        f"ask for {possible} or less, or give more text"
-    )
+class TooLarge(UserError):
+    """A vocabulary size that the text cannot give; `possible` is the largest that it can."""
+
+    def __init__(self, vocab_size: int, possible: int) -> None:
+        super().__init__(
+            f"--vocab_size {vocab_size} is too large for this text, which gives at most {possible} tokens; "
+            f"ask for {possible} or less, or give more text"
+        )
+        self.possible = possible
 
 
 # ---- SentencePiece
@@ -196,7 +198,7 @@ def _train_sentencepiece(
         path.write_bytes(model)
         tokenizer = import_sentencepiece(path, sample)
     if len(tokenizer) != vocab_size:
-        raise _too_large(vocab_size, len(tokenizer))
+        raise TooLarge(vocab_size, len(tokenizer))
     return tokenizer, model
 
 
@@ -229,7 +231,7 @@ def _explained(problem: str, vocab_size: int, any_text: bool) -> Exception:
     if not any_text or "all_chars_count" in problem:  # none, or none but what the normaliser drops
         return UserError("--input holds no text")
     if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", problem):
-        return _too_large(vocab_size, int(found[1]))
+        return TooLarge(vocab_size, int(found[1]))
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", problem):
         return UserError(f"--vocab_size {vocab_size} is too small for this text: its characters alone need {found[1]}")
     return RuntimeError(f"SentencePiece's trainer failed: {problem}")

@@ -10,14 +10,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.shards import Entry
-from ctcd_ds.manifest import read_manifest, sync_directory, write_atomic, write_manifest
+from ctcd_ds.manifest import file_entries, read_manifest, sync_directory, write_atomic, write_manifest
 
 FOLDER = ".unfinished"
 PLAN = "preparation.json"  # of what the corpus was made: beside the manifest, as other files may give the same corpus
@@ -66,7 +66,8 @@ class Workplace:
 
     def publish(self, manifest: dict[str, Any]) -> None:
         """Moves everything into the output directory, the manifest last. May be repeated after a kill."""
-        write_atomic(self.folder / PLAN, json.dumps(self.plan, indent=1) + "\n")
+        tokenizers = (folder / "tokenizer" for folder in (self.folder, self.output_dir))
+        write_preparation(self.folder, self.plan, next(place for place in tokenizers if place.exists()))
         write_manifest(self.folder / "manifest.json", manifest)
         entries = self.shards["train"] + self.shards["valid"]
         for name in [*(f"{e['name']}.{end}" for e in entries for end in ("bin", "idx")), "tokenizer", PLAN]:
@@ -76,6 +77,11 @@ class Workplace:
         (self.folder / "manifest.json").replace(self.output_dir / "manifest.json")
         sync_directory(self.output_dir)
         shutil.rmtree(self.folder)
+
+
+def write_preparation(directory: Path, plan: Mapping[str, Any], tokenizer: Path) -> None:
+    """What a corpus was made of, and the bytes of its tokenizer's files: what other corpora that are equal may have."""
+    write_manifest(directory / PLAN, {"plan": dict(plan), "tokenizer": file_entries(tokenizer)})
 
 
 @contextmanager
@@ -133,8 +139,11 @@ def _locked(folder: Path) -> Iterator[None]:
 def _finished_plan(output_dir: Path) -> dict[str, Any]:
     read_manifest(output_dir / "manifest.json")
     try:
-        return json.loads((output_dir / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        plan: dict[str, Any] = read_manifest(output_dir / PLAN)["plan"]
+        return plan
+    except Damage:
+        raise
+    except UserError:
         raise UserError(
             f"--output_dir {output_dir} holds a finished corpus, but {PLAN}, which would say how it was made, "
             f"is missing; name a new directory"

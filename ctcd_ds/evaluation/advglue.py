@@ -29,7 +29,7 @@ def tasks_in(path: Path, bases: Collection[str]) -> list[Task]:
     Raises UserError where the file is none of AdvGLUE's, or none of its tasks has its base there.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"), str(path))
+        content = parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"--task_files: {path} cannot be read: {problem}") from None
     if not isinstance(content, dict) or not content or not all(isinstance(rows, list) for rows in content.values()):

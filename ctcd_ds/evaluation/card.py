@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ctcd_ds.evaluation.claims import called, reservation, title
 from ctcd_ds.evaluation.tasks import GLUE, Task
 from ctcd_ds.export.model_card import FILE, add_scores
 
@@ -32,24 +33,29 @@ def write_cards(content: Mapping[str, Any], tasks: Iterable[Task]) -> None:
     for name, model in content["models"].items():
         folder = Path(model["path"])
         try:
-            if add_scores(folder, eval_results(model["tasks"], known)):
+            replaced = add_scores(folder, eval_results(name, content, known))
+            if replaced is not None:
                 print(f"{name}: scores are in its card, {folder / FILE}", file=sys.stderr)
+            for line in replaced or ():
+                print(f"  in place of {line}", file=sys.stderr)
         except OSError as problem:
             print(f"{name}: its card {folder / FILE} cannot be written: {problem.strerror}", file=sys.stderr)
 
 
-def eval_results(scores: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[EvalResult]:
+def eval_results(model: str, content: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[EvalResult]:
     """One result for each metric on each set of rows: the median over the fine-tuning seeds, as a fraction.
 
-    `scores` are those of one model, as under `tasks` in results.json.
+    `model` of `content`, that of results.json. What is not a task's own data, or not all of it, is called so.
     """
-    found = []
-    for name, entry in scores.items():
+    found, settings = [], content["settings"]
+    for name, entry in content["models"][model]["tasks"].items():
         if name not in tasks or "median" not in entry:
             continue
         task, cells = tasks[name], list(entry["seeds"].values())
         seeds = "one seed" if len(cells) == 1 else f"median of {len(cells)} seeds"
-        how = f"fine-tuned on {task.base}" if task.base else "fine-tuned"
+        said, shown = (f(name, content["tasks"][name], settings) for f in (reservation, called))
+        hub = None if said else task.hub
+        how = f"fine-tuned{f' on {task.base}' if task.base else ''} for {settings['epochs']:g} epochs"
         for key in cells[0]["metrics"]:
             metric, _, suffix = key.partition("_")
             kind, words = _METRICS[metric]
@@ -58,10 +64,10 @@ def eval_results(scores: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[E
                 EvalResult(
                     task_type="text-classification",
                     task_name=f"{name} {suffix}".rstrip(),
-                    dataset_type=task.hub or name,
-                    dataset_name=f"{'GLUE ' if task in GLUE else ''}{name} {suffix}".rstrip(),
-                    dataset_config=name if task.hub else None,
-                    dataset_split=(table.hub_split if task.hub else suffix) or None,
+                    dataset_type=hub or name,
+                    dataset_name=f"{title(shown)} {suffix}".rstrip() + (f" ({said})" if said else ""),
+                    dataset_config=name if hub else None,
+                    dataset_split=(table.hub_split if hub else suffix) or None,
                     metric_type=kind,
                     metric_name=f"{words}, {how}, {seeds}",
                     metric_value=round(statistics.median(cell["metrics"][key] for cell in cells), 4),

@@ -22,7 +22,7 @@ from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import file_entry
 from ctcd_ds.memory import keep_freed_memory
-from ctcd_ds.peers.reading import reads_segments, row_limit
+from ctcd_ds.peers.reading import fit_tokenizer, row_limit
 
 Feature = dict[str, Any]
 
@@ -57,8 +57,7 @@ class Checkpoint:
     name: str  # in tables
     sha256: str  # of its weights
     positions: int  # tokens of the longest row it can read
-    tokenizer: Any
-    segments: bool  # whether it tells a first from a second sentence by token_type_ids
+    tokenizer: Any  # gives what the model takes
 
 
 def open_checkpoint(path: Path, name: str) -> Checkpoint:
@@ -80,13 +79,13 @@ def open_checkpoint(path: Path, name: str) -> Checkpoint:
         raise UserError(f"--model: the weights in {path} do not fit its config.json: {sorted(unfit)[0]} is missing")
     if tokenizer.pad_token_id is None:
         raise UserError(f"--model: {path}: its tokenizer has no padding token")
+    fit_tokenizer(tokenizer, model)
     return Checkpoint(
         path=path,
         name=name,
         sha256="+".join(file_entry(file)["sha256"] for file in weights),
         positions=row_limit(model) or NO_LIMIT,
         tokenizer=tokenizer,
-        segments=reads_segments(model),
     )
 
 
@@ -101,7 +100,6 @@ def encode(rows: TaskRows, checkpoint: Checkpoint, max_length: int) -> list[Feat
         *(list(sentences) for sentences in zip(*rows.texts, strict=True)),
         truncation=True,
         max_length=min(max_length, checkpoint.positions),
-        return_token_type_ids=checkpoint.segments,
         return_attention_mask=False,  # all ones; padding makes it
     )
     features: list[Feature] = [{name: values[row] for name, values in encoded.items()} for row in range(len(rows))]

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.tokenizer import save_tokenizer
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.card import write_cards
 from ctcd_ds.evaluation.data import HUB, TaskData, from_folder, from_hub, tasks_in
@@ -36,6 +37,7 @@ from ctcd_ds.evaluation.results import Cell, Grid, best_seed, report, resume, sa
 from ctcd_ds.evaluation.submission import write_predictions, write_zip
 from ctcd_ds.evaluation.task_file import own_tasks
 from ctcd_ds.evaluation.tasks import GLUE, Task, named
+from ctcd_ds.peers.reading import fit_tokenizer
 
 ALL = ("all",)
 
@@ -62,7 +64,7 @@ def run(
     settings = settings or FinetuneSettings()
     if not seeds:
         raise UserError("--seeds names no seed")
-    data = load(tasks, data_dir, task_files, no_finetune_on)
+    data = load(tasks, data_dir, task_files, no_finetune_on, settings.max_eval_samples)
     with quiet_libraries():
         checkpoints = open_checkpoints(models)
         grid, cells = resume(output_dir / "results.json", _grid(checkpoints, data, settings))
@@ -129,17 +131,34 @@ def load(
     data_dir: Path | str | None,
     task_files: Sequence[Path] = (),
     no_finetune_on: Sequence[str] = (),
+    most: int | None = None,
 ) -> dict[str, TaskData]:
-    """The data of all tasks by name, GLUE's first; says on stderr which tasks of `all` are not there."""
+    """The data of all tasks by name, GLUE's first; says on stderr which tasks of `all` are not there.
+
+    `most`: rows of a dev set that are measured. Raises UserError where a metric has no value for so few.
+    """
     chosen = _chosen(tasks, data_dir, bool(task_files))
     own = own_tasks(task_files, chosen, no_finetune_on)
     folder = Path(data_dir or ".")
     data = {task.name: from_hub(task) if str(data_dir) == HUB else from_folder(folder, task) for task in chosen}
     data |= {task.name: from_folder(folder, task) for task in own}  # the paths of its tables are absolute
     for name, read in data.items():
+        _refuse_few_rows(read, most)
         if read.left_out:
             print(f"{name}: {read.left_out} broken lines of the training file are left out", file=sys.stderr)
     return data
+
+
+def _refuse_few_rows(data: TaskData, most: int | None) -> None:
+    correlations = [metric for metric in data.task.metrics if metric in metrics.OF_SCORES]
+    sets = {**data.dev, **{key: rows for key, rows in data.test.items() if rows.labels is not None}}
+    for key, rows in sets.items() if correlations else ():
+        if (found := min(len(rows), most or len(rows)) if key in data.dev else len(rows)) < 2:
+            where = f"set {key!r}" if key else "dev set"
+            raise UserError(
+                f"task {data.task.name}: {', '.join(correlations)} cannot be measured on {found} row of its {where}; "
+                f"give 2 or more{' (--max_eval_samples)' if most else ''}"
+            )
 
 
 def _chosen(tasks: Sequence[str], data_dir: Path | str | None, others: bool) -> list[Task]:
@@ -261,7 +280,8 @@ def do_lane(
         if keep_models:
             kept = output_dir / "models" / checkpoint.name / task.name / f"seed-{seed}"
             finetuned.trainer.save_model(kept)
-            checkpoint.tokenizer.save_pretrained(kept)
+            fit_tokenizer(checkpoint.tokenizer, finetuned.trainer.model, min(settings.max_length, checkpoint.positions))
+            save_tokenizer(checkpoint.tokenizer, kept)
         del finetuned
         gc.collect()  # a Trainer refers to itself, and holds the model
         save(output_dir / "results.json", report(grid, cells))

@@ -25,6 +25,7 @@ from typing import Any
 
 from ctcd_ds.cli import UserError, aligned
 from ctcd_ds.evaluation import metrics
+from ctcd_ds.evaluation.claims import reservation
 from ctcd_ds.evaluation.tasks import GLUE
 from ctcd_ds.manifest import write_atomic
 
@@ -221,6 +222,9 @@ def _legend(content: Mapping[str, Any]) -> list[str]:
     models: dict[str, Any] = content["models"]
     seeds = {len(task["seeds"]) for model in models.values() for task in model["tasks"].values()}
     lines = [f"score = {RULES['score']}"]
+    for name, task in content["tasks"].items():
+        if said := reservation(name, task, content["settings"]):
+            lines.append(f"{name}: {said}")
     if seeds and max(seeds) > 1:
         counts = str(min(seeds)) if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
         lines.append(f"median of {counts} seeds (min-max)")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import UserError, did_you_mean
+from ctcd_ds.corpus.sources import unicode_text
 from ctcd_ds.evaluation.tasks import Table, Task
 
 Label = int | float
@@ -65,7 +66,7 @@ def _needed(table: Table) -> list[str]:
 def _lines(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            return file.read().removesuffix("\n").split("\n")
+            return [line.removeprefix("\ufeff") for line in file.read().rstrip("\n").split("\n")]
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8 text: {problem.reason} at byte {problem.start}") from None
     except OSError as problem:
@@ -74,11 +75,18 @@ def _lines(path: Path) -> list[str]:
 
 def _tab_separated(path: Path, table: Table) -> _Columns:
     """Quotes and carriage returns are text in GLUE's files, so the csv module is of no help."""
-    numbered = [(number, line.removesuffix("\r").split("\t")) for number, line in enumerate(_lines(path), 1)]
+    lines = [line.removesuffix("\r") for line in _lines(path)]
+    while lines and not lines[-1]:  # blank lines at the end are no rows
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path} is empty")
+    numbered = [(number, line.split("\t")) for number, line in enumerate(lines, 1)]
     header = table.columns or tuple(table.renamed.get(name, name) for name in numbered.pop(0)[1])
     if missing := [name for name in table.text if name not in header]:
         hint = did_you_mean(missing[0], header)
         raise UserError(f"{path}:1: no column {missing[0]!r}; the header names {', '.join(header)}; {hint}")
+    if twice := [name for name in _needed(table) if header.count(name) > 1]:
+        raise UserError(f"{path}:1: the header names {twice[0]!r} twice; which of the columns is meant?")
     broken = [(number, len(cells)) for number, cells in numbered if len(cells) != len(header)]
     if len(broken) > table.broken_lines:
         number, count = broken[0]
@@ -113,7 +121,7 @@ def _json(path: Path, table: Table) -> _Columns:
                 raise UserError(f"{place}{number}: no key {name!r}; {did_you_mean(name, row)}")
             if name in table.text and not isinstance(row[name], str):
                 raise UserError(f"{place}{number}: {name} = {json.dumps(row[name])[:60]} is no text")
-            cells[name].append(as_text(row[name]))
+            cells[name].append(unicode_text(as_text(row[name]), f"{place}{number}: {name}"))
     return _Columns(cells, [number for number, _ in rows], place)
 
 

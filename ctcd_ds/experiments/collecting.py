@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctcd_ds.evaluation import metrics
+from ctcd_ds.evaluation.claims import called, reservation
 from ctcd_ds.experiments.grid import partner, points
 from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
@@ -14,6 +16,7 @@ from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
+from ctcd_ds.training.run_directory import at_word_frequencies
 
 
 def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float) -> Results:
@@ -22,7 +25,7 @@ def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float
     cells = [_cell(cell, endings.get(cell.owner, Outcome("waiting", "not started")), directory) for cell in planned]
     conditions = _conditions(planned, cells)
     comparisons = list(_comparisons(experiment, conditions))
-    unfinished = sum(cell.state != "finished" for cell in cells)
+    unfinished = [cell.name for cell in cells if cell.state != "finished"]
     hardware: dict[str, Any] = {}
     for cell in cells:
         environment = read_json(directory / cell.run / "environment.json")
@@ -37,23 +40,17 @@ def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float
         hardware=hardware,
         seeds=experiment.seeds,
         axes=axes,
+        about={name: group.about for name, group in experiment.cells.items() if group.about},
         cells=cells,
         conditions=conditions,
         comparisons=comparisons,
-        caveats=caveats(comparisons, len(experiment.seeds), unfinished, experiment.note),
+        caveats=caveats(comparisons, unfinished, [experiment.note, *reservations(cell.run for cell in planned)]),
         seconds=seconds,
         **plan.about,
     )
 
 
 def _cell(cell: PlannedCell, ending: Outcome, directory: Path) -> Cell:
-    finished = ending.state == "finished"
-    summary, peers = (read_json(cell.run / "summary.json"), cell.peers) if finished else ({}, {})
-    agreement = {
-        key.removeprefix("valid/agreement/"): value
-        for key, value in summary.items()
-        if key.startswith("valid/agreement/") and value is not None
-    }
     return Cell(
         name=cell.name,
         condition=cell.cell.point.name,
@@ -68,36 +65,59 @@ def _cell(cell: PlannedCell, ending: Outcome, directory: Path) -> Cell:
         tokens=cell.tokens,
         flops=cell.flops,
         total_flops=cell.total_flops,
-        seconds=summary.get("seconds"),
-        peers={name: _peer(name, known, cell, summary, directory) for name, known in peers.items()},
-        agreement=agreement,
+        **(outcome(cell.run, cell.peers, directory) if ending.state == "finished" else {}),
     )
 
 
-def _peer(name: str, known: PeerResult, cell: PlannedCell, summary: Mapping[str, Any], directory: Path) -> PeerResult:
-    place = cell.run / "hf" / name
-    return known.model_copy(
-        update={
+def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict[str, Any]:
+    """What a finished run left, as fields of its Cell; `known`: what its peers are. Exports are below `directory`."""
+    summary, prefix = read_json(run / "summary.json"), "valid/agreement/"
+    agreement = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
+    peers = {}
+    for name, peer in known.items():
+        place = run / "hf" / name
+        left = {
             "valid_loss": summary.get(f"valid/{name}/loss"),
             "valid_accuracy": summary.get(f"valid/{name}/accuracy"),
-            "glue": glue_scores(cell.run / "glue" / "results.json", place),
+            "glue": _glue_scores(run / "glue" / "results.json", place),
             "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
         }
-    )
+        peers[name] = peer.model_copy(update=left)
+    return {
+        "seconds": summary.get("seconds"),
+        "peers": peers,
+        "agreement": {pair: share for pair, share in agreement.items() if share is not None},
+    }
 
 
-def glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
-    """This model's scores from the results.json of `ctcd glue`."""
-    for entry in read_json(path).get("models", {}).values():
+def _glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
+    """This model's scores from `ctcd glue`'s results.json, each under the name that it may have."""
+    content = read_json(path)
+    for entry in content.get("models", {}).values():
         if Path(entry["path"]).resolve() == model.resolve():
             return {
-                task: GlueScore(
+                called(task, content["tasks"][task], content["settings"]): GlueScore(
                     median=scores["median"], seeds={seed: done["score"] for seed, done in scores["seeds"].items()}
                 )
                 for task, scores in entry["tasks"].items()
                 if "median" in scores
             }
     return {}
+
+
+def reservations(runs: Iterable[Path]) -> list[str]:
+    """What must be known of these runs: scores that are not their task's, models that have learned next to nothing."""
+    said: dict[str, None] = {}
+    for run in runs:
+        summary = read_json(run / "summary.json")
+        ends = {key.split("/")[1]: v for key, v in summary.items() if re.fullmatch("valid/[^/]+/loss", key) and v}
+        if nothing := at_word_frequencies(ends, summary.get("unigram_loss")):
+            said[f"{run.name}: {nothing}."] = None
+        content = read_json(run / "glue" / "results.json")
+        for task, known in content.get("tasks", {}).items():
+            if why := reservation(task, known, content["settings"]):
+                said[f"{called(task, known, content['settings'])}: {why}."] = None
+    return list(said)
 
 
 def shapes(results: Results) -> list[str]:

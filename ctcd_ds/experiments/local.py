@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ctcd_ds.cli import EXIT_DONE, EXIT_FAILED, EXIT_SAVED
 from ctcd_ds.ending import is_finished
+from ctcd_ds.evaluation.claims import title
 from ctcd_ds.experiments.collecting import collect
 from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
 from ctcd_ds.experiments.results import FILE, Cell, Results, read_results, write_results
@@ -78,7 +79,7 @@ def _code(results: Results) -> int:
 def show_scores(run: Path, cell: Cell) -> None:
     """GLUE's scores beside the run's curves: `tensorboard --logdir DIR` then compares cells by them too."""
     scores = {
-        f"GLUE {task}/{name}": score.median for name, peer in cell.peers.items() for task, score in peer.glue.items()
+        f"{title(task)}/{name}": score.median for name, peer in cell.peers.items() for task, score in peer.glue.items()
     }
     if scores:
         write_scores(run / "tensorboard", scores, cell.steps or 0)

@@ -162,7 +162,7 @@ class Results(_Part):
     command: the words that repeat the experiment; git_commit: of the code, None outside a checkout.
     hardware: device, cores and host of the first finished run's environment.json.
     seeds: all seeds asked for.
-    axes: axis → the recipe keys it sets, for captions.
+    axes: axis → the recipe keys it sets, for captions. about: group of cells → what it is, in the experiment's words.
     cells, conditions, comparisons: see there. Conditions by name, in the experiment's order.
     caveats: sentences that must stand beside any reading (few seeds, many comparisons, tiny size, missing cells).
     seconds: wall time of the experiment so far, all its starts together.
@@ -180,6 +180,7 @@ class Results(_Part):
     hardware: dict[str, Any] = {}
     seeds: list[int]
     axes: dict[str, list[str]] = {}
+    about: dict[str, str] = {}
     cells: list[Cell]
     conditions: dict[str, Condition]
     comparisons: list[Comparison]

@@ -19,12 +19,12 @@ from scipy import stats
 
 from ctcd_ds.cli import count
 from ctcd_ds.experiments.results import Comparison, Spread
+from ctcd_ds.experiments.wording import METRICS, judged
 
 CONFIDENCE = 0.95
 MINIMUM_PAIRS, BOOTSTRAP_PAIRS = 3, 5
 _RESAMPLES = 9_999
 LOWER_IS_BETTER = ("valid_loss",)
-_SHOWN = {"valid_loss": ("held-out loss", 4), "valid_accuracy": ("held-out accuracy", 4)}
 
 
 def spread(values: Mapping[int, float]) -> Spread:
@@ -91,50 +91,23 @@ def compare(
         confidence=CONFIDENCE,
         method=method,
         verdict=verdict,  # type: ignore[arg-type]
-        words=_words(condition, peer, against, against_peer, metric, list(differences.values()), between, verdict),
+        words=f"{peer} of {condition} against {against_peer} of {against}, {METRICS[metric].name}: "
+        + judged(METRICS[metric], list(differences.values()), between, verdict, CONFIDENCE),
     )
 
 
-def _words(
-    condition: str,
-    peer: str,
-    against: str,
-    against_peer: str,
-    metric: str,
-    differences: Sequence[float],
-    between: tuple[float, float] | None,
-    verdict: str,
-) -> str:
-    what, digits = _SHOWN.get(metric, (metric.replace("glue/", "GLUE "), 2))
-    whom = f"{peer} of {condition} against {against_peer} of {against}, {what}"
-    if not differences:
-        return f"{whom}: no evidence of a difference: no seed is finished in both."
-    if between is None:
-        return (
-            f"{whom}: no evidence of a difference: {count(len(differences), 'seed')} "
-            f"(mean {fmean(differences):+.{digits}f}) can tell nothing; at least {MINIMUM_PAIRS} are needed."
-        )
-    numbers = (
-        f"{fmean(differences):+.{digits}f}, {CONFIDENCE:.0%} interval {between[0]:+.{digits}f} to "
-        f"{between[1]:+.{digits}f}, {len(differences)} seeds"
-    )
-    if verdict == "no evidence":
-        return f"{whom}: no evidence of a difference ({numbers}: the interval holds zero)."
-    return f"{whom}: {verdict} ({numbers})."
-
-
-def caveats(comparisons: Sequence[Comparison], seeds: int, unfinished: int, note: str) -> list[str]:
-    """What must stand beside any reading of these comparisons."""
-    said = [note] if note else []
+def caveats(comparisons: Sequence[Comparison], unfinished: Sequence[str], notes: Sequence[str]) -> list[str]:
+    """What must stand beside any reading of these comparisons. `unfinished`: names of runs; `notes` come first."""
+    said = list(dict.fromkeys(note for note in notes if note))
     if unfinished:
-        cells = "one cell is" if unfinished == 1 else f"{unfinished} cells are"
-        said.append(f"{cells} not finished: what is said of their conditions rests on fewer seeds.")
-    if seeds < MINIMUM_PAIRS:
-        said.append(
-            f"{count(seeds, 'seed')} cannot tell a difference from chance: at least {MINIMUM_PAIRS} are needed."
-        )
-    elif seeds < BOOTSTRAP_PAIRS:
-        said.append(f"{seeds} seeds: only large differences can be told from chance, and spreads are rough.")
+        which = ", ".join(unfinished[:3]) + (f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else "")
+        said.append(f"Not finished: {which}. What is said of their conditions rests on fewer seeds.")
+    seeds = min((len(comparison.seeds) for comparison in comparisons if comparison.seeds), default=None)
+    few = count(seeds or 0, "seed")
+    if seeds is not None and seeds < MINIMUM_PAIRS:
+        said.append(f"{few} cannot tell a difference from chance: at least {MINIMUM_PAIRS} are needed.")
+    elif seeds is not None and seeds < BOOTSTRAP_PAIRS:
+        said.append(f"{few}: only large differences can be told from chance, and spreads are rough.")
     judged = sum(comparison.interval is not None for comparison in comparisons)
     if judged >= 10:
         said.append(

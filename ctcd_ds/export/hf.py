@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.model_card import write_card
+from ctcd_ds.manifest import built
 from ctcd_ds.peers.build import TOLERANCE, difference, one_line, save_and_reload, with_state
 from ctcd_ds.peers.reading import fit_tokenizer
 from ctcd_ds.recipe import Recipe, load_recipe
@@ -38,24 +38,14 @@ def export(source: Path, peer: str, output_dir: Path, data_license: str | None =
     if peer != "all" and peer not in trained:
         frozen = f" ({peer} is frozen: its model is {recipe.peers[peer].pretrained})" if peer in recipe.peers else ""
         raise UserError(f"--peer {peer}: no trained peer of this run{frozen}; {did_you_mean(peer, ['all', *trained])}")
-    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
-        raise UserError(f"--output_dir {output_dir} is not empty: name another")
-
-    weights = consolidated(checkpoint)
-    auto, inputs = TASKS[recipe.objective.task].auto_class(), _probe(recipe, manifest["vocab_size"])
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        names = trained if peer == "all" else [peer]
+    names = trained if peer == "all" else [peer]
+    with built(output_dir) as folder:
+        weights = consolidated(checkpoint)
+        auto, inputs = TASKS[recipe.objective.task].auto_class(), _probe(recipe, manifest["vocab_size"])
         for name in names:
-            place = temporary / name if peer == "all" else temporary
+            place = folder / name if peer == "all" else folder
             _export_one(run, name, weights[name], manifest, place, auto, inputs)
             write_card(place, run, recipe, name, manifest, data_license)
-        if output_dir.exists():
-            output_dir.rmdir()
-        temporary.rename(output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return {name: output_dir / name if peer == "all" else output_dir for name in names}
 
 

@@ -46,7 +46,7 @@ To fine-tune it, load it with `AutoModelForSequenceClassification.from_pretraine
 
 ## Training
 
-{steps} steps, {tokens:,} tokens of {length}; corpus `{corpus}`, fingerprint `{fingerprint}`.
+{steps}, {tokens:,} tokens of {length}; corpus `{corpus}`, fingerprint `{fingerprint}`.
 {curves}
 Licence of the training text: {data_license}
 
@@ -74,11 +74,11 @@ def write_card(
     """
     config = json.loads((run.peers / name / "config.json").read_text())
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
-    section, task = recipe.peers[name], TASKS[recipe.objective.task]
+    section, task, unfinished = recipe.peers[name], TASKS[recipe.objective.task], manifest["step"] < manifest["steps"]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
     terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
     drawn = draw(place / CURVES, rows, name, recipe.peers)
-    results = _held_out(rows, name, Path(recipe.corpus.path).name, task.words)
+    results = _held_out(rows, manifest["step"], name, Path(recipe.corpus.path).name, task.words)
     body = _BODY.format(
         name=name,
         model_type=config["model_type"],
@@ -91,7 +91,7 @@ def write_card(
         version=__version__,
         how=", ".join(terms),
         scores=_scores(results),
-        steps=manifest["step"],
+        steps=f"{manifest['step']:,} steps" + (f" of {manifest['steps']:,}; the run goes on" if unfinished else ""),
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
         length=f"rows of {recipe.corpus.sequence_length}",
         corpus=Path(recipe.corpus.path).name,
@@ -112,11 +112,11 @@ def write_card(
     (place / FILE).write_text(f"---\n{data.to_yaml()}\n---\n{body}", encoding="utf-8")
 
 
-def add_scores(model: Path, results: Sequence[EvalResult]) -> bool:
+def add_scores(model: Path, results: Sequence[EvalResult]) -> list[str] | None:
     """Adds results to the card of a model directory; of the same data and metric the new one counts.
 
-    What else stands in the card stays. False, and nothing is touched, where the card is none of `write_card`'s.
-    Raises OSError where it cannot be written.
+    Returns the others that it replaced, in words. What else stands in the card stays. None, and nothing is touched,
+    where the card is none of `write_card`'s. Raises OSError where it cannot be written.
     """
     path = model / FILE
     try:
@@ -124,16 +124,25 @@ def add_scores(model: Path, results: Sequence[EvalResult]) -> bool:
         data: Any = card.data
         tags, before, name = data.tags or [], data.eval_results or [], data.model_name
     except (OSError, ValueError, AttributeError, TypeError):  # no card, or one that its owner has rewritten
-        return False
+        return None
     section = re.compile(f"<!-- scores: .*?{re.escape(_END)}", re.DOTALL)
     if "ctcd" not in tags or not section.search(card.text):
-        return False
-    merged = {(*result.unique_identifier, result.metric_type): result for result in [*before, *results]}
+        return None
+    merged = {_key(result): result for result in before} | {_key(result): result for result in results}
+    replaced = [_words(result) for result in before if _words(merged[_key(result)]) != _words(result)]
     data.model_name = name or model.name
     data.eval_results = list(merged.values())
     card.text = section.sub(lambda _: _scores(data.eval_results), card.text)
     write_atomic(path, str(card))
-    return True
+    return replaced
+
+
+def _key(result: EvalResult) -> tuple[Any, ...]:
+    return (*result.unique_identifier, result.metric_type)
+
+
+def _words(result: EvalResult) -> str:
+    return f"{result.dataset_name}: {result.metric_name or result.metric_type}: {result.metric_value}"
 
 
 def _scores(results: Sequence[EvalResult]) -> str:
@@ -142,12 +151,10 @@ def _scores(results: Sequence[EvalResult]) -> str:
     return "\n".join([_BEGIN, "| data | metric | value |", "|---|---|---|", *(lines or ["| none yet | | |"]), _END])
 
 
-def _held_out(rows: LoggedRows, name: str, corpus: str, words: Words) -> list[EvalResult]:
-    """The peer's last held-out values, as results."""
-    prefix = f"valid/{name}/"
-    found: dict[str, float] = {}
-    for row in rows:
-        found |= {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix) and v is not None}
+def _held_out(rows: LoggedRows, step: int, name: str, corpus: str, words: Words) -> list[EvalResult]:
+    """The peer's held-out values as results, of the step that `rows` end with: those of another are other weights'."""
+    prefix, last = f"valid/{name}/", rows[-1] if rows and rows[-1]["step"] == step else {}
+    found = {key.removeprefix(prefix): v for key, v in last.items() if key.startswith(prefix) and v is not None}
     return [
         EvalResult(
             task_type=words.pipeline,

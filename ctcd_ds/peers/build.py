@@ -75,8 +75,11 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, 
     """
     if section.pretrained is not None and not (Path(section.pretrained) / "config.json").is_file():
         looks_local = section.pretrained.startswith((".", "/")) or section.pretrained.count("/") > 1
-        if looks_local or Path(section.pretrained).exists():
-            yield f"pretrained = {section.pretrained!r}: no config.json there"
+        if Path(section.pretrained).exists():
+            yield f"pretrained = {section.pretrained!r}: no config.json there (`ctcd export` makes models of a run)"
+            return
+        if looks_local:
+            yield f"pretrained = {section.pretrained!r}: no such directory"
             return
     if section.model is not None and (said := list(_setting_mistakes(section.model))):
         yield from said
@@ -84,7 +87,8 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, 
     try:
         config = peer_config(section, corpus)
     except UserError as mistake:
-        yield f"{'model' if section.model is not None else 'pretrained'}: {mistake}"
+        hub = f"pretrained = {section.pretrained!r}: no such directory, and no model of the hub"
+        yield f"{'model' if section.model is not None else hub}: {mistake}"
         return
     if type(config) not in auto._model_mapping:
         yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__})"
@@ -148,7 +152,7 @@ def _noting_reads(kind: Any, read: set[str]) -> Iterator[None]:
 
     def noting(config: Any, name: str) -> Any:
         read.add(name)
-        return plain(config, name)
+        return plain(config, name)  # type: ignore[call-arg]
 
     own = kind.__dict__.get("__getattribute__")
     kind.__getattribute__ = noting

@@ -21,6 +21,7 @@ class Peers(nn.ModuleDict):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Without asking whether the name is an attribute: peers are asked for by [name] only."""
+        assert module is not None
         self._modules[name] = module
 
 

@@ -43,12 +43,20 @@ def row_limit(model: Any) -> int | None:
     return longest_row(model) or (stated if isinstance(stated, int) and stated > 0 else None)
 
 
-def fit_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Makes a tokenizer give what the model reads: as many tokens, with or without segments. In place."""
-    tokenizer.model_max_length = row_limit(model) or tokenizer.model_max_length
-    others = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-    segments = ["token_type_ids"] if reads_segments(model) else []
-    tokenizer.model_input_names = [*others[:1], *segments, *others[1:]]
+def fit_tokenizer(tokenizer: Any, model: Any, max_length: int | None = None) -> None:
+    """Lets a tokenizer give what the model takes, wherever both are saved: inputs by name, rows cut to a length.
+
+    `max_length`: tokens of a row to which `truncation=True` cuts; left out, as many as the model can read.
+    """
+    takes = inspect.signature(model.forward).parameters
+    tokenizer.model_input_names = [
+        "input_ids",
+        *(["token_type_ids"] if reads_segments(model) else []),
+        *(["attention_mask"] if "attention_mask" in takes else []),
+    ]
+    tokenizer.model_max_length = max_length or row_limit(model) or tokenizer.model_max_length
+    for name in ("model_input_names", "model_max_length"):
+        tokenizer.init_kwargs[name] = getattr(tokenizer, name)
 
 
 @torch.no_grad()

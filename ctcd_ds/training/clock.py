@@ -14,15 +14,20 @@ from ctcd_ds.training.signals import REASONS
 class Clock:
     """Starts when it is made. Rank 0's decides; the other ranks hear of it in the step's exchange."""
 
-    def __init__(self, checkpoint_minutes: float | None, limit_minutes: float | None) -> None:
+    def __init__(self, checkpoint_minutes: float | None, limit_minutes: float | None, earlier_s: float = 0.0) -> None:
         self._checkpoint_minutes, self._limit_minutes = checkpoint_minutes, limit_minutes
         self._decides = dist.get_rank() == 0
+        self._earlier_s = earlier_s
         self._start = self._saved = time.monotonic()
         self.paused_s = {"validation": 0.0, "saving": 0.0}
 
     def since_start(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._start
+
+    def of_the_run(self) -> float:
+        """Seconds of the run: of this sitting, and of the earlier ones as far as their steps still count."""
+        return self._earlier_s + self.since_start()
 
     def seconds(self) -> float:
         """Seconds of training alone: without validation and saving."""

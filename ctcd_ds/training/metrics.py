@@ -30,7 +30,7 @@ class MetricsLog:
     """Writes one row a logged step, flushed, to a file and to the monitors; moves the bar every step."""
 
     def __init__(self, path: Path, monitor: Any, plan: Plan, start_step: int, peak_flops: float | None) -> None:
-        _forget_after(path, start_step)
+        self.earlier_s = _forget_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
         self._monitor, self._plan, self._peak = monitor, plan, peak_flops
         if (board := getattr(monitor, "tb_monitor", None)) is not None and board.enabled:
@@ -113,11 +113,16 @@ def shown_as(key: str) -> str:
             return _OF_THE_RUN.get(key, "")
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops the rows of steps that a killed process did and that will be done again, and what it left half written."""
-    kept = []
+def _forget_after(path: Path, step: int) -> float:
+    """Drops the rows of steps that a killed process did and that will be done again, and what it left half written.
+
+    Returns the run's seconds up to the last row that stays.
+    """
+    kept, seconds = [], 0.0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
+            if (row := json.loads(line))["step"] <= step:
                 kept.append(line + "\n")
+                seconds = row.get("seconds", 0.0)
     write_atomic(path, "".join(kept))
+    return seconds

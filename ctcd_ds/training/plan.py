@@ -91,8 +91,10 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
     auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
     for name, section in recipe.peers.items():
-        mistakes += [f"peers.{name}.{said}" for said in config_mistakes(section, corpus, length, auto)]
-        mistakes += [f"peers.{name}.{said}" for said in _tokenizer_mistakes(section.pretrained, corpus)]
+        said = list(config_mistakes(section, corpus, length, auto)) or list(
+            _tokenizer_mistakes(section.pretrained, corpus)
+        )
+        mistakes += [f"peers.{name}.{mistake}" for mistake in said]
     begun = {} if mistakes else _begun_at_random(recipe, auto)
     mistakes += [
         f"peers.{name}.pretrained = {recipe.peers[name].pretrained!r}: a frozen peer teaches what it knows, and this "

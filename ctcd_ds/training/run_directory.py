@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,31 @@ import torch
 from ctcd_ds.cli import Damage, UserError, typed
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.ending import ending
-from ctcd_ds.manifest import write_atomic
+from ctcd_ds.manifest import file_entries, file_problems, read_json, read_manifest, write_atomic, write_manifest
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.identity import changes, identity
 from ctcd_ds.training.plan import Plan
+
+FORMAT = "ctcd_ds.run"
+_LEARNED = 0.2  # nats below the loss of word frequencies: who uses the words around is soon further than that
+
+
+def at_word_frequencies(losses: Mapping[str, float], unigram_loss: float | None) -> str:
+    """Which models (name → held-out loss) have learned no more than how often each word occurs; "" where none."""
+    there = [name for name, loss in losses.items() if unigram_loss is not None and loss > unigram_loss - _LEARNED]
+    if not there:
+        return ""
+    are = f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'}"
+    return f"{are} still at word frequencies, which alone give {unigram_loss:.3f} nats: train longer"
+
+
+def duration(seconds: float) -> str:
+    """'1 h 02 min', '3 min 20 s', '12.3 s'."""
+    minutes, rest = divmod(seconds, 60)
+    if minutes >= 60:
+        return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min"
+    return f"{minutes:.0f} min {rest:02.0f} s" if minutes else f"{rest:.1f} s"
 
 
 class RunDirectory:
@@ -37,7 +58,7 @@ class RunDirectory:
 
     def holds_a_run(self) -> bool:
         """Whether a run was started here."""
-        return self.recipe.exists() or self.checkpoints.exists() or self.metrics.exists()
+        return self.recipe.exists() or self.metrics.exists() or any(self.checkpoints.glob("step-*"))
 
     def logged(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl in the order of steps; of a step that was run again the later row counts.
@@ -56,7 +77,7 @@ class RunDirectory:
         return [rows[step] for step in sorted(rows)]
 
     def refuse_or_resume(self, plan: Plan, resume: bool) -> list[str]:
-        """What is different from the run that is here, and harmless, one line each.
+        """What is to be said of going on: what is different from the run that is here, and harmless, one line each.
 
         Raises UserError where the directory and the wish do not fit: another run, a file, or Mistakes with all that
         would make this another run than the one it is to go on with.
@@ -64,11 +85,13 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
         if not self.holds_a_run():
-            # slurm/ is what `ctcd submit` and the job's script leave here before the run begins.
+            if self.checkpoints.is_symlink() and not self.checkpoints.is_dir():
+                raise UserError(f"{self.checkpoints} points to {self.checkpoints.readlink()}, which is no directory")
+            # slurm/ is left here before the run begins; checkpoints/, empty, may be a link to where there is room.
             others = (p.name for p in self.path.iterdir()) if self.path.is_dir() else ()
-            if any(not name.startswith(".") and name != "slurm" for name in others):
+            if any(not name.startswith(".") and name not in ("slurm", "checkpoints") for name in others):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
-            return []
+            return [f"--resume: there is no run in {self.path}; this one begins at step 0"] if resume else []
         if not resume:
             raise UserError(
                 f"output_dir {self.path} holds a run already: go on with it (--resume), or name another directory"
@@ -77,7 +100,7 @@ class RunDirectory:
         refused, allowed = changes(then, plan, step)
         if refused:
             raise Mistakes(f"--resume of {self.path} (what the run is against what is asked for)", refused)
-        return allowed
+        return [f"changed since: {line}" for line in allowed]
 
     def _saved_identity(self, plan: Plan) -> tuple[dict[str, Any], int]:
         """The identity of the run here and its step: the newest checkpoint's, or recipe.yaml's before the first one."""
@@ -102,6 +125,37 @@ class RunDirectory:
         shutil.copytree(plan.corpus.tokenizer_path, self.tokenizer, dirs_exist_ok=True)
         for name, config in plan.configs.items():
             config.save_pretrained(self.peers / name)
+        self.prove()
+
+    def prove(self, ended: bool = False) -> None:
+        """Writes RUN/manifest.json over what says who the run is; over what it measured too, once it has ended."""
+        names = ["recipe.yaml", "ds_config.json", "environment.json", "tokenizer", "peers"]
+        files = file_entries(self.path, [*names, *(["metrics.jsonl", "summary.json"] if ended else [])])
+        write_manifest(self.path / "manifest.json", {"format": FORMAT, "version": 1, "files": files})
+
+    def problems(self) -> Iterator[str]:
+        """What is not as the run wrote it, beside its checkpoints: a line for each file, with both hashes."""
+        stated = read_manifest(self.path / "manifest.json")["files"]
+        ours = {name.split("/")[0] for name in stated}
+        yield from file_problems(self.path, stated, tuple(p.name for p in self.path.iterdir() if p.name not in ours))
+        latest, tags = self.checkpoints / "latest", sorted(p.name for p in self.checkpoints.glob("step-*"))
+        if tags and (said := latest.read_bytes() if latest.exists() else b"") != f"{tags[-1]}\n".encode():
+            yield f"{latest}: says {said!r}, and the newest checkpoint is {tags[-1]}"
+
+    def summed_up(self) -> str:
+        """What a finished run came to, and the command that goes on from it."""
+        summary = read_json(self.path / "summary.json")
+        recipe = load_recipe(self.recipe)
+        trained = [name for name, section in recipe.peers.items() if not section.frozen]
+        measured = {name: summary.get(f"valid/{name}/loss") for name in trained}
+        lines = [f"finished: {summary['steps']:,} steps in {duration(summary['seconds'])}, {self.path}"]
+        for name in (name for name in trained if measured[name] is not None):
+            accuracy = summary.get(f"valid/{name}/accuracy")
+            lines.append(f"  {name}: held-out loss {measured[name]:.3f} nats, accuracy {accuracy:.1%}")
+        known = {name: loss for name, loss in measured.items() if loss is not None}
+        if said := at_word_frequencies(known, summary.get("unigram_loss")):
+            lines.append(f"  {said}")
+        return "\n".join([*lines, f"next: ctcd export --checkpoint {self.path} --output_dir {self.path / 'hf'}"])
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes RUN/name, atomically."""
@@ -123,7 +177,8 @@ def environment(ranks: Ranks, device: str) -> dict[str, Any]:
     """Versions, commit and hardware of this process, and who told it its rank."""
     packages = ("ctcd-ds", "torch", "deepspeed", "transformers", "datasets", "megatron-core", "numpy", "tokenizers")
     return {
-        "command": typed(),
+        "command": _repeating(ranks),
+        "folder": str(Path.cwd()),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in packages},
         "git_commit": git_commit(),
@@ -137,6 +192,21 @@ def environment(ranks: Ranks, device: str) -> dict[str, Any]:
     }
 
 
+def _repeating(ranks: Ranks) -> list[str]:
+    """The words that do this run again: with its launcher, and without what a launcher or a resumption added."""
+    words = [word for word in typed() if word != "--resume" and not word.startswith("--local_rank")]
+    nodes = max(1, ranks.world // ranks.local_world)
+    match ranks.source:
+        case "deepspeed":
+            several = ["--num_nodes", str(nodes)] if nodes > 1 else []
+            return ["deepspeed", *several, "--num_accelerators", str(ranks.local_world), *words[1:]]
+        case "torchrun":
+            return ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(ranks.local_world), *words[1:]]
+        case "srun" | "mpirun":
+            return [ranks.source, "-n", str(ranks.world), *words]
+    return words
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -145,11 +215,12 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with -dirty where it was changed since; None outside a checkout."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
-    )
+    """The commit of this code, with -dirty where it was changed since; None outside a checkout, or without git."""
+    here, line = Path(__file__).parent, ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(line, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git, as in many containers
+        return None
     return found.stdout.strip() or None
 
 

@@ -57,7 +57,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     peak = peak_flops(device, config.precision)
     log = MetricsLog(run.metrics, engine.monitor, plan, step, peak) if ranks.first else None
     guard = FiniteGuard(engine.optimizer, config.precision, training.on_nonfinite)
-    clock = Clock(training.checkpoint_minutes, training.time_limit_minutes)
+    clock = Clock(training.checkpoint_minutes, training.time_limit_minutes, log.earlier_s if log is not None else 0.0)
     stop: str | None = None
     losses: dict[str, float] = {}
     held_out: dict[str, float] = {}
@@ -95,6 +95,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
             lrs = {f"lr/{name}": settings[name].lr * factor for name in gradients.groups}
             scaling = {"loss_scale": float(engine.optimizer.loss_scale)} if config.precision == "fp16" else {}
             row = {**losses, **grad_norms, **lrs, **held_out, **scaling, "skipped_steps": engine.skipped_steps}
+            row["seconds"] = clock.of_the_run()
             log.row(step, row, clock.seconds(), loader.waited_s, peak_memory_bytes(device))
         due = save_due or (training.checkpoint_every and step % training.checkpoint_every == 0)
         if last or stop or due or improved:
@@ -114,6 +115,7 @@ def _write_end(
 ) -> None:
     """summary.json where all steps are done, and exit.json."""
     if step < plan.steps:
+        run.prove(ended=True)
         run.write_exit("saved", step, str(stop))
         return
     rows, length = plan.recipe.training.global_batch_rows, plan.recipe.corpus.sequence_length
@@ -123,12 +125,14 @@ def _write_end(
         "rows": step * rows,
         "tokens": step * rows * length,
         **{key: value if math.isfinite(value) else None for key, value in values.items()},
-        "seconds": clock.since_start(),
+        "seconds": clock.of_the_run(),
+        "unigram_loss": plan.corpus.unigram_loss,
         **{f"{what}_s": seconds for what, seconds in clock.paused_s.items()},
         "rows_per_s": pace,
         "tokens_per_s": pace * length,
     }
     run.write_json("summary.json", summary)
+    run.prove(ended=True)
     run.write_exit("finished", step, f"all {step} steps are done")
 
 

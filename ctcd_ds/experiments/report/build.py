@@ -23,8 +23,9 @@ from ctcd_ds.experiments.report import copying
 from ctcd_ds.experiments.report.curves import Curves
 from ctcd_ds.experiments.report.grids import grid_pictures
 from ctcd_ds.experiments.report.study import Study, plain, read_study
-from ctcd_ds.experiments.report.words import METRICS, difference, opening, role, speed_reading, statements
+from ctcd_ds.experiments.report.words import answer, difference, opening, role, setting, speed_reading, statements
 from ctcd_ds.experiments.results import Comparison
+from ctcd_ds.experiments.wording import METRICS
 
 PAGE = "report.html"
 _FIRST = ("valid_loss", "valid_accuracy", "glue/average")
@@ -63,6 +64,8 @@ def render(study: Study, directory: Path, agreement_rows: int, speed: Speed | No
         results=study.results,
         title=plain(study.results.experiment),
         opening=opening(study),
+        answer=answer(study),
+        setting=setting(study),
         statements=statements(study),
         ends=ends,
         grids=grids,
@@ -171,7 +174,11 @@ def _run_commands(study: Study) -> list[str]:
     """The command of each run that an experiment did not start, each once."""
     if study.is_experiment:
         return []
-    return list(dict.fromkeys(_command(run.environment.get("command", [])) for run in study.runs.values()))
+    found = []
+    for run in study.runs.values():
+        there = f"cd {shlex.quote(folder)} && " if (folder := run.environment.get("folder")) else ""
+        found.append(there + _command(run.environment.get("command", [])))
+    return list(dict.fromkeys(found))
 
 
 def _number(value: float | None, form: str = ",.0f", factor: float = 1.0) -> str:

@@ -14,14 +14,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from ctcd_ds.cli import RunFailure, UserError, count
+from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.experiments.report.agreement import Agreement, Answers, compare_answers, held_out_answers
 from ctcd_ds.experiments.report.drawing import GRID, SERIES, Picture, draw, label_rows, legend_above
 from ctcd_ds.experiments.report.logs import slug
 from ctcd_ds.experiments.report.study import Study
-from ctcd_ds.experiments.statistics import interval
+from ctcd_ds.experiments.statistics import CONFIDENCE, interval
+from ctcd_ds.experiments.wording import VERDICTS, Metric, judged
 
 EACH_ALONE = "each alone"
+_SHARE = Metric("common mistakes", "common mistakes (%)", 1, largest=100.0)
+_SAID = {**VERDICTS, "more": "They share more mistakes together", "fewer": "They share fewer mistakes together"}
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,11 @@ def _judged(ours: Mapping[int, Agreement], theirs: Mapping[int, Agreement]) -> s
     shares = [(ours[seed].common_mistakes, theirs[seed].common_mistakes) for seed in ours if seed in theirs]
     differences = [100 * (a - b) for a, b in shares if a is not None and b is not None]
     made = interval(differences)
-    if made is None:
-        return f"No evidence of a difference: {count(len(differences), 'seed')} cannot tell."
-    (low, high), _ = made
-    between = f"{low:+.1f} to {high:+.1f}".replace("-", "−")
-    numbers = f"95 % interval of the difference {between} points, {len(differences)} seeds"
-    if low <= 0 <= high:
-        return f"No evidence of a difference ({numbers})."
-    return f"They share {'more' if low > 0 else 'fewer'} mistakes together ({numbers})."
+    between = made[0] if made is not None else None
+    verdict = "no evidence"
+    if between is not None and not between[0] <= 0 <= between[1]:
+        verdict = "more" if between[0] > 0 else "fewer"
+    return judged(_SHARE, differences, between, verdict, CONFIDENCE, _SAID)
 
 
 def pictures(study: Study, found: Sequence[PairAgreement], directory: Path) -> Iterator[Picture]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from ctcd_ds.experiments.report.drawing import Look, Picture, draw, label_rows, legend_above, looks
 from ctcd_ds.experiments.report.logs import over_seeds, slug, windows
 from ctcd_ds.experiments.report.study import Study, plain
-from ctcd_ds.experiments.report.words import Metric
+from ctcd_ds.experiments.wording import Metric
 
 _FEW = 7  # conditions: more of them, or several of one group, are drawn thin, in the colour of their group
 _ENOUGH = 4  # held-out values along a run, to be a curve

@@ -23,8 +23,8 @@ from ctcd_ds.experiments.report.drawing import (
 )
 from ctcd_ds.experiments.report.logs import slug
 from ctcd_ds.experiments.report.study import Study, plain
-from ctcd_ds.experiments.report.words import METRICS, Metric
 from ctcd_ds.experiments.results import Comparison, Condition, Value
+from ctcd_ds.experiments.wording import METRICS, Metric
 
 # Not quite the colours of the series, which follow the page: text on a cell fits the cell's own.
 _MAP = LinearSegmentedColormap.from_list("worse to better", ["#d45d00", "#f7f6f2", "#0071b1"])

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.ending import ending
-from ctcd_ds.experiments.collecting import glue_scores, spreads
+from ctcd_ds.experiments.collecting import outcome, reservations, spreads
 from ctcd_ds.experiments.report.logs import LoggedRun
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult, Results
-from ctcd_ds.experiments.statistics import MINIMUM_PAIRS, caveats, compare
+from ctcd_ds.experiments.statistics import caveats, compare
 from ctcd_ds.manifest import canonical_sha256, read_json
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.tasks import TASKS
+from ctcd_ds.training import checkpoint
 
 QUESTION = "How did the models learn, alone and together?"
 
@@ -31,15 +32,16 @@ def runs_as_results(runs: Sequence[LoggedRun]) -> Results:
         name: Condition(group=name, cells=[cell.name for cell in own], peers=spreads(own))
         for name, own in cells.items()
     }
+    pairings, apart = _pairings({name: group[0] for name, group in members.items()})
     comparisons = [
         comparison
-        for (name, peer), (against, other) in _pairings({name: group[0] for name, group in members.items()})
+        for (name, peer), (against, other) in pairings
         for comparison in _compared(conditions, name, peer, against, other)
     ]
     seeds = sorted({run.recipe.seed for run in runs})
-    unfinished = sum(cell.state != "finished" for own in cells.values() for cell in own)
+    unfinished = [Path(cell.run).name for own in cells.values() for cell in own if cell.state != "finished"]
     first = runs[0].environment
-    fewest = min(len(own) for own in cells.values())
+    notes = [*apart, *reservations(run.directory.path for run in runs)]
     return Results(
         experiment=" and ".join(members) if len(members) < 4 else f"{len(members)} runs",
         question=QUESTION,
@@ -53,7 +55,7 @@ def runs_as_results(runs: Sequence[LoggedRun]) -> Results:
         cells=[cell for own in cells.values() for cell in own],
         conditions=conditions,
         comparisons=comparisons,
-        caveats=caveats(comparisons, fewest if comparisons else MINIMUM_PAIRS, unfinished, ""),
+        caveats=caveats(comparisons, unfinished, notes),
         seconds=sum(run.summary.get("seconds", 0.0) for run in runs),
     )
 
@@ -85,8 +87,7 @@ def _cell(condition: str, run: LoggedRun) -> Cell:
         tokens=tokens,
         flops=flops or None,
         total_flops=flops or None,
-        seconds=run.summary.get("seconds"),
-        peers={name: _peer(name, run, costs) for name in recipe.peers} if state == "finished" else {},
+        **(outcome(run.directory.path, _peers(run, costs), run.directory.path) if state == "finished" else {}),
     )
 
 
@@ -106,28 +107,68 @@ def _costs(run: LoggedRun) -> dict[str, Cost]:
     return found
 
 
-def _peer(name: str, run: LoggedRun, costs: Mapping[str, Cost]) -> PeerResult:
-    config = read_json(run.directory.peers / name / "config.json")
-    return PeerResult(
-        frozen=run.recipe.peers[name].frozen,
-        layers=config.get("num_hidden_layers"),
-        hidden_size=config.get("hidden_size"),
-        parameters=costs[name].parameters if name in costs else None,
-        valid_loss=run.summary.get(f"valid/{name}/loss"),
-        valid_accuracy=run.summary.get(f"valid/{name}/accuracy"),
-        glue=glue_scores(run.directory.path / "glue" / "results.json", run.directory.path / "hf" / name),
-    )
+def _peers(run: LoggedRun, costs: Mapping[str, Cost]) -> dict[str, PeerResult]:
+    """What the peers of a run are."""
+    found = {}
+    for name, section in run.recipe.peers.items():
+        config = read_json(run.directory.peers / name / "config.json")
+        found[name] = PeerResult(
+            frozen=section.frozen,
+            layers=config.get("num_hidden_layers"),
+            hidden_size=config.get("hidden_size"),
+            parameters=costs[name].parameters if name in costs else None,
+        )
+    return found
 
 
-def _pairings(runs: Mapping[str, LoggedRun]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    """Each peer that shares its run with others, against itself alone and against each larger model alone."""
+Peer = tuple[str, str]  # condition, peer
+
+
+def _pairings(runs: Mapping[str, LoggedRun]) -> tuple[list[tuple[Peer, Peer]], list[str]]:
+    """Each peer that shares its run with others, against itself alone and against each larger model alone.
+
+    Only where both were trained alike but for what they learned from each other. Also returns what keeps peers of one
+    name apart, a sentence a pair of runs.
+    """
     alone = {name: next(iter(run.recipe.peers)) for name, run in runs.items() if len(run.recipe.peers) == 1}
     sizes = {(name, peer): c.parameters for name, run in runs.items() for peer, c in _costs(run).items()}
+    found, apart = [], []
     for name, run in runs.items():
         for peer in [] if name in alone else [n for n, p in run.recipe.peers.items() if not p.frozen]:
             for against, other in alone.items():
-                if other == peer or sizes.get((against, other), 0) > sizes.get((name, peer), 0):
-                    yield (name, peer), (against, other)
+                ours, theirs = _conditions_of(run, peer), _conditions_of(runs[against], other)
+                model = ours.pop("model"), theirs.pop("model")
+                differing = [f"{k} ({ours.get(k)} and {theirs.get(k)})" for k in ours if ours.get(k) != theirs.get(k)]
+                if other == peer and model[0] != model[1]:
+                    keys = sorted(k for k in model[0] | model[1] if model[0].get(k) != model[1].get(k))
+                    differing.append(f"the model itself ({', '.join(keys)})")
+                larger = sizes.get((against, other), 0) > sizes.get((name, peer), 0)
+                if not differing and (other == peer or larger):
+                    found.append(((name, peer), (against, other)))
+                elif other == peer:
+                    said = f"they differ in {', '.join(differing)}"
+                    apart.append(f"{peer} of {name} is not compared with {against}: {said}.")
+    return found, apart
+
+
+def _conditions_of(run: LoggedRun, peer: str) -> dict[str, Any]:
+    """What must be equal, beside the seed, where two runs of a peer are to differ by their company only."""
+    recipe, newest = run.recipe, checkpoint.newest(run.directory.checkpoints, checkpoint.read, lambda text: None)
+    section, steps = recipe.peers[peer], recipe.training.steps
+    own = {key: getattr(section, key) for key in ("label_noise", "mask_seed", "mask_fraction")}
+    corpus = recipe.corpus.model_dump(exclude={"path"})
+    return {
+        "corpus": newest[1]["corpus"][:12] if newest else recipe.corpus.path,
+        "training.steps": newest[1]["steps"] if newest else steps,
+        "training.global_batch_rows": recipe.training.global_batch_rows,
+        "objective.task": recipe.objective.task,
+        "precision": newest[1]["precision"] if newest else None,
+        **{f"corpus.{key}": value for key, value in corpus.items()},
+        **{f"schedule.{key}": value for key, value in recipe.schedule.model_dump().items()},
+        **{f"optimizer.{key}": value for key, value in recipe.optimizer_of(peer).model_dump().items()},
+        **{f"its {key}": value for key, value in own.items()},
+        "model": {**read_json(run.directory.peers / peer / "config.json"), "pretrained": section.pretrained},
+    }
 
 
 def _compared(

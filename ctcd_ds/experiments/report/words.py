@@ -4,47 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ctcd_ds.cli import count
 from ctcd_ds.evaluation.speed import Speed
 from ctcd_ds.experiments.report.study import Study, plain
 from ctcd_ds.experiments.results import Comparison
+from ctcd_ds.experiments.wording import METRICS, judged
 from ctcd_ds.objective.graph import DistillationGraph
 
-_ONE_BY_ONE = 8  # comparisons: more of them are counted
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric of results.json is shown: `factor` times the value, with so many digits and a unit."""
-
-    name: str
-    label: str
-    digits: int
-    factor: float = 1.0
-    unit: str = ""
-    lower_is_better: bool = False
-
-    def shown(self, value: float) -> str:
-        return f"{self.factor * value:.{self.digits}f}{self.unit}"
-
-    def signed(self, value: float) -> str:
-        return f"{self.factor * value:+.{self.digits}f}".replace("-", "−")
-
-
-class _Metrics(dict[str, Metric]):
-    def __missing__(self, key: str) -> Metric:
-        task = key.removeprefix("glue/")
-        return Metric(f"GLUE {task}", f"GLUE {task}", 1)
-
-
-METRICS = _Metrics(
-    {
-        "valid_loss": Metric("held-out loss", "held-out loss (nats)", 3, lower_is_better=True),
-        "valid_accuracy": Metric("held-out accuracy", "held-out accuracy (%)", 1, 100.0, " %"),
-        "glue/average": Metric("GLUE average", "GLUE average (without WNLI)", 1),
-    }
-)
+_BOXES = 4  # findings on the first screen; of more comparisons, those that answer the question
 
 
 def role(graph: DistillationGraph, peer: str) -> str:
@@ -105,9 +74,53 @@ def statements(study: Study) -> list[Statement]:
     ]
     if not comparisons:
         return [Statement(text, "", "") for text in _ends(study)]
-    if len(comparisons) <= _ONE_BY_ONE:
-        return [_one(study, comparison) for comparison in comparisons]
-    return list(_counted(study, comparisons))
+    shown = comparisons if len(comparisons) <= _BOXES else _answering(study)[:_BOXES]
+    return [_one(study, comparison) for comparison in shown] or list(_counted(study, comparisons))[:_BOXES]
+
+
+def answer(study: Study) -> str:
+    """What learning from each other came to, in one sentence; "" where nothing was compared with itself alone."""
+    own = _answering(study)
+    if not own:
+        return ""
+    metric, seeds = METRICS[own[0].metric], min(len(c.seeds) for c in own)
+    said = []
+    for c in own:
+        mean = metric.signed(c.mean or 0.0)
+        kinds = {"better": "ends better", "worse": "ends worse", "no evidence": "shows no evidence of a difference"}
+        kind = f"{kinds[c.verdict]} ({mean})" if any(c.differences) else "ends exactly where it ends alone"
+        said.append(f"the {c.peer} {kind}")
+    over = "one seed" if seeds == 1 else f"{seeds} seeds"
+    whole = ", ".join(said[:-1]) + " and " * (len(said) > 1) + said[-1]
+    return f"As “{study.title(own[0].condition)}”, {whole}, against training alone ({metric.name}, {over})."
+
+
+def _answering(study: Study) -> list[Comparison]:
+    """Of the condition in which most was exchanged, each peer against itself alone, by the weightiest metric."""
+    for metric in ("glue/average", "valid_loss"):
+        found: dict[str, list[Comparison]] = {}
+        for c in study.comparisons(metric):
+            alone, run = study.example(c.against), study.example(c.condition)
+            if c.mean is not None and c.peer == c.against_peer and alone and run and len(alone.graph.names) == 1:
+                found.setdefault(c.condition, []).append(c)
+        if found:
+            edges = {name: len(list(run.graph.edges())) for name in found if (run := study.example(name))}
+            return found[max(edges, key=lambda name: edges[name])]
+    return []
+
+
+def setting(study: Study) -> str:
+    """Models, length and text of the study in one line, as far as its conditions have them in common."""
+    models: dict[str, None] = {}
+    for cell in study.results.cells:
+        for name, peer in cell.peers.items():
+            size = f"{peer.parameters / 1e6:,.1f} M parameters" if peer.parameters else "unknown size"
+            models[f"{name} ({size}{f', {peer.layers} layers' if peer.layers else ''})"] = None
+    steps = sorted({cell.steps for cell in study.results.cells if cell.steps})
+    length = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}" if steps else "no"
+    recipe = next(iter(study.runs.values())).recipe
+    rows = f"{recipe.training.global_batch_rows} rows of {recipe.corpus.sequence_length} tokens"
+    return f"{'; '.join(models)}. {length} steps of {rows}; corpus {Path(study.results.corpus).name}."
 
 
 def _one(study: Study, comparison: Comparison) -> Statement:
@@ -127,15 +140,8 @@ def _one(study: Study, comparison: Comparison) -> Statement:
 
 def difference(comparison: Comparison) -> str:
     """The difference with its interval, or why there is none."""
-    metric, seeds = METRICS[comparison.metric], count(len(comparison.seeds), "seed")
-    if comparison.mean is None:
-        return "No seed is finished in both."
-    if comparison.interval is None:
-        return f"No evidence of a difference: {seeds} (mean {metric.signed(comparison.mean)}) cannot tell."
-    low, high = (metric.signed(end) for end in comparison.interval)
-    numbers = f"mean difference {metric.signed(comparison.mean)}, {comparison.confidence:.0%} interval {low} to {high}"
-    said = {"better": "Better", "worse": "Worse", "no evidence": "No evidence of a difference"}[comparison.verdict]
-    return f"{said}: {numbers}, {seeds}."
+    metric, c = METRICS[comparison.metric], comparison
+    return judged(metric, c.differences, c.interval, c.verdict, c.confidence)
 
 
 def _counted(study: Study, comparisons: Sequence[Comparison]) -> Iterator[Statement]:
@@ -186,6 +192,7 @@ def speed_reading(speed: Speed) -> str:
     paces = []
     for own, theirs in zip(small.timings, large.timings, strict=True):
         rows = "1 row" if own.batch_size == 1 else f"{own.batch_size} rows"
-        paces.append(f"{theirs.latency_ms / own.latency_ms:.2f} times as fast ({rows} at once)")
+        # As the table beside it: medians over rounds, of one model's time over the other's.
+        paces.append(f"{own.speedup / theirs.speedup:.2f} times as fast ({rows} at once)")
     size = f"{small.bytes_on_disk / large.bytes_on_disk:.0%} of the size on disk"
     return f"Against {large.name}, {small.name} is {' and '.join(paces)}, and has {size}."
