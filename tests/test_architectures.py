@@ -30,7 +30,9 @@ QUICK = (
 TASKS: dict[str, tuple[Any, Any]] = {"mlm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES)}
 
 KINDS = [
-    pytest.param(task, kind, marks=() if kind in QUICK else pytest.mark.architectures, id=f"{task}-{kind}")
+    pytest.param(
+        task, kind, marks=() if kind in QUICK else (pytest.mark.architectures, pytest.mark.nightly), id=f"{task}-{kind}"
+    )
     for task, (_, kinds) in TASKS.items()
     for kind in kinds
 ]
@@ -68,6 +70,8 @@ def test_it_passes_the_rehearsal_and_its_cost_is_counted(corpus: Path, task: str
     products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv2d")
     expected = sum(event.flops for event in profiled.key_averages() if event.key in products)
     one_dimensional = _convolutions(model)  # the profiler leaves them out
+    if kind == "perceiver":  # its own head runs at all positions that it has, and is cut afterwards
+        expected -= 2 * (config.max_position_embeddings - LENGTH) * config.d_model * config.vocab_size
     assert found.forward_flops * LENGTH == pytest.approx(expected + one_dimensional, rel=1e-6)
 
 

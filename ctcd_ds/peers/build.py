@@ -146,7 +146,7 @@ def _building_mistakes(model: Mapping[str, Any], config: Any, auto: Any) -> Iter
 
 
 @contextmanager
-def _noting_reads(kind: type, read: set[str]) -> Iterator[None]:
+def _noting_reads(kind: Any, read: set[str]) -> Iterator[None]:
     """Notes which attributes of configs of this class are read: some settings have no default in their class."""
     plain = kind.__getattribute__
 
@@ -155,14 +155,14 @@ def _noting_reads(kind: type, read: set[str]) -> Iterator[None]:
         return plain(config, name)  # type: ignore[call-arg]
 
     own = kind.__dict__.get("__getattribute__")
-    kind.__getattribute__ = noting  # type: ignore[method-assign, assignment]
+    kind.__getattribute__ = noting
     try:
         yield
     finally:
         if own is None:
             del kind.__getattribute__
         else:
-            kind.__getattribute__ = own  # type: ignore[method-assign]
+            kind.__getattribute__ = own
 
 
 def _or_else(hint: str, otherwise: str) -> str:
