@@ -27,8 +27,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(pairs: int) -> None:
     trials = 1000
     made = [interval(random.normal(0.3, 1.0, pairs).tolist()) for _ in range(trials)]
     covered = sum(between[0] <= 0.3 <= between[1] for found in made if found for between in [found[0]])
-    stated = 0.95 if pairs < 5 else 0.92  # Student's t is exact; the bootstrap is too narrow with few pairs
-    assert covered >= stated * trials - 3 * (0.95 * 0.05 * trials) ** 0.5
+    assert covered >= 0.95 * trials - 3 * (0.95 * 0.05 * trials) ** 0.5
 
 
 @given(st.lists(st.floats(-5, 5), min_size=0, max_size=2), st.sampled_from(["valid_loss", "glue/rte"]))
@@ -67,7 +66,7 @@ def test_differences_are_paired_by_seed_whatever_the_order() -> None:
     found = compare("ctcd", "student", "alone", "student", "valid_loss", ours, theirs)
     assert found.verdict == "better" and sorted(found.seeds) == [1, 2, 3, 5, 6]
     assert found.mean == pytest.approx(-0.1034)
-    assert "bootstrap over 5 pairs" in found.method
+    assert "Student's t over 5 pairs" in found.method
 
 
 def test_the_same_numbers_give_the_same_interval() -> None:
