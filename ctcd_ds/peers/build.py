@@ -152,7 +152,7 @@ def _noting_reads(kind: Any, read: set[str]) -> Iterator[None]:
 
     def noting(config: Any, name: str) -> Any:
         read.add(name)
-        return plain(config, name)  # type: ignore[call-arg]
+        return plain(config, name)
 
     own = kind.__dict__.get("__getattribute__")
     kind.__getattribute__ = noting
