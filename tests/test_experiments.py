@@ -296,7 +296,7 @@ def test_a_cell_gives_losses_scores_exports_and_costs(real: tuple[Path, list[Any
         for peer in peers:
             found = cells[name].peers[peer]
             assert found.valid_loss is not None and 0 < found.valid_loss < 10
-            assert 0 <= found.glue["rte"].median <= 100 and list(found.glue["rte"].seeds) == ["1"]
+            assert 0 <= found.glue["rte stand-in"].median <= 100 and list(found.glue["rte stand-in"].seeds) == ["1"]
             assert found.export is not None and (out / found.export / "config.json").exists()
     assert cells["frozen"].peers["teacher"].frozen and cells["frozen"].peers["teacher"].export is None
     teacher = [cells[name].peers["teacher"].valid_loss for name in ("alone", "frozen")]

@@ -56,7 +56,8 @@ def given(folder: Path) -> tuple[list[Any], list[dict[str, torch.Tensor]], int]:
         labels.view(-1)[view.positions] = view.targets
         collated.append({"input_ids": view.inputs["input_ids"], "labels": labels})
     loader.close()
-    models = [build_peer(name, peer, corpus, parsed.seed) for name, peer in parsed.peers.items()]
+    auto = task.auto_class()
+    models = [build_peer(name, peer, corpus, parsed.seed, auto) for name, peer in parsed.peers.items()]
     return models, collated, corpus.vocab_size
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -266,7 +267,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, Reading, str]]:
     return {
         "goood.txt": ("goood.txt", plain, "does not exist; did you mean .*good.txt"),
         "pattern": ("nothing*.txt", plain, "no file matches"),
-        "empty": ("empty.txt", plain, "holds no text"),
+        "empty": ("empty.txt", plain, "--input holds no text"),
         "latin": ("latin.txt", plain, "not UTF-8: byte 0xe9 in line 3, at byte offset 18"),
         "utf16": ("utf16.txt", plain, "is UTF-16, not UTF-8"),
         "truncated": ("broken.txt.gz", plain, "damaged"),
@@ -362,6 +363,30 @@ def test_adopted_pairs_become_a_corpus_with_every_document_ended_once(tokenizer:
         "train-00001",
     ]
     assert before.items() <= contents(tmp_path).items()
+
+
+def test_a_pair_that_the_shell_names_by_both_its_files_is_one(tokenizer: Path, tmp_path: Path) -> None:
+    pair = megatron_pair(tmp_path / "x", [[[5, 6]], [[7]]])
+    adopt([f"{pair}.bin", f"{pair}.idx"], str(tokenizer), tmp_path / "corpus", ALL)
+    assert stored(tmp_path / "corpus") == [[5, 6, 3], [7, 3]]
+
+
+def test_what_makes_a_corpus_worth_less_than_it_looks_is_said(
+    make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (
+        ("a.txt", "the <unk> of \U0001f600\U0001f600"),
+        ("b.txt", ""),
+        ("c.txt", "the <unk> of \U0001f600\U0001f600"),
+    ):
+        (tmp_path / name).write_text("\n\n".join([text] * 20))
+    make([tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"], Settings(valid_fraction=0.2))
+    said = capsys.readouterr()
+    assert f"warning: {tmp_path / 'a.txt'} and {tmp_path / 'c.txt'} hold the same; their text is read twice" in said.out
+    assert re.search(r"of the tokens are unknown; in \d+ lines, most often '\U0001f600\U0001f600'", said.out)
+    assert "The text itself has <unk> written in it" in said.out
+    assert "held-out rows of 128 are few" in said.out
+    assert f"{tmp_path / 'b.txt'} holds no text" in said.err
 
 
 def test_a_corpus_of_ours_is_adopted_byte_for_byte(make: Callable[..., Path], tokenizer: Path, tmp_path: Path) -> None:

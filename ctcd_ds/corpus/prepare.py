@@ -221,7 +221,7 @@ def _blocks(texts: Iterator[str], first: int, settings: Settings, size: int) -> 
 def _check_splits(place: Workplace, settings: dict[str, Any]) -> None:
     train, valid = (sum(entry["documents"] for entry in place.shards[split]) for split in ("train", "valid"))
     if place.documents == 0:
-        raise UserError("the input holds no text: no document in any file of --input")
+        raise UserError("--input holds no text: no document in any of its files")
     if train + valid == 0:
         raise UserError(
             f"nothing of the input's {place.documents} documents is left: --fraction {settings['fraction']} took "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -337,11 +337,12 @@ def compare(
     if not sample:
         print(f"{path}: not compared with native SentencePiece, as there is no text here to compare it on", flush=True)
         return
+    scores = {piece.piece: piece.score for piece in model.pieces}
     ties, others = 0, []
     for line, expected, got in zip(sample, _native(model)(sample), ours(sample), strict=True):
         if expected == got:
             continue
-        if model.trainer_spec.model_type == UNIGRAM and _tie(model, expected, got):
+        if model.trainer_spec.model_type == UNIGRAM and _tie(scores, expected, got):
             ties += 1
         else:
             others.append(_difference(line, expected, got))
@@ -366,8 +367,7 @@ def _difference(line: str, expected: Sequence[str], got: Sequence[str]) -> str:
     return f"Line: {line[:300]!r}. SentencePiece: {expected[around]}. Hugging Face: {got[around]}"
 
 
-def _tie(model: Any, left: list[str], right: list[str]) -> bool:
-    scores = {piece.piece: piece.score for piece in model.pieces}
+def _tie(scores: Mapping[str, float], left: list[str], right: list[str]) -> bool:
     if "".join(left) != "".join(right) or not all(piece in scores for piece in right):
         return False
     left_score, right_score = (sum(scores[piece] for piece in pieces) for pieces in (left, right))

@@ -12,6 +12,7 @@ import difflib
 import glob
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,12 +136,17 @@ def documents(
 ) -> Iterator[str]:
     """All documents of `sources` in order; `advance` hears how many more bytes of the sources were read.
 
-    Raises UserError, with file and line, for text that is not UTF-8, a missing field, or a damaged file.
+    Raises UserError, with file and line, for text that is not UTF-8, a missing field, or a damaged file. Says on stderr
+    which of several sources hold no text.
     """
     for source in sources:
+        any_text = False
         for text in _READERS[source.kind](source, reading, advance):
             if text and not text.isspace():
+                any_text = True
                 yield text
+        if not any_text and len(sources) > 1:
+            print(f"{source.name} holds no text", file=sys.stderr)
 
 
 def sample_lines(sources: Sequence[Source], reading: Reading, count: int) -> list[str]:
