@@ -22,7 +22,7 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--link_gbps",
         type=_rate,
-        help="for several machines: Gbit/s between them for each GPU, in one direction: the sum of a node's links / its GPUs",
+        help="between machines: Gbit/s of each GPU in one direction: all of a node's links / its GPUs",
     )
     group.add_argument(
         "--node_link_gbps",
