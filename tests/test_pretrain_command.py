@@ -384,6 +384,8 @@ def test_export_writes_models_that_load_and_agree(finished: Path, monkeypatch: p
     code, out, err = command(monkeypatch, capsys, *line)
     assert code == 0, err
     assert out.count("logits agree") == 2
+    (following,) = re.findall(r"^next: ctcd (glue .*)", out, re.MULTILINE)
+    assert f"{finished / 'hf' / 'teacher'} {finished / 'hf' / 'student'}" in following
     weights = consolidated(finished / "run" / "checkpoints" / "step-00000006")
     for name in ("teacher", "student"):
         model = AutoModelForMaskedLM.from_pretrained(finished / "hf" / name)

@@ -114,11 +114,13 @@ def report(place: Path, models: list[Path], glue: Path, seconds: float) -> None:
             alone, together = table["alone"][peer][key], table["together"][peer][key]
             lines.append([f"{peer} {label}", f"{alone:.4f}", f"{together:.4f}", f"{together - alone:+.4f}"])
     print(*cli.aligned(lines), sep="\n")
+    page = command("report", *(place / run for run in RUNS), "--output_dir", place / "report")
     print(
         "\nA lower loss and a higher accuracy are better. One seed, a minute of training: a difference may be chance,"
         "\nand so early the soft losses can hold both peers back; the paper's gain is one of full runs."
         "\nThe stand-in task is made from held-out text in RTE's file format; it is not RTE."
         f"\n\nmodels: {place}/hf/teacher, {place}/hf/student · curves: tensorboard --logdir {place}"
+        f"\none page of all runs: {cli.as_typed(page)}"
         f"\nthe whole demo took {seconds / 60:.1f} minutes"
     )
 
