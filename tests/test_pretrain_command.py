@@ -60,6 +60,7 @@ def test_a_dry_run_says_all_and_writes_nothing(pretrain: Pretrain, good: dict[st
         "distillation graph",
         "weight 2",
         "memory a rank",
+        "16 rows = one rank × 16 rows",
         "rows of 32",
         "100 steps",
     ):

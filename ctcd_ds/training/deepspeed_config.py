@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError, did_you_mean
+from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.kinds import other_file
 from ctcd_ds.recipe import Recipe, read_file
 
@@ -275,7 +275,7 @@ def _split_batch(given: dict[str, Any], rows: int, world: int) -> tuple[tuple[in
     product = world
     for value in stated.values():
         product *= value
-    of = " × ".join([f"{world} ranks", *(f"{name} {value}" for name, value in stated.items())])
+    of = " × ".join([count(world, "rank"), *(f"{name} {value}" for name, value in stated.items())])
     if rows % product or (len(stated) == 2 and rows != product):
         relation = "is not" if len(stated) == 2 else "is not divisible by"
         return None, [f"training.global_batch_rows = {rows} {relation} {of} = {product}; change one of them"]
