@@ -405,7 +405,7 @@ def test_export_writes_models_that_load_and_agree(finished: Path, monkeypatch: p
     ("arguments", "said"),
     [
         (("--checkpoint", "run", "--peer", "techer"), "did you mean 'teacher'?"),
-        (("--checkpoint", "nowhere"), "neither a run directory"),
+        (("--checkpoint", "nowhere"), "neither a run nor one of its checkpoints: no such directory"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(

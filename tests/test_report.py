@@ -171,7 +171,7 @@ def test_mistakes_are_named(tmp_path: Path, runs: list[Path], monkeypatch: pytes
     (tmp_path / "experiment").mkdir()
     write_results(tmp_path / "experiment", _grid())
     for words, expected in (
-        ((tmp_path,), "neither a run directory"),
+        ((tmp_path,), "is neither a run nor an experiment: it is a folder with an experiment's directory in it; give "),
         ((runs[0], tmp_path / "experiment"), "is an experiment: give it alone"),
         ((tmp_path / "experiment",), "no run has logged a step yet"),
         ((runs[0], "--agreement_rows", "-1"), "must be 0 or more"),
