@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ctcd_ds import cli
+from ctcd_ds.cluster.peaks import stated_peak
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.measuring import Step as Step
@@ -28,7 +29,6 @@ from ctcd_ds.measuring import peak_bytes as peak_bytes
 from ctcd_ds.measuring import ratio as ratio
 from ctcd_ds.measuring import synchronise as synchronise
 from ctcd_ds.memory import keep_freed_memory
-from ctcd_ds.training.hardware import stated_peak
 from ctcd_ds.training.run_directory import environment
 
 ROOT = Path(__file__).resolve().parents[1]

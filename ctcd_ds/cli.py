@@ -146,6 +146,11 @@ def as_typed(line: Sequence[str]) -> str:
     return shlex.join(line)
 
 
+def next_command(name: str, *words: object) -> str:
+    """'next: ctcd NAME …', what a command says at its end."""
+    return f"next: {as_typed(command(name, *words))}"
+
+
 def typed() -> list[str]:
     """This process' command, so that it can be typed again."""
     program, *words = sys.argv

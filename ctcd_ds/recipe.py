@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count, did_you_mean
+from ctcd_ds.kinds import other_file
 from ctcd_ds.objective.graph import DistillationGraph
 
 
@@ -354,16 +355,24 @@ def read_yaml(text: str) -> Any:
 
 
 def read_file(path: Path, what: str) -> Any:
-    """Plain data from a YAML or JSON file. Raises UserError, which calls the file `what`, where it is neither."""
+    """Plain data from a YAML or JSON file.
+
+    Raises UserError, which calls the file `what`, where it is neither, or clearly a file of another kind.
+    """
+    if said := other_file(path, None, what):
+        raise UserError(f"{what} {path}: {said}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise UserError(f"{what} {path} cannot be read: {problem}") from None
     try:
-        return json.loads(text) if path.suffix == ".json" else read_yaml(text)
+        content = json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except (YAMLError, ValueError) as problem:
         said = str(problem).split("\nTo suppress this check")[0].strip()
         raise UserError(f"{what} {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {said}") from None
+    if said := other_file(path, content, what):
+        raise UserError(f"{what} {path}: {said}")
+    return content
 
 
 def apply_override(raw: Any, override: str) -> str | None:

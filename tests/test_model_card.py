@@ -60,7 +60,9 @@ def test_the_metadata_is_the_hubs_and_survives_its_library(exported: Path) -> No
     (result,) = entry["results"]
     assert result["task"]["type"] == "fill-mask" and result["dataset"]["type"] == "tales"
     assert [metric["type"] for metric in result["metrics"]] == ["loss", "accuracy"]
-    assert 3 < result["metrics"][0]["value"] < 7
+    loss, accuracy = (metric["value"] for metric in result["metrics"])
+    assert 3 < loss < 7 and 0 < accuracy < 1, "fractions for the hub, percent for people"
+    assert f"| {loss} nats |" in card.text and f"| {100 * accuracy:.2f} % |" in card.text
     broken = str(card).replace("- task:", "- tusk:")
     with pytest.raises(ValueError, match="model_index"):
         ModelCard(broken)

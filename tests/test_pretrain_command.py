@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from commands import ROOT, command, deepspeed, environment, run
+from ctcd_ds.cluster.scaling_table import COLUMNS
 from runs import bert, chain_corpus, metrics
 
 Pretrain = Callable[..., tuple[int, str, str]]
@@ -59,6 +60,7 @@ def test_a_dry_run_says_all_and_writes_nothing(pretrain: Pretrain, good: dict[st
         "distillation graph",
         "weight 2",
         "memory a rank",
+        "16 rows = one rank × 16 rows",
         "rows of 32",
         "100 steps",
     ):
@@ -85,12 +87,27 @@ def test_a_dry_run_for_a_cluster_says_how_a_step_scales(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_for_one_gpu_needs_no_link_and_says_how_long_all_steps_take(
+    pretrain: Pretrain, good: dict[str, Any]
+) -> None:
+    hours = {}
+    for gpu in ("A100", "H100"):
+        code, out, err = pretrain(good, "--dry_run", "--gpu", gpu, "--set", "training.steps=10000000000")
+        assert code == 0 and "between nodes" not in out, err
+        (line,) = [line for line in out.splitlines() if line.startswith("|")][2:]
+        step_ms = float(dict(zip(COLUMNS, map(str.strip, line.strip("|").split("|")), strict=True))["step ms"])
+        (said,) = re.findall(r"all 10,000,000,000 steps .*: (\d+) h (\d+) min on one GPU\n", out)
+        hours[gpu] = int(said[0]) + int(said[1]) / 60
+        assert hours[gpu] == pytest.approx(step_ms * 1e10 / 3.6e6, rel=0.05, abs=0.02)
+    assert hours["H100"] < hours["A100"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (CLUSTER, "--nodes describes a cluster to a dry run: add --dry_run"),
-        (("--dry_run", *CLUSTER[:2]), "--nodes without --gpus_per_node and --link_gbps"),
-        (("--dry_run", *CLUSTER[2:]), "--gpus_per_node without --nodes"),
+        (("--dry_run", *CLUSTER[:4]), "--nodes 2 without --link_gbps: say how fast"),
+        (("--gpu", "A100"), "--gpu describes a cluster to a dry run: add --dry_run"),
         (("--dry_run", "--nodes", "3", *CLUSTER[2:]), "16 is not divisible by 12 ranks"),
         (("--dry_run", *CLUSTER, "--gpu", "H10"), "did you mean 'H100'?"),
         (("--dry_run", *CLUSTER, "--mfu", "40"), "'40' is not a share from 0 to 1"),
@@ -368,6 +385,8 @@ def test_export_writes_models_that_load_and_agree(finished: Path, monkeypatch: p
     code, out, err = command(monkeypatch, capsys, *line)
     assert code == 0, err
     assert out.count("logits agree") == 2
+    (following,) = re.findall(r"^next: ctcd (glue .*)", out, re.MULTILINE)
+    assert f"{finished / 'hf' / 'teacher'} {finished / 'hf' / 'student'}" in following
     weights = consolidated(finished / "run" / "checkpoints" / "step-00000006")
     for name in ("teacher", "student"):
         model = AutoModelForMaskedLM.from_pretrained(finished / "hf" / name)

@@ -76,6 +76,8 @@ def test_the_main_job_runs_as_written(workplace: Path) -> None:
         )
         said += f"$ {line}\n{done.stdout}{done.stderr}"
         assert done.returncode == 0, said[-4000:]
+    nexts = re.findall(r"^next: ctcd (\w+) ", said, re.MULTILINE)
+    assert nexts == ["pretrain", "export", "glue", "speed"], "each command says what comes after it"
     run = workplace / "runs" / "ctcd"
     assert json.loads((run / "exit.json").read_text())["state"] == "finished"
     results = json.loads((run / "glue" / "results.json").read_text())

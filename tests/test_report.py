@@ -20,8 +20,9 @@ from commands import ROOT, command, environment
 from ctcd_ds.evaluation.speed import ModelSpeed, Speed, Timing, write_speed
 from ctcd_ds.experiments.report.build import write_report
 from ctcd_ds.experiments.report.curves import Curves
-from ctcd_ds.experiments.report.drawing import draw
+from ctcd_ds.experiments.report.drawing import HEIGHT, draw
 from ctcd_ds.experiments.report.grids import grid_pictures
+from ctcd_ds.experiments.report.logs import slug
 from ctcd_ds.experiments.report.study import Study, read_study
 from ctcd_ds.experiments.report.words import role, statements
 from ctcd_ds.experiments.results import Condition, Results, write_results
@@ -290,6 +291,16 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     assert "$x_1 &amp; &lt;y&gt;" in picture.svg
 
 
+def test_a_png_stands_alone_with_its_title_and_the_page_says_it_once(tmp_path: Path) -> None:
+    short, long = "Held-out loss", "Held-out loss of the teacher, alone against together, at every step that has one"
+    pictures = [draw(tmp_path, slug(title), title, "", lambda axes: None) for title in (short, long)]
+    heights = [Image.open(tmp_path / f"{slug(title)}.png").height for title in (short, long)]
+    assert HEIGHT * 200 < heights[0] < heights[1], "room for each line of the title is added, not taken"
+    for picture in pictures:
+        size, drawing = re.findall(r'viewBox="0 0 \S+ (\S+)"', picture.svg), picture.svg.split(">", 1)[1]
+        assert [float(height) for height in size] == pytest.approx([HEIGHT * 72]) and "Held-out" not in drawing
+
+
 # --- in a browser --------------------------------------------------------------------------------------
 
 
@@ -363,6 +374,27 @@ def test_no_screen_scrolls_sideways(browser: Any, page: Path, width: int) -> Non
     tab.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.locator("figure svg").first.bounding_box()["width"] > 0.8 * min(width, 640) - 60
+
+
+@pytest.mark.browser
+def test_a_table_that_goes_on_beyond_the_screen_shows_it_at_that_edge(browser: Any, tmp_path: Path) -> None:
+    style = (ROOT / "ctcd_ds" / "experiments" / "report" / "page" / "report.css").read_text()
+    row = f"<tr>{'<td style=min-width:9rem>&nbsp;</td>' * 6}</tr>"
+    table = f'<main><div class="scrolls"><table>{row * 3}</table></div></main>'
+    (tmp_path / "table.html").write_text(f"<meta charset=utf-8><style>{style}</style>{table}")
+    tab, _ = opened(browser, tmp_path / "table.html", viewport={"width": 390, "height": 300})
+    box = tab.locator(".scrolls")
+
+    def edges() -> list[bool]:
+        """Whether the left and the right edge are darker than the paper."""
+        pixels = np.asarray(Image.open(io.BytesIO(box.screenshot())).convert("L")).astype(int)[10]
+        return [bool(pixels[at] < 230) for at in (1, -2)]
+
+    shown = []
+    for place in (0, 150, 10_000):
+        box.evaluate(f"box => box.scrollLeft = {place}")
+        shown.append(edges())
+    assert shown == [[False, True], [True, True], [True, False]]
 
 
 @pytest.mark.browser

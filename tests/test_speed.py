@@ -101,7 +101,7 @@ def test_the_command_prints_a_table_and_names_mistakes(
     for wrong, said in (
         (("--sequence_lengths", "65"), "teacher reads at most 64 tokens"),
         (("--batch_sizes", "0"), "--batch_sizes: whole numbers from 1"),
-        (("--model", tmp_path), "has no config.json"),
+        (("--model", tmp_path), "no config.json): it is a folder"),
         (("--model", models[0], models[0]), "given twice"),
     ):
         code, _, err = command(monkeypatch, capsys, *line, *wrong, "--output_dir", tmp_path / "other")

@@ -172,7 +172,7 @@ def test_a_manifest_with_a_good_hash_and_a_wrong_value_is_a_message(
 
 def test_what_has_no_manifest_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     code, _, err = command(monkeypatch, capsys, "tools/verify.py", tmp_path)
-    assert code == 2 and "neither a run" in err
+    assert code == 2 and "neither a run" in err and "it is a folder; `ctcd pretrain` makes one" in err
 
 
 def large_corpus(directory: Path, documents: int) -> Path:

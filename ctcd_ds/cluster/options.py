@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
 
-from ctcd_ds.cli import UserError, positive
+from ctcd_ds.cli import UserError, did_you_mean, positive
+from ctcd_ds.cluster.peaks import PEAKS
 from ctcd_ds.cluster.scaling import Cluster
 
 GIGABIT = 1e9 / 8  # bytes
-NEEDED = ("nodes", "gpus_per_node", "link_gbps")
+DESCRIBES = ("gpu", "nodes", "gpus_per_node", "link_gbps")
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """Adds them. The first three belong together; the others have defaults."""
-    group = parser.add_argument_group("with --dry_run: how a step would scale on a cluster (docs/scaling.md)")
-    group.add_argument("--nodes", type=positive, help="machines")
-    group.add_argument("--gpus_per_node", type=positive, help="GPUs in each")
+    """Adds them. Any of the first four describes a cluster; what is left out is one H100 in one machine."""
+    group = parser.add_argument_group("with --dry_run: how long the run would take elsewhere (docs/scaling.md)")
+    group.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(PEAKS)}; left out: H100")
+    group.add_argument("--nodes", type=positive, help="machines; left out: 1")
+    group.add_argument("--gpus_per_node", type=positive, help="GPUs in each; left out: 1")
     group.add_argument(
         "--link_gbps",
         type=_rate,
-        help="Gbit/s between nodes for each GPU, in one direction: the sum of a node's links / its GPUs",
+        help="between machines: Gbit/s of each GPU in one direction: all of a node's links / its GPUs",
     )
     group.add_argument(
         "--node_link_gbps",
@@ -27,7 +30,6 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         default=3600.0,
         help="Gbit/s within a node for each GPU, in one direction; 3600 is an H100's NVLink",
     )
-    group.add_argument("--gpu", default="H100", help="the GPU's name")
     group.add_argument(
         "--mfu",
         type=_share,
@@ -39,9 +41,9 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 def cluster_of(arguments: argparse.Namespace) -> Cluster | None:
     """The cluster that the options describe, 1 FLOP/s a GPU; None where they describe none.
 
-    Raises UserError where it is described in part, or to a run that is no dry run.
+    Raises UserError where its links or its GPU are not known, and for a run that is no dry run.
     """
-    given = [name for name in NEEDED if getattr(arguments, name) is not None]
+    given = [name for name in DESCRIBES if getattr(arguments, name) is not None]
     if not given:
         return None
     if not arguments.dry_run:
@@ -49,13 +51,16 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster | None:
             f"--{given[0]} describes a cluster to a dry run: add --dry_run. A run takes its size from what starts it "
             "(deepspeed, torchrun, srun)"
         )
-    if missing := [f"--{name}" for name in NEEDED if name not in given]:
-        raise UserError(f"--{given[0]} without {' and '.join(missing)}: a dry run for a cluster needs all three")
+    arguments.gpu = arguments.gpu or "H100"
+    if not any(name in arguments.gpu for name in PEAKS):
+        raise UserError(f"--gpu {arguments.gpu}: its peak is not known; {did_you_mean(arguments.gpu, PEAKS)}")
+    if (nodes := arguments.nodes or 1) > 1 and arguments.link_gbps is None:
+        raise UserError(f"--nodes {nodes} without --link_gbps: say how fast the links between them are")
     return Cluster(
-        nodes=arguments.nodes,
-        gpus=arguments.gpus_per_node,
+        nodes=nodes,
+        gpus=arguments.gpus_per_node or 1,
         flops=1.0,
-        link=arguments.link_gbps * GIGABIT,
+        link=(arguments.link_gbps or math.inf) * GIGABIT,
         node_link=arguments.node_link_gbps * GIGABIT,
     )
 

@@ -58,6 +58,8 @@ def main() -> None:
             lowercase=arguments.lowercase,
             workers=arguments.workers,
         )
+    files = ["--recipe", "R.yaml", "--deepspeed_config", "D.json", "--output_dir", "RUN", "--dry_run"]
+    print(cli.next_command("pretrain", *files, "--set", f"corpus.path={arguments.output_dir}"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ctcd_ds.cli import command
 from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.demo.data import data_commands
+from ctcd_ds.experiments.wording import METRICS, Metric
 
 RUNS = {
     "teacher_alone": "demo_teacher_alone.yaml",
@@ -108,17 +109,21 @@ def report(place: Path, models: list[Path], glue: Path, seconds: float) -> None:
     fill_masks(models)
     print("\nalone against together: same text, same rows, same steps, one seed\n")
     lines = [["", "alone", "together", "difference"]]
-    rows = (("held-out loss", "valid_loss"), ("held-out accuracy", "valid_accuracy"), ("stand-in task", "standin_rte"))
+    task = Metric("stand-in task", "stand-in task", 1, unit=" %")
+    metrics = {name: METRICS[name] for name in ("valid_loss", "valid_accuracy")} | {"standin_rte": task}
     for peer in ("teacher", "student"):
-        for label, key in rows:
+        for key, metric in metrics.items():
             alone, together = table["alone"][peer][key], table["together"][peer][key]
-            lines.append([f"{peer} {label}", f"{alone:.4f}", f"{together:.4f}", f"{together - alone:+.4f}"])
+            values = (metric.shown(alone), metric.shown(together), metric.signed(together - alone))
+            lines.append([f"{peer} {metric.name}", *values])
     print(*cli.aligned(lines), sep="\n")
+    page = command("report", *(place / run for run in RUNS), "--output_dir", place / "report")
     print(
         "\nA lower loss and a higher accuracy are better. One seed, a minute of training: a difference may be chance,"
         "\nand so early the soft losses can hold both peers back; the paper's gain is one of full runs."
         "\nThe stand-in task is made from held-out text in RTE's file format; it is not RTE."
         f"\n\nmodels: {place}/hf/teacher, {place}/hf/student · curves: tensorboard --logdir {place}"
+        f"\none page of all runs: {cli.as_typed(page)}"
         f"\nthe whole demo took {seconds / 60:.1f} minutes"
     )
 

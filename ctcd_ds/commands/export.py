@@ -18,8 +18,11 @@ def main() -> None:
     from ctcd_ds.export.hf import export
 
     source, target = arguments.checkpoint.resolve(), arguments.output_dir.resolve()
-    for name, place in export(source, arguments.peer, target, arguments.data_license).items():
+    exported = export(source, arguments.peer, target, arguments.data_license)
+    for name, place in exported.items():
         print(f"exported {name} to {place}: reloaded, logits agree")
+    where = ["--data_dir", "glue_data", "--output_dir", target.with_name("glue")]
+    print(cli.next_command("glue", "--model", *exported.values(), *where))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def main() -> int:
     )
     print(results.score_table(content))
     print(f"\nresults in {options.output_dir}/results.json")
+    print(cli.next_command("speed", "--model", *options.model, "--output_dir", Path(options.output_dir) / "speed"))
     return cli.EXIT_DONE
 
 

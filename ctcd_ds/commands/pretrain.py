@@ -15,7 +15,6 @@ from ctcd_ds.cluster.options import add_cluster_options, cluster_of
 from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.ranks import Ranks, find_ranks
 from ctcd_ds.recipe import load_recipe
-from ctcd_ds.training.library_log import library_log
 
 
 def main() -> int:
@@ -38,6 +37,8 @@ def main() -> int:
 
 def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> int:
     """Checks everything, then trains. The run directory is this job's until `held` is closed."""
+    from ctcd_ds.training.library_log import library_log  # its package loads torch, which --help does not need
+
     libraries_write_to = held.enter_context(library_log())
     cluster = cluster_of(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctcd_ds import cli
+from ctcd_ds.kinds import folder_kind, instead
 from ctcd_ds.manifest import file_problems, read_manifest
 
 
@@ -32,9 +33,12 @@ def find(path: Path) -> Iterator[Path]:
     found = [path] if (path / "manifest.json").exists() else []
     found += sorted((path / "checkpoints").glob("step-*"))
     yield from found
+    if not found and folder_kind(path) == "run":
+        raise cli.UserError(f"{path}: the run has no checkpoint yet")
     if not found:
         raise cli.UserError(
-            f"{path}: neither a run with checkpoints, nor a checkpoint, nor a corpus (no manifest.json)"
+            f"{path} is neither a run with checkpoints, nor a checkpoint, nor a corpus: "
+            f"{instead(path, 'run', 'corpus', 'checkpoint')}"
         )
 
 

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
+from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
 
 FORMAT, VERSION = "ctcd_ds.corpus", 2
@@ -184,10 +185,12 @@ def read_corpus_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"there is no corpus at {path}: no such directory (`ctcd corpus` makes one)")
     if not file.exists():
-        raise UserError(f"{path} is not a corpus: it has no manifest.json (was `ctcd corpus` finished?)")
+        unfinished = "it has no manifest.json (was `ctcd corpus` finished?)"
+        raise UserError(f"{path} is not a corpus: {unfinished}; {instead(path, 'corpus')}")
     manifest = read_manifest(file)
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is not a corpus: its manifest.json says format {manifest.get('format')!r}")
+        stated = f"its manifest.json says format {manifest.get('format')!r}"
+        raise UserError(f"{path} is not a corpus: {stated}; {instead(path, 'corpus')}")
     if manifest.get("version") == 1:
         manifest = _as_version_2(manifest)
     if manifest.get("version") != VERSION:

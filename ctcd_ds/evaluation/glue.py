@@ -37,6 +37,7 @@ from ctcd_ds.evaluation.results import Cell, Grid, best_seed, report, resume, sa
 from ctcd_ds.evaluation.submission import write_predictions, write_zip
 from ctcd_ds.evaluation.task_file import own_tasks
 from ctcd_ds.evaluation.tasks import GLUE, Task, named
+from ctcd_ds.kinds import instead
 from ctcd_ds.peers.reading import fit_tokenizer
 
 ALL = ("all",)
@@ -100,10 +101,8 @@ def model_names(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     if not paths:
         raise UserError("--model names no model")
     for path in paths:
-        if not path.is_dir():
-            raise UserError(f"--model: {path} is no directory")
         if not (path / "config.json").is_file():
-            raise UserError(f"--model: {path} is no Hugging Face model: it has no config.json")
+            raise UserError(f"--model: {path} is no Hugging Face model (no config.json): {instead(path, 'model')}")
     resolved = [path.resolve() for path in paths]
     if twice := [path for path in resolved if resolved.count(path) > 1]:
         raise UserError(f"--model: {twice[0]} is given twice")

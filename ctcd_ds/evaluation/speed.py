@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ctcd_ds.cli import UserError, aligned
+from ctcd_ds.cli import UserError, aligned, count
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.evaluation.finetune import open_checkpoint, quiet_libraries
 from ctcd_ds.evaluation.glue import model_names
@@ -251,7 +251,7 @@ def speed_table(speed: Speed) -> str:
             "",
             *aligned(times),
             "",
-            f"{known['device']}, {known['cores']} cores, {known['threads']} threads, {speed.dtype}",
+            f"{known['device']}, {count(known['cores'], 'core')}, {count(known['threads'], 'thread')}, {speed.dtype}",
             f"medians over {rounds} rounds, models in turns; p95 from {ROUNDS_FOR_P95} rounds on; "
             f"speed-up against {speed.models[0].name}",
         ]

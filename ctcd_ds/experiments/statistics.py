@@ -1,8 +1,8 @@
 """What seeds can say: spreads, and paired differences with intervals. No claim without several seeds.
 
 Two conditions are compared seed by seed: with the same seed both read the same rows with the same masks, and what they
-share cancels out. The interval of the mean difference is Student's t over the pairs; with fewer than three there is none.
-A bootstrap's percentiles, moved outwards or not, are too narrow over the few pairs that one can afford: on normal
+share cancels out. The interval of the mean difference is Student's t over the pairs; with fewer than three there is
+none. A bootstrap's percentiles, moved outwards or not, are too narrow over the few pairs that one can afford: on normal
 differences they covered the truth 91 times of 100 with five pairs and 94 with eight (1,200 trials each).
 """
 

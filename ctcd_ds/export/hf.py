@@ -12,6 +12,7 @@ from torch import Tensor
 from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.model_card import write_card
+from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import built
 from ctcd_ds.peers.build import TOLERANCE, difference, one_line, save_and_reload, with_state
 from ctcd_ds.peers.reading import fit_tokenizer
@@ -55,7 +56,7 @@ def _find(source: Path) -> tuple[RunDirectory, Path, dict[str, Any]]:
         return RunDirectory(source.parent.parent), source, checkpoints.verify(source)
     run = RunDirectory(source)
     if not run.recipe.exists():
-        raise UserError(f"--checkpoint {source}: neither a run directory (no recipe.yaml) nor one of its checkpoints")
+        raise UserError(f"--checkpoint {source} is neither a run nor one of its checkpoints: {instead(source, 'run')}")
     newest = checkpoints.newest(run.checkpoints)
     if newest is None:
         raise UserError(f"--checkpoint {source}: the run has no good checkpoint yet")

@@ -142,12 +142,17 @@ def _key(result: EvalResult) -> tuple[Any, ...]:
 
 
 def _words(result: EvalResult) -> str:
-    return f"{result.dataset_name}: {result.metric_name or result.metric_type}: {result.metric_value}"
+    return f"{result.dataset_name}: {result.metric_name or result.metric_type}: {_shown(result)}"
+
+
+def _shown(result: EvalResult) -> str:
+    """A value as people read it; the card's metadata has fractions, as the hub wants them."""
+    return f"{result.metric_value} nats" if result.metric_type == "loss" else f"{100 * result.metric_value:.2f} %"
 
 
 def _scores(results: Sequence[EvalResult]) -> str:
     """The section between the marks: a line for each result."""
-    lines = [f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {r.metric_value} |" for r in results]
+    lines = [f"| {r.dataset_name} | {r.metric_name or r.metric_type} | {_shown(r)} |" for r in results]
     return "\n".join([_BEGIN, "| data | metric | value |", "|---|---|---|", *(lines or ["| none yet | | |"]), _END])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.kinds import instead
 from ctcd_ds.recipe import PeerSection
 
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
@@ -76,7 +77,8 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, 
     if section.pretrained is not None and not (Path(section.pretrained) / "config.json").is_file():
         looks_local = section.pretrained.startswith((".", "/")) or section.pretrained.count("/") > 1
         if Path(section.pretrained).exists():
-            yield f"pretrained = {section.pretrained!r}: no config.json there (`ctcd export` makes models of a run)"
+            found = instead(Path(section.pretrained), "model")
+            yield f"pretrained = {section.pretrained!r}: no config.json there: {found}"
             return
         if looks_local:
             yield f"pretrained = {section.pretrained!r}: no such directory"

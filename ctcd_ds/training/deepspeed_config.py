@@ -14,8 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import UserError, did_you_mean
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.cli import UserError, count, did_you_mean
+from ctcd_ds.kinds import other_file
+from ctcd_ds.recipe import Recipe, read_file
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -102,12 +103,16 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"{', '.join(duplicates)} stands in it twice")
         return dict(pairs)
 
+    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+        read_file(path, "DeepSpeed config")  # says what else it is; if nothing else, it is no JSON
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
     except (OSError, ValueError) as problem:
         raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
     if not isinstance(values, dict):
         raise UserError(f"DeepSpeed config {path} must be a JSON object, found {type(values).__name__}")
+    if said := other_file(path, values, "DeepSpeed config"):
+        raise UserError(f"DeepSpeed config {path}: {said}")
     return values
 
 
@@ -270,7 +275,7 @@ def _split_batch(given: dict[str, Any], rows: int, world: int) -> tuple[tuple[in
     product = world
     for value in stated.values():
         product *= value
-    of = " × ".join([f"{world} ranks", *(f"{name} {value}" for name, value in stated.items())])
+    of = " × ".join([count(world, "rank"), *(f"{name} {value}" for name, value in stated.items())])
     if rows % product or (len(stated) == 2 and rows != product):
         relation = "is not" if len(stated) == 2 else "is not divisible by"
         return None, [f"training.global_batch_rows = {rows} {relation} {of} = {product}; change one of them"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import Damage, UserError
+from ctcd_ds.cli import Damage, UserError, count
 from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.objective.fused import logits_bytes
@@ -196,8 +196,8 @@ def describe(plan: Plan) -> str:
         f"{padded(plan.corpus.vocab_size):,} inside the models",
         f"targets        {plan.task.describe()} ({recipe.objective.task}), soft loss at "
         f"{recipe.objective.soft_positions}, temperature {recipe.objective.temperature:g}",
-        f"batch          {training.global_batch_rows} rows = {plan.world} ranks × {config.micro_batch} rows "
-        f"× {config.accumulation} accumulation",
+        f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
+        f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows ({epochs:.2f} epochs), "
         f"{tokens:,} tokens, {tokens * plan.flops_per_token:.3g} FLOPs",
         f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed)",

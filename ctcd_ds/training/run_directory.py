@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ctcd_ds.cli import Damage, UserError, typed
+from ctcd_ds.cli import Damage, UserError, next_command, typed
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.ending import ending
 from ctcd_ds.manifest import file_entries, file_problems, read_json, read_manifest, write_atomic, write_manifest
@@ -155,7 +155,7 @@ class RunDirectory:
         known = {name: loss for name, loss in measured.items() if loss is not None}
         if said := at_word_frequencies(known, summary.get("unigram_loss")):
             lines.append(f"  {said}")
-        return "\n".join([*lines, f"next: ctcd export --checkpoint {self.path} --output_dir {self.path / 'hf'}"])
+        return "\n".join([*lines, next_command("export", "--checkpoint", self.path, "--output_dir", self.path / "hf")])
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes RUN/name, atomically."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ctcd_ds.cli import RunFailure, UserError
+from ctcd_ds.cli import RunFailure, UserError, count
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.tasks.loader import Cut, TrainLoader
 from ctcd_ds.training import checkpoint, loading
@@ -148,7 +148,7 @@ def _begin(
     run.create(plan, ranks, device.type)
     if found is not None:
         world = found[1]["world"]
-        then = "" if world == plan.world else f", saved by {world} ranks, now {plan.world}"
+        then = "" if world == plan.world else f", saved by {count(world, 'rank')}, now {plan.world}"
         print(f"going on from {found[0]} (step {found[1]['step']} of {plan.steps}{then})", flush=True)
     return found, checkpoint.best_losses(run.checkpoints)
 

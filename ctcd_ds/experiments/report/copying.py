@@ -125,8 +125,8 @@ def _bars(pairs: Sequence[PairAgreement], names: Sequence[str], axes: Axes) -> N
     one, two = pairs[0].pair
     kinds = (
         ("both_right", "both right", SERIES[2], ""),
-        ("only_first_right", f"only {one}", SERIES[5], ""),
-        ("only_second_right", f"only {two}", SERIES[0], ""),
+        ("only_first_right", f"only {one}", SERIES[0], ""),
+        ("only_second_right", f"only {two}", SERIES[4], ""),
         ("same_wrong", "both wrong, same answer", SERIES[1], "///"),
         ("different_wrong", "both wrong, different", GRID, ""),
     )

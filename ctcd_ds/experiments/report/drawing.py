@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -50,6 +51,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
 }
 WIDTH, HEIGHT = 5.0, 3.1  # inches: a phone shows it at its own size
+_HEADING = 0.22  # inches of a line of a PNG's title
 _LINE, _LONGEST = 64, 34  # letters that stand side by side over a drawing, and of one name
 
 
@@ -79,11 +81,16 @@ def looks(groups: Sequence[str]) -> dict[str, Look]:
 def draw(
     directory: Path, name: str, title: str, caption: str, paint: Callable[[Axes], None], height: float = HEIGHT
 ) -> Picture:
-    """Lets `paint` draw into new axes; writes DIR/NAME.png and returns the picture."""
+    """Lets `paint` draw into new axes; writes DIR/NAME.png, which stands alone and so has its title in it."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         paint(figure.add_subplot())
+        lines = wrap(title, _LINE)
+        heading = figure.suptitle("\n".join(lines), fontsize=10)
+        figure.set_figheight(height + _HEADING * len(lines))
         figure.savefig(directory / f"{name}.png", dpi=200, facecolor="white")
+        heading.set(visible=False, in_layout=False)  # the page has it as a heading
+        figure.set_figheight(height)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return Picture(name, title, caption, _inline(text.getvalue(), name, f"{title}. {caption}"))

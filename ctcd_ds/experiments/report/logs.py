@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.experiments.results import FILE
+from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.recipe import Recipe, load_recipe
@@ -44,7 +44,7 @@ def read_run(path: Path) -> LoggedRun:
     """Reads a run directory, finished or not. Raises UserError where there is none."""
     directory = RunDirectory(path)
     if not directory.recipe.is_file():
-        raise UserError(f"{path} is neither a run directory (no recipe.yaml) nor an experiment (no {FILE})")
+        raise UserError(f"{path} is neither a run nor an experiment: {instead(path, 'run', 'experiment')}")
     return LoggedRun(
         directory,
         load_recipe(directory.recipe),
