@@ -174,6 +174,15 @@ def test_a_corpus_has_the_ids_of_the_tokenizer_beside_it(
     assert stored == known
 
 
+@pytest.mark.parametrize("kind", ["albert", "identity"])
+@pytest.mark.timeout(240)  # it takes seconds, or eight minutes
+def test_runs_of_spaces_cost_what_text_costs(kind: str, model: Callable[[str], Path]) -> None:
+    """A table's blank column can be long: where each space looks for the run's end, these lines take minutes."""
+    lines = [f"the{' ' * 300_000}end", f"the{'▁' * 300_000}end", f"the end{' ▁' * 100_000}"]
+    tokenizer = bring_tokenizer(str(model(kind)), sample=lambda: SEEN[:9])
+    assert differences(model(kind), tokenizer, lines) == []
+
+
 def test_a_model_of_lowered_text_lowers_when_told_so(model: Callable[[str], Path], tmp_path: Path) -> None:
     tokenizer = bring_tokenizer(str(model("identity")), lowercase=True, sample=lambda: UNSEEN)
     assert tokenizer.tokenize("The ÄÖ Statement") == tokenizer.tokenize("the äö statement")

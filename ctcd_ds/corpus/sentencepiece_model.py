@@ -133,11 +133,13 @@ def _normalizers(model: Any) -> list[Any]:
         steps += [normalizers.Replace(piece, character) for piece, character in hidden]
         steps.append(table)
         steps += [normalizers.Replace(character, piece) for piece, character in hidden]
-    if spec.remove_extra_whitespaces:  # spaces alone: a line's end or a tabulator is one only where the table says so
-        steps += [normalizers.Replace(Regex(pattern), new) for pattern, new in ((r"\A +| +\z", ""), (" {2,}", " "))]
+    # Spaces alone: a line's end or a tabulator is one only where the table says so. A run is looked at from its first
+    # space only: from each of them, one of 40,000 took four seconds.
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(pattern), new) for pattern, new in ((" {2,}", " "), (r"\A | \z", ""))]
     steps.append(normalizers.Replace(" ", SPACE))
     if spec.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(f"{SPACE}+\\z"), ""))
+        steps.append(normalizers.Replace(Regex(f"(?<!{SPACE}){SPACE}+\\z"), ""))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     return steps
