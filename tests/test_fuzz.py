@@ -209,7 +209,7 @@ def check(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, line: list[s
     assert code in (0, 1, 2), (code, err)
     assert "Traceback" not in err
     if code:
-        assert err.strip() or "problems" in out, "it ended without a word"
+        assert err.strip() or "problem" in out, "it ended without a word"
         left = sorted(path.name for path in made.glob("new*")) + sorted(path.name for path in made.glob(".new*"))
         assert line == GLUE or not left, f"left behind: {left}"
     for path in (*made.glob("new*"), *made.glob(".new*")):

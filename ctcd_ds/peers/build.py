@@ -197,8 +197,16 @@ def build_peer(name: str, section: PeerSection, corpus: Corpus, seed: int, auto:
 
 
 def missing_weights(checkpoint: str, auto: Any) -> list[str]:
-    """The weights of a model that a checkpoint does not hold: they would begin as random numbers. Reads no values."""
-    _, loading = auto.from_pretrained(checkpoint, trust_remote_code=False, output_loading_info=True, device_map="meta")
+    """The weights of a model that a checkpoint does not hold: they would begin as random numbers. Reads no values.
+
+    Raises UserError with what transformers says where it holds none that can be read.
+    """
+    try:
+        _, loading = auto.from_pretrained(
+            checkpoint, trust_remote_code=False, output_loading_info=True, device_map="meta"
+        )
+    except Exception as problem:  # transformers and safetensors have many, with no common base
+        raise UserError(one_line(problem)) from None
     return sorted(loading["missing_keys"])
 
 

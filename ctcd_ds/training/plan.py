@@ -95,13 +95,9 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
             _tokenizer_mistakes(section.pretrained, corpus)
         )
         mistakes += [f"peers.{name}.{mistake}" for mistake in said]
-    begun = {} if mistakes else _begun_at_random(recipe, auto)
-    mistakes += [
-        f"peers.{name}.pretrained = {recipe.peers[name].pretrained!r}: a frozen peer teaches what it knows, and this "
-        f"checkpoint lacks {_some(weights)}: they would be random numbers"
-        for name, weights in begun.items()
-        if recipe.peers[name].frozen
-    ]
+    begun: dict[str, list[str]] = {}
+    if not mistakes:
+        begun, mistakes = _begun_at_random(recipe, auto)
     task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, None
     try:
         rows = task.rows("train")
@@ -144,11 +140,26 @@ def _steps(recipe: Recipe, rows: int) -> int:
     return int(recipe.training.epochs * rows // recipe.training.global_batch_rows)
 
 
-def _begun_at_random(recipe: Recipe, auto: Any) -> dict[str, list[str]]:
-    """The weights that each peer's checkpoint does not hold, where there are any."""
-    checkpoints = {name: section.pretrained for name, section in recipe.peers.items() if section.pretrained}
-    missing = {name: missing_weights(checkpoint, auto) for name, checkpoint in checkpoints.items()}
-    return {name: weights for name, weights in missing.items() if weights}
+def _begun_at_random(recipe: Recipe, auto: Any) -> tuple[dict[str, list[str]], list[str]]:
+    """(peer → the weights that its checkpoint does not hold, where there are any; what is wrong with checkpoints)."""
+    missing, mistakes = {}, []
+    for name, section in recipe.peers.items():
+        if section.pretrained is None:
+            continue
+        here = f"peers.{name}.pretrained = {section.pretrained!r}"
+        try:
+            weights = missing_weights(section.pretrained, auto)
+        except UserError as mistake:
+            mistakes.append(f"{here}: {mistake}")
+            continue
+        if weights and section.frozen:
+            mistakes.append(
+                f"{here}: a frozen peer teaches what it knows, and this checkpoint lacks {_some(weights)}: they would be "
+                "random numbers"
+            )
+        elif weights:
+            missing[name] = weights
+    return missing, mistakes
 
 
 def _some(names: list[str]) -> str:
