@@ -154,8 +154,8 @@ def _begun_at_random(recipe: Recipe, auto: Any) -> tuple[dict[str, list[str]], l
             continue
         if weights and section.frozen:
             mistakes.append(
-                f"{here}: a frozen peer teaches what it knows, and this checkpoint lacks {_some(weights)}: they would be "
-                "random numbers"
+                f"{here}: a frozen peer teaches what it knows, and this checkpoint lacks {_some(weights)}: they would "
+                "be random numbers"
             )
         elif weights:
             missing[name] = weights
