@@ -339,7 +339,8 @@ def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
 def test_the_console_has_our_lines_only_and_the_logs_have_the_rest(finished: Path) -> None:
     said = (finished / "stdout").read_text().splitlines()
     assert said[0].startswith("peer ") and said[-1].startswith("next: ctcd export")
-    assert said[-2].startswith("ranks "), "nothing of a library's between the plan and the end"
+    plan_ends = next(number for number, line in enumerate(said) if line.startswith("ranks "))
+    assert said[plan_ends + 1].startswith("finished: 6 steps in "), "nothing of a library's between plan and end"
     progress = (finished / "stderr").read_text().splitlines()
     assert len(progress) == 1 and "6/6" in progress[0], "one bar"
     logs = [(finished / "run" / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
