@@ -31,9 +31,18 @@ class Cost(NamedTuple):
 def cost(config: Any, sequence_length: int, head_fraction: float, auto: Any) -> Cost:
     """The cost of a model of the Auto class `auto` with this config at this row length.
 
-    Attention counts in full, whatever its kernel.
+    Attention counts in full, whatever its kernel. Counted once for equal configs: experiments ask for many.
     """
-    positions = round(head_fraction * sequence_length)
+    key = config.to_json_string(use_diff=False), sequence_length, round(head_fraction * sequence_length), auto
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(config, *key[1:])
+    return _COUNTED[key]
+
+
+_COUNTED: dict[tuple[str, int, int, Any], Cost] = {}
+
+
+def _count(config: Any, sequence_length: int, positions: int, auto: Any) -> Cost:
     problem: Exception | None = None
     for place in _places():
         try:
