@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -165,7 +166,8 @@ def make_ways(
         if name == "alone":
             for peer in graph.names:
                 single = DistillationGraph((peer,), (1.0,), ((0.0,),), (True,))
-                ways[f"alone/{peer}"] = our_step(workload.co_training(models, single, module.vocab_size), batch)
+                own = replace(batch, views=batch.views[:1])
+                ways[f"alone/{peer}"] = our_step(workload.co_training(models, single, module.vocab_size), own)
         elif name == "ours":
             ways[name] = our_step(module, batch)
         else:

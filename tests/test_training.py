@@ -136,7 +136,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(corpus: Path, tmp
         file.write('{"step": 9, "torn')
     run_jobs([Job(plan, tmp_path / "cut", config, resume=True)], 2, tmp_path)
     found = metrics(tmp_path / "cut")
-    assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 8 + 5
+    assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 8, "lost steps are not there twice"
     for step, row in expected.items():
         for key in (k for k in row if k.startswith(("loss/", "grad_norm/", "lr/"))):
             assert found[step][key] == row[key]
