@@ -16,7 +16,7 @@ from runs import bert, chain_corpus, final_weights
 from test_glue import write_glue
 
 pytestmark = pytest.mark.cluster
-STEPS = 120
+STEPS = 300  # enough that what is done to a run happens before its end
 
 
 @pytest.fixture(scope="module")
