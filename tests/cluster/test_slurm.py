@@ -243,7 +243,7 @@ def test_an_experiment_is_a_chain_for_every_cell_and_a_job_that_collects(slurm: 
     cells = {cell["condition"]: cell for cell in results["cells"]}
     states = {name: cell["state"] for name, cell in cells.items()}
     assert states == {"alone": "finished", "kd": "finished", "hopeless": "failed", "without": "waiting"}
-    assert cells["kd"]["peers"]["teacher"]["frozen"] and "rte" in cells["kd"]["peers"]["student"]["glue"]
+    assert cells["kd"]["peers"]["teacher"]["frozen"] and "rte stand-in" in cells["kd"]["peers"]["student"]["glue"]
     assert "--slurm" in results["command"], "the report tells the command that repeats it"
     assert (out / "report" / "report.html").exists()
     environment = json.loads((out / cells["kd"]["run"] / "environment.json").read_text())
