@@ -111,8 +111,10 @@ def own_job() -> str | None:
 def refuse_while_queued(directory: Path) -> None:
     """Raises UserError where a job that was queued for this directory, and is not this one, still waits or runs."""
     try:
-        jobs: dict[str, str] = json.loads((directory / JOBS).read_text(encoding="utf-8"))
-        listed = list(jobs.values())
+        jobs = json.loads((directory / JOBS).read_text(encoding="utf-8"))
+        listed = [
+            job for job in jobs.values() if isinstance(job, str)
+        ]  # an experiment lists jobs by cell, and asks itself
     except (OSError, ValueError, AttributeError):
         return
     if own_job() in listed or shutil.which("squeue") is None:
