@@ -112,9 +112,8 @@ def refuse_while_queued(directory: Path) -> None:
     """Raises UserError where a job that was queued for this directory, and is not this one, still waits or runs."""
     try:
         jobs = json.loads((directory / JOBS).read_text(encoding="utf-8"))
-        listed = [
-            job for job in jobs.values() if isinstance(job, str)
-        ]  # an experiment lists jobs by cell, and asks itself
+        # An experiment's list is by cell, and it asks about that itself.
+        listed = [job for job in jobs.values() if isinstance(job, str)]
     except (OSError, ValueError, AttributeError):
         return
     if own_job() in listed or shutil.which("squeue") is None:

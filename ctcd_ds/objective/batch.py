@@ -48,8 +48,9 @@ class Batch:
         causal models shift them first: labels[:, t] is the token that follows position t.
         """
         positions = (labels.flatten() != NO_TARGET).nonzero().squeeze(1)
-        view = View(inputs, positions, labels.flatten()[positions], len(positions))
-        count = torch.tensor(float(max(1, len(positions))), device=labels.device)
+        asked = max(1, len(positions))  # a batch may ask nothing: then all losses are 0
+        view = View(inputs, positions, labels.flatten()[positions], asked)
+        count = torch.tensor(float(asked), device=labels.device)
         return Batch((view,) * peers, len(positions), count, np.arange(len(labels)))
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
