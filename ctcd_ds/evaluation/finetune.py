@@ -22,6 +22,7 @@ from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import Task
 from ctcd_ds.manifest import file_entry
 from ctcd_ds.memory import keep_freed_memory
+from ctcd_ds.peers.build import quiet_transformers
 from ctcd_ds.peers.reading import fit_tokenizer, row_limit
 
 Feature = dict[str, Any]
@@ -267,16 +268,8 @@ def _remove_printer(trainer: Any) -> None:
 def quiet_libraries() -> Iterator[None]:
     """Keeps transformers from telling, for every fine-tuning, that the head is new, and from its own bars."""
     import torch
-    from transformers.utils import logging
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports deepspeed, which else warns of no GPU
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.peers.build import TOLERANCE, difference, hold_fixed, one_line, padded, save_and_reload, with_state
+from ctcd_ds.peers.build import (
+    TOLERANCE,
+    difference,
+    hold_fixed,
+    one_line,
+    padded,
+    quiet_transformers,
+    save_and_reload,
+    with_state,
+)
 from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.peers.reading import longest_row
 
@@ -32,7 +41,7 @@ def rehearse(config: Any, auto: Any, sequence_length: int, precision: str, devic
         precision: fp32, bf16 or fp16, and device, cpu or cuda: of the run.
     """
     said = None
-    with _quiet(), torch.random.fork_rng([]):
+    with quiet_transformers(), torch.random.fork_rng([]):
         for twin in _twins(config):
             said = _rehearse(twin, auto, sequence_length, precision, device)
             if said is None:
@@ -124,18 +133,3 @@ def _export_mistake(model: Any, config: Any, auto: Any, inputs: dict[str, torch.
             f"{kind} does not survive its own reload: the exported model's logits are off by {error:.2g} of {size:.2g}"
         )
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
