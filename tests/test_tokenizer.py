@@ -17,8 +17,8 @@ from tokenizers import decoders
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.rows import MASKED_LM
 from ctcd_ds.corpus.tokenizer import (
-    ROLES,
     bring_tokenizer,
     continuations,
     load_tokenizer,
@@ -71,7 +71,9 @@ def test_a_trained_tokenizer_has_the_special_tokens_first_and_the_size_that_was_
     tokenizer = AutoTokenizer.from_pretrained(trained(kind))
     assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
     assert len(tokenizer) == VOCAB_SIZE
-    assert [tokenizer.special_tokens_map[f"{role}_token"] for role in ROLES] == [f"[{r.upper()}]" for r in ROLES]
+    assert [tokenizer.special_tokens_map[f"{role}_token"] for role in MASKED_LM] == [
+        f"[{r.upper()}]" for r in MASKED_LM
+    ]
     assert tokenizer("a", "b").input_ids.count(3) == 2  # [CLS] a [SEP] b [SEP]
 
 
@@ -193,9 +195,9 @@ def test_odd_tokens_and_trailing_blanks_change_nothing_in_a_vocab_txt(tmp_path: 
 
 def test_roles_that_share_a_token_are_refused(trained: Callable[[str], Path]) -> None:
     backend = load_tokenizer(trained("bpe")).backend_tokenizer
-    names = {role: f"[{role.upper()}]" for role in ROLES}
-    for role, other in itertools.combinations(ROLES, 2):
-        shared = {f"{r}_token": names[other if r == role else r] for r in ROLES}
+    names = {role: f"[{role.upper()}]" for role in MASKED_LM}
+    for role, other in itertools.combinations(MASKED_LM, 2):
+        shared = {f"{r}_token": names[other if r == role else r] for r in MASKED_LM}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **shared)
         if (role, other) == ("cls", "sep"):
             assert validated(tokenizer, "t") is tokenizer
@@ -247,7 +249,7 @@ def test_a_sentencepiece_model_that_disagrees_is_refused_with_the_line_and_both_
 def test_tokenizers_that_cannot_serve_are_refused_by_name(trained: Callable[[str], Path], tmp_path: Path) -> None:
     unmasked = PreTrainedTokenizerFast(
         tokenizer_object=load_tokenizer(trained("bpe")).backend_tokenizer,
-        **{f"{role}_token": f"[{role.upper()}]" for role in ROLES if role != "mask"},
+        **{f"{role}_token": f"[{role.upper()}]" for role in MASKED_LM if role != "mask"},
     )
     save_tokenizer(unmasked, tmp_path / "unmasked")
     (tmp_path / "empty").mkdir()
