@@ -61,7 +61,7 @@ def train_tokenizer(
         raise UserError(f"--sentinels {sentinels}: a number of tokens, 0 or more")
     if vocab_size <= least:
         said = f"the special tokens alone are {least}" if not bytes_first else f"bytes and special tokens are {least}"
-        raise UserError(f"--vocab_size {vocab_size}: {said}")
+        raise UserError(f"--vocab_size {vocab_size} is too small: {said}")
     sample: list[str] = []
     texts = _sampling(texts, sample)
     model, vocab_size = None, vocab_size - sentinels
