@@ -54,7 +54,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, native: Native | None, dtype: str) -> None:
-        special = special_ids(tokenizer)
+        self.dtype, special = dtype, special_ids(tokenizer)
         self._sep, self._unk = special["sep"], special["unk"]
         self._known = np.arange(len(tokenizer)).astype(dtype)  # what becomes of each id
         self._known[[special[role] for role in ("cls", "sep", "mask", "pad")]] = self._unk

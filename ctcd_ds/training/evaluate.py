@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -21,26 +22,42 @@ from ctcd_ds.training.plan import Plan
 def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     """valid/<peer>/loss, valid/<peer>/accuracy and valid/agreement/<a>/<b> over the held-out rows of all ranks.
 
-    Masks are the same at every call, in every run. Called by all ranks; empty where the corpus holds nothing out.
+    The same of each held-out set and each source of a mixture: valid/<name>/<peer>/loss …; what has no name is their
+    mean, each with its weight in `Corpus.held_out`. Masks are the same at every call, in every run. Called by all
+    ranks; empty where the corpus holds nothing out.
     """
-    if plan.valid is None:
+    if not plan.valid:
         return {}
     module: CoTraining = engine.module
     names, pairs = module.graph.names, list(combinations(range(len(module.graph.names)), 2))
-    sums = torch.zeros(2 * len(names) + len(pairs) + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(plan.valid), 2 * len(names) + len(pairs) + 1, dtype=torch.float64, device=device)
     module.eval()
     cut = Cut(plan.deepspeed.micro_batch, rank=dist.get_rank(), world=dist.get_world_size())
-    for batch in valid_batches(plan.valid, plan.task, cut, plan.recipe.training.valid_rows):
-        with torch.compiler.set_stance("force_eager"):  # compiled encoders know one shape, and training mode
-            sums += _sums(module, batch.to(device), pairs)
+    for total, rows in zip(sums, plan.valid.values(), strict=True):
+        for batch in valid_batches(rows, plan.task, cut, plan.recipe.training.valid_rows):
+            with torch.compiler.set_stance("force_eager"):  # compiled encoders know one shape, and training mode
+                total += _sums(module, batch.to(device), pairs)
     module.train()
     dist.all_reduce(sums)
-    *values, count = sums.tolist()
-    if not count:
-        return {}
-    keys = [f"valid/{name}/{what}" for what in ("loss", "accuracy") for name in names]
-    keys += [f"valid/agreement/{names[a]}/{names[b]}" for a, b in pairs]
-    return {key: value / count for key, value in zip(keys, values, strict=True)}
+    keys = [f"{name}/{what}" for what in ("loss", "accuracy") for name in names]
+    keys += [f"agreement/{names[a]}/{names[b]}" for a, b in pairs]
+    found = {
+        split: values[:-1] / values[-1] for split, values in zip(plan.valid, sums.cpu(), strict=True) if values[-1]
+    }
+    return _by_name(keys, found, plan.corpus.held_out)
+
+
+def _by_name(keys: list[str], found: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
+    """Split → values in the order of `keys`, as valid/KEY, their mean by weight, and valid/NAME/KEY of each split."""
+    named = {split.replace(".", "/", 1): values for split, values in found.items()}
+    if found and "valid" not in found:
+        own = torch.tensor([weights[split] for split in found], dtype=torch.float64)
+        named = {"valid": own @ torch.stack(list(found.values())) / own.sum(), **named}
+    return {
+        f"{name}/{key}": value
+        for name, values in named.items()
+        for key, value in zip(keys, values.tolist(), strict=True)
+    }
 
 
 def _sums(module: CoTraining, batch: Batch, pairs: list[tuple[int, int]]) -> Tensor:
