@@ -11,11 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
+from commands import run
 from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.prepare import Settings, prepare
 from ctcd_ds.corpus.sources import Reading
 from ctcd_ds.corpus.tokenizer_training import train_tokenizer
+from ctcd_ds.experiments.report.agreement import held_out_answers
+from ctcd_ds.experiments.report.build import write_report
+from ctcd_ds.export.hf import export
 from ctcd_ds.recipe import CorpusSection
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.metrics import held_out_values
@@ -165,6 +170,49 @@ def test_a_set_beside_a_corpus_moves_nothing(runs: Path) -> None:
     plain = metrics(runs / "plain")[6]
     assert math.isfinite(plain["valid/other/student/loss"])
     assert plain["valid/student/loss"] == metrics(runs / "alone")[6]["valid/english/student/loss"]
+
+
+def test_a_card_and_a_report_say_each_language(runs: Path, tmp_path: Path) -> None:
+    export(runs / "one", "student", tmp_path / "student")
+    card = ModelCard((tmp_path / "student" / "README.md").read_text())
+    stated = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
+    for name, values in held_out_values(metrics(runs / "one")[STEPS], "student").items():
+        for what, value in values.items():
+            assert stated.pop((name or None, what)) == round(value, 4)
+    assert not stated and "held-out rows of chinese + english + hindi, english.other" in card.text
+    assert "corpus `chinese + english + hindi`" in card.text
+    page = write_report([runs / "one"], tmp_path / "report", agreement_rows=9).read_text()
+    for words in (
+        "held-out loss on chinese (nats)",
+        "held-out loss on english.other (nats)",
+        "corpus chinese + english",
+    ):
+        assert words in page
+    assert len(held_out_answers(RunDirectory(runs / "one"), 9).peers["student"]) >= 9
+
+
+def test_commands_look_at_every_source(folder: Path, tmp_path: Path) -> None:
+    """A damaged one is named before training; hosts are held against each other by what all of them hold."""
+    shutil.copytree(folder / "hindi", tmp_path / "hindi")
+    corpus = mixture(folder)
+    corpus["sources"]["hindi"]["path"] = str(tmp_path / "hindi")
+    (tmp_path / "r.json").write_text(json.dumps(recipe(corpus)))
+    (tmp_path / "d.json").write_text('{"zero_optimization": {"stage": 1}}')
+    files = [
+        "--recipe",
+        tmp_path / "r.json",
+        "--deepspeed_config",
+        tmp_path / "d.json",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    good = run("launchers/preflight.py", *files)
+    assert good.returncode == 0, good.stdout + good.stderr
+    with (tmp_path / "hindi" / "train-00000.bin").open("r+b") as file:
+        file.write(b"\7\7")
+    refused = run("launchers/pretrain.py", *files)
+    assert refused.returncode == 1 and "hindi/train-00000.bin: sha256" in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_kept_and_said_goes_by_the_mean(runs: Path) -> None:

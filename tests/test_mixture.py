@@ -23,6 +23,7 @@ from ctcd_ds.tasks.loader import Cut
 from ctcd_ds.tasks.masking import Masking
 from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
 from ctcd_ds.training.identity import changes, identity
+from ctcd_ds.training.metrics import held_out_values, shown_as
 from ctcd_ds.training.plan import Plan, describe, make_plan
 from runs import FP32, bert
 
@@ -208,6 +209,25 @@ def test_what_is_held_out_is_weighted_as_it_is_trained_on(folder: Path) -> None:
 def test_sets_stand_for_a_corpus_that_holds_nothing_else_out(tmp_path: Path) -> None:
     path = write_corpus(tmp_path / "c", [[5] * 99], a=[[6] * 50], b=[[7] * 50])
     assert Corpus.open(path).held_out == {"valid.a": 0.5, "valid.b": 0.5}
+
+
+def test_tensorboard_knows_sets_and_sources_in_words() -> None:
+    assert shown_as("valid/sw/student/loss") == "Held-out loss of sw/student"
+    assert shown_as("valid/zh.news/agreement/a/b") == "Same answer on held-out rows of zh.news/a and b"
+
+
+def test_a_row_of_metrics_is_read_by_peer_and_set() -> None:
+    row = {
+        "valid/a/loss": 1.0,
+        "valid/sw/a/loss": 2.0,
+        "valid/sw/a/accuracy": 0.1,
+        "valid/zh/a/loss": None,
+        "valid/b/loss": 3.0,
+        "valid/agreement/a/b": 0.5,
+        "valid/sw/agreement/a/loss": 0.5,
+        "loss/a/hard": 9.0,
+    }
+    assert held_out_values(row, "a") == {"": {"loss": 1.0}, "sw": {"loss": 2.0, "accuracy": 0.1}}
 
 
 # --- mistakes ------------------------------------------------------------------------------------------
