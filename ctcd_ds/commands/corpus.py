@@ -30,6 +30,13 @@ def main() -> None:
         metavar="true|false",
         help="for a vocab.txt; left out: true where it holds no capital letter",
     )
+    parser.add_argument(
+        "--add_special_tokens",
+        type=options.true_or_false,
+        default=True,
+        metavar="true|false",
+        help="a .model gets what a masked language model needs and it lacks; false leaves it as it is, for causal ones",
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="the corpus directory to make")
     parser.add_argument("--workers", type=int, default=cores(), help="threads that tokenise")
     parser.add_argument("--fraction", type=float, default=default.fraction, help="share of the documents to take")
@@ -59,7 +66,14 @@ def main() -> None:
             raise cli.UserError("--valid_input is text for --input; with --adopt it cannot be read")
         from ctcd_ds.corpus.adopt import adopt
 
-        adopt(arguments.adopt, arguments.tokenizer, arguments.output_dir, settings, arguments.lowercase)
+        adopt(
+            arguments.adopt,
+            arguments.tokenizer,
+            arguments.output_dir,
+            settings,
+            arguments.lowercase,
+            arguments.add_special_tokens,
+        )
     else:
         prepare(
             arguments.input,
@@ -69,6 +83,7 @@ def main() -> None:
             options.reading(arguments),
             lowercase=arguments.lowercase,
             workers=arguments.workers,
+            add_special_tokens=arguments.add_special_tokens,
             valid_inputs=sets,
         )
     files = ["--recipe", "R.yaml", "--deepspeed_config", "D.json", "--output_dir", "RUN", "--dry_run"]

@@ -128,13 +128,21 @@ class Mixture(Corpus):
             for split, weight in corpus.held_out.items()
         }
 
-    def rows(self, split: str, sequence_length: int, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> Rows:
+    def rows(
+        self,
+        split: str,
+        sequence_length: int,
+        before: tuple[int, ...] = (),
+        after: tuple[int, ...] = (),
+        lookahead: int = 0,
+    ) -> Rows:
         """As of one corpus; the rows of all sources are numbered one source after another."""
+        shape = sequence_length, before, after, lookahead
         _, *names = split.split(".")
         if names:
-            return self.sources[names[0]].rows(".".join(["valid", *names[1:]]), sequence_length, before, after)
+            return self.sources[names[0]].rows(".".join(["valid", *names[1:]]), *shape)
         parts = {
-            name: corpus.rows(split, sequence_length, before, after)
+            name: corpus.rows(split, *shape)
             for name, corpus in self.sources.items()
             if split == "train" or corpus.tokens(split)
         }

@@ -24,12 +24,13 @@ from tqdm import tqdm
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.encode import Block, Encoded, Encoder, encode_in_order
 from ctcd_ds.corpus.frequencies import unigram_loss
-from ctcd_ds.corpus.rows import FORMAT, LAYOUT, VERSION
+from ctcd_ds.corpus.rows import FORMAT, VERSION
 from ctcd_ds.corpus.sentencepiece_model import native_beside
 from ctcd_ds.corpus.shards import ShardWriter, Step
 from ctcd_ds.corpus.sources import Reading, Source, documents, find_sources, sample_lines
 from ctcd_ds.corpus.tokenizer import (
     bring_tokenizer,
+    layout,
     lowercases,
     save_tokenizer,
     tokenizer_identity,
@@ -104,6 +105,7 @@ def prepare(
     reading: Reading,
     lowercase: bool | None = None,
     workers: int = 1,
+    add_special_tokens: bool = True,
     valid_inputs: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Makes the corpus directory `output_dir` of `inputs`, or goes on with one that was begun by the same call.
@@ -116,7 +118,9 @@ def prepare(
         raise UserError(f"--workers {workers}: at least 1 is needed")
     sources = find_sources(inputs, reading.format)
     sets = {name: find_sources(own, reading.format, f"--valid_input {name}:") for name, own in valid_inputs.items()}
-    tokenizer = bring_tokenizer(tokenizer_source, lowercase, lambda: sample_lines(sources, reading, SAMPLE))
+    tokenizer = bring_tokenizer(
+        tokenizer_source, lowercase, lambda: sample_lines(sources, reading, SAMPLE), add_special_tokens
+    )
     plan: dict[str, Any] = {
         "sources": _identities(sources),
         "reading": asdict(reading),
@@ -161,7 +165,7 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
             "unigram_loss": unigram_loss(
                 (place.folder, place.output_dir), place.shards, dtype_for(identity["vocab_size"]), identity
             ),
-            **LAYOUT,
+            **layout(tokenizer),
         }
     )
     _report(place, speed)
@@ -194,8 +198,8 @@ def _tokenise(
         step, counts = new_step()
         tokens = 0
         for block, encoded in encode_in_order(blocks, encoder, workers):
-            for number, ids in _documents(block, encoded):
-                step.add(number, ids)
+            for number, ids, text_bytes in _documents(block, encoded):
+                step.add(number, ids, text_bytes)
             counts.update(characters=block.characters, unknown=encoded.unknown)
             tokens += len(encoded.ids)
             bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']) / 1e6:.2f} M tokens/s", refresh=False)
@@ -214,8 +218,8 @@ def _tokenise_set(
         blocks = _blocks(documents(sources, reading, bar.update), 0, Settings(), BLOCK_CHARACTERS)
         writer, counts = ShardWriter(place.folder, f"valid-{name}-00000", encoder.dtype), Counter[str]()
         for block, encoded in encode_in_order(blocks, encoder, workers):
-            for _, ids in _documents(block, encoded):
-                writer.add(ids)
+            for _, ids, text_bytes in _documents(block, encoded):
+                writer.add(ids, text_bytes)
             counts.update(characters=block.characters, unknown=encoded.unknown)
     if not writer.documents:
         raise UserError(f"--valid_input {name}: no text in any of its files")
@@ -227,12 +231,13 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, source: str) -> Encoder:
     return Encoder(tokenizer, native, dtype_for(len(tokenizer)))
 
 
-def _documents(block: Block, encoded: Encoded) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """(number, ids) of the documents of which the tokenizer leaves something."""
+def _documents(block: Block, encoded: Encoded) -> Iterator[tuple[int, npt.NDArray[Any], int]]:
+    """(number, ids, bytes of text) of the documents of which the tokenizer leaves something."""
     start = 0
-    for number, length in zip(block.numbers, encoded.lengths.tolist(), strict=True):
-        if length > 1:
-            yield number, encoded.ids[start : start + length]
+    sizes = zip(block.numbers, encoded.lengths.tolist(), encoded.text_bytes.tolist(), strict=True)
+    for number, length, text_bytes in sizes:
+        if length:
+            yield number, encoded.ids[start : start + length], text_bytes
         start += length
 
 

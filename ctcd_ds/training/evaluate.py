@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
@@ -23,8 +24,8 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     """valid/<peer>/loss, valid/<peer>/accuracy and valid/agreement/<a>/<b> over the held-out rows of all ranks.
 
     The same of each held-out set and each source of a mixture: valid/<name>/<peer>/loss …; what has no name is their
-    mean, each with its weight in `Corpus.held_out`. Masks are the same at every call, in every run. Called by all
-    ranks; empty where the corpus holds nothing out.
+    mean, each with its weight in `Corpus.held_out`. Where the targets are the text itself, bits_per_byte too. Rows are
+    asked the same at every call, in every run. Called by all ranks; empty where the corpus holds nothing out.
     """
     if not plan.valid:
         return {}
@@ -41,23 +42,26 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     dist.all_reduce(sums)
     keys = [f"{name}/{what}" for what in ("loss", "accuracy") for name in names]
     keys += [f"agreement/{names[a]}/{names[b]}" for a, b in pairs]
-    found = {
-        split: values[:-1] / values[-1] for split, values in zip(plan.valid, sums.cpu(), strict=True) if values[-1]
-    }
-    return _by_name(keys, found, plan.corpus.held_out)
+    found = {}
+    for split, (*values, count) in zip(plan.valid, sums.tolist(), strict=True):
+        if count:
+            found[split] = {key: value / count for key, value in zip(keys, values, strict=True)}
+            if size := plan.task.bytes_per_target(split):
+                bits = {f"{n}/bits_per_byte": found[split][f"{n}/loss"] / math.log(2) / size for n in names}
+                found[split] |= bits
+    return _named(found, plan.corpus.held_out)
 
 
-def _by_name(keys: list[str], found: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
-    """Split → values in the order of `keys`, as valid/KEY, their mean by weight, and valid/NAME/KEY of each split."""
+def _named(found: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+    """Split → key → value as valid/NAME/KEY; as valid/KEY what stands for all, or else the splits' mean by weight."""
     named = {split.replace(".", "/", 1): values for split, values in found.items()}
-    if found and "valid" not in found:
-        own = torch.tensor([weights[split] for split in found], dtype=torch.float64)
-        named = {"valid": own @ torch.stack(list(found.values())) / own.sum(), **named}
-    return {
-        f"{name}/{key}": value
-        for name, values in named.items()
-        for key, value in zip(keys, values.tolist(), strict=True)
-    }
+    counted = {split: weights[split] for split in found if weights[split]}
+    if counted and "valid" not in found:
+        whole = sum(counted.values())
+        common = [key for key in found[next(iter(counted))] if all(key in found[split] for split in counted)]
+        mean = {key: sum(weight * found[split][key] for split, weight in counted.items()) / whole for key in common}
+        named = {"valid": mean, **named}
+    return {f"{name}/{key}": value for name, values in named.items() for key, value in values.items()}
 
 
 def _sums(module: CoTraining, batch: Batch, pairs: list[tuple[int, int]]) -> Tensor:
