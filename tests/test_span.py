@@ -89,9 +89,8 @@ def test_a_tokenizer_without_enough_sentinels_is_refused(tmp_path: Path) -> None
         "peers": {"a": {"model": T5}},
         "training": {"steps": 1},
     }
-    made = SpanCorruption.of(Recipe.model_validate(raw), Corpus.open(corpus))
     with pytest.raises(UserError, match=r"3 spans of a row need as many sentinels .*has 0: train one with"):
-        made.rows("train")
+        SpanCorruption.of(Recipe.model_validate(raw), Corpus.open(corpus))
 
 
 def test_text_becomes_a_model_that_fills_spans(tmp_path: Path) -> None:
