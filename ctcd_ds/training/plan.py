@@ -122,8 +122,8 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
 def _lacking(task: str, roles: Sequence[str], corpus: Corpus) -> str:
     return (
         f"objective.task = {task}: the corpus's tokenizer ({corpus.tokenizer_path}) has no "
-        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with `ctcd tokenizer`, "
-        "or train causal models (objective.task: clm)"
+        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with "
+        f"`ctcd tokenizer{' --sentinels 100' if task == 'span' else ''}`, or train causal models (objective.task: clm)"
     )
 
 
