@@ -99,11 +99,8 @@ def test_text_becomes_a_model_that_fills_spans(tmp_path: Path) -> None:
         run_tool("tokenizer", "--input", tmp_path / "text.txt", "--type", kind, "--vocab_size", 320, "--sentinels", 20,
                  "--output_dir", tmp_path / kind)  # fmt: skip
         tokenizer = load_tokenizer(tmp_path / kind)
-        assert (
-            special_ids(tokenizer).pad >= 0
-            and len(tokenizer) == 320
-            and special_ids(tokenizer).sentinels == tuple(range(300, 320))
-        )
+        special = special_ids(tokenizer)
+        assert len(tokenizer) == 320 and special.sentinels == tuple(range(300, 320)) and special.pad >= 0
     run_tool("corpus", "--input", tmp_path / "text.txt", "--tokenizer", tmp_path / "unigram", "--output_dir",
              tmp_path / "corpus", "--valid_fraction", 0.1)  # fmt: skip
     raw = {

@@ -190,8 +190,13 @@ class TooLarge(UserError):
 # ---- byte-level BPE
 
 
-def _train_byte_bpe(texts: Texts, vocab_size: int, lowercase: bool, sample: list[str]) -> PreTrainedTokenizerBase:
-    """GPT-2's kind: the 256 bytes and the merges that are most frequent; nothing is unknown, one special token."""
+def _train_byte_bpe(
+    texts: Texts, vocab_size: int, lowercase: bool, sample: list[str], pad: bool
+) -> PreTrainedTokenizerBase:
+    """GPT-2's kind: the 256 bytes and the merges that are most frequent; nothing is unknown, one special token.
+
+    `pad`: a second one for padding, with which the decoder of a sequence-to-sequence model begins.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
