@@ -52,6 +52,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chain_corpus(tmp_path_factory.mktemp("experiments") / "corpus")
 
 
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many rows as the shipped experiments ask for."""
+    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1600)
+
+
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
     """An experiment file with its base recipe beside it; `changes` are laid over, dotted keys inside."""
     experiment = copy.deepcopy(EXPERIMENT)
@@ -79,17 +85,17 @@ def planned_of(path: Path, size: str = "full", overrides: tuple[str, ...] = ()) 
 
 @pytest.mark.parametrize("size", ["full", "tiny"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_experiment_builds(path: Path, size: str, corpus: Path, tmp_path: Path) -> None:
+def test_every_shipped_experiment_builds(path: Path, size: str, tmp_path: Path, large_corpus: Path) -> None:
     """All cells' recipes, models and costs; at least three seeds, and a question that stands in the report."""
     experiment = load_experiment(path, size)
     seeds = experiment.seeds[:1]
     one_seed = experiment.model_copy(update={"seeds": seeds, "deepspeed_config": str(ROOT / "ds_configs" / "cpu.json")})
-    cells = expand(one_seed, base_recipe(one_seed, [f"corpus.path={corpus}"]), tmp_path)
+    cells = expand(one_seed, base_recipe(one_seed, [f"corpus.path={large_corpus}"]), tmp_path)
     planned = plan_cells(one_seed, cells, tmp_path, 1, "cpu")
     assert len(planned) == len(cells) and all(cell.steps >= 1 and cell.flops > 0 for cell in planned)
     assert len(experiment.seeds) >= (2 if size == "tiny" else 3)
     assert experiment.question.endswith("?") and experiment.compare
-    small = size == "tiny" or path.stem == "paper_cpu"
+    small = size == "tiny" or path.stem in ("paper_cpu", "regime")
     assert bool(experiment.note) == small, "results of a small size say so"
     if size == "tiny":
         assert (experiment.ranks, experiment.demo_data) == (1, True)
@@ -99,7 +105,7 @@ def test_the_experiments_of_the_plan_are_shipped() -> None:
     names = {path.stem for path in SHIPPED}
     assert names == {
         *("baselines", "weights", "length", "size_ratio", "negative_transfer", "community", "augmentation", "paper"),
-        "paper_cpu",
+        *("paper_cpu", "regime"),
     }
 
 

@@ -16,7 +16,9 @@ from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
-from ctcd_ds.training.run_directory import at_word_frequencies
+from ctcd_ds.training.run_directory import RunDirectory, at_word_frequencies
+
+MANY_LOOKS = 4  # at the held-out rows: from so many on they are a curve, and its lowest is a place to stop
 
 
 def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float) -> Results:
@@ -72,12 +74,15 @@ def _cell(cell: PlannedCell, ending: Outcome, directory: Path) -> Cell:
 def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict[str, Any]:
     """What a finished run left, as fields of its Cell; `known`: what its peers are. Exports are below `directory`."""
     summary, prefix = read_json(run / "summary.json"), "valid/agreement/"
+    looks = RunDirectory(run).logged()
     agreement = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
     peers = {}
     for name, peer in known.items():
         place = run / "hf" / name
+        held_out = [loss for row in looks if (loss := row.get(f"valid/{name}/loss")) is not None]
         left = {
             "valid_loss": summary.get(f"valid/{name}/loss"),
+            "lowest_loss": min(held_out) if len(held_out) >= MANY_LOOKS else None,
             "valid_accuracy": summary.get(f"valid/{name}/accuracy"),
             "glue": _glue_scores(run / "glue" / "results.json", place),
             "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
@@ -157,7 +162,7 @@ def spreads(cells: Sequence[Cell]) -> dict[str, dict[str, Spread]]:
 
 
 def _metrics(peer: PeerResult) -> Iterator[tuple[str, float]]:
-    for metric in ("valid_loss", "valid_accuracy"):
+    for metric in ("valid_loss", "lowest_loss", "valid_accuracy"):
         if (value := getattr(peer, metric)) is not None:
             yield metric, value
     for task, score in peer.glue.items():

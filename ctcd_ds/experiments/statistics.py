@@ -20,7 +20,7 @@ from ctcd_ds.experiments.wording import METRICS, judged
 
 CONFIDENCE = 0.95
 MINIMUM_PAIRS, FEW_PAIRS = 3, 5
-LOWER_IS_BETTER = ("valid_loss",)
+LOWER_IS_BETTER = ("valid_loss", "lowest_loss")
 
 
 def spread(values: Mapping[int, float]) -> Spread:
