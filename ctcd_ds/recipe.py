@@ -80,7 +80,7 @@ class OptimizerOverride(Section):
 
 
 class CourseSection(Section):
-    """A weight that changes: `first` until the share `after` of the steps, then on a line to `then` for the share `over`."""
+    """A weight that changes: `first` until the share `after` of the steps, then on a line to `then` over a share."""
 
     first: NotNegative = 0.0
     then: NotNegative

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from commands import ROOT, command, environment, run
+from ctcd_ds.experiments.collecting import outcome
 from ctcd_ds.experiments.experiment import with_data
 from ctcd_ds.experiments.grid import CellPlan, expand
 from ctcd_ds.experiments.planning import PlannedCell, plan_cells
-from ctcd_ds.experiments.results import read_results, write_results
+from ctcd_ds.experiments.results import PeerResult, read_results, write_results
 from ctcd_ds.experiments.running import failure_message, places
 from ctcd_ds.experiments.specification import base_recipe, load_experiment
 from ctcd_ds.recipe import Mistakes
@@ -243,6 +244,18 @@ def test_demo_data_gives_way_to_a_corpus_of_ones_own(tmp_path: Path) -> None:
     assert overrides == ["corpus.path=mine"] and not theirs.demo_data and theirs.glue is None
     scored, _ = with_data(baselines, tmp_path, ["corpus.path=mine"], "glue_data")
     assert scored.glue is not None and scored.glue.data_dir == str(Path("glue_data").resolve())
+
+
+def test_a_run_with_several_looks_at_the_held_out_rows_has_a_lowest_one(tmp_path: Path) -> None:
+    for name, losses in (("several", [3.0, 2.5, 2.0, 2.25]), ("few", [3.0, 2.0])):
+        rows = [{"step": 10 * n, "loss/a/hard": 1.0, "valid/a/loss": loss} for n, loss in enumerate(losses, 1)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / name / "summary.json").write_text(json.dumps({"valid/a/loss": losses[-1]}))
+    known = {"a": PeerResult()}
+    several, few = (outcome(tmp_path / name, known, tmp_path)["peers"]["a"] for name in ("several", "few"))
+    assert (several.valid_loss, several.lowest_loss) == (2.25, 2.0)
+    assert (few.valid_loss, few.lowest_loss) == (2.0, None)
 
 
 def test_the_last_words_of_a_log_are_its_error() -> None:
