@@ -56,7 +56,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many rows as the shipped experiments ask for."""
-    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1600)
+    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=800)
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
