@@ -24,8 +24,9 @@ def write_corpus(
     valid: Documents | Sequence[Documents] = (),
     vocab_size: int = 1000,
     special: SpecialIds = SPECIAL,
+    **sets: Documents | Sequence[Documents],
 ) -> Path:
-    """A finished corpus at `directory`.
+    """A finished corpus at `directory`; `sets` are held out beside `valid`.
 
     A split is a list of documents (lists of ids, their [SEP] is added here) or, for several shards, a list of
     such lists; an empty list is an empty split.
@@ -34,10 +35,10 @@ def write_corpus(
     _write_tokenizer(directory / "tokenizer", vocab_size, special)
     splits = {
         split: [
-            write_shard(directory, f"{split}-{number:05}", documents, vocab_size, special.sep)
+            write_shard(directory, f"{split.replace('.', '-')}-{number:05}", documents, vocab_size, special.sep)
             for number, documents in enumerate(_shards(shards))
         ]
-        for split, shards in {"train": train, "valid": valid}.items()
+        for split, shards in {"train": train, "valid": valid, **{f"valid.{n}": s for n, s in sets.items()}}.items()
     }
     write_preparation(directory, {}, directory / "tokenizer")
     write_corpus_manifest(directory, splits, vocab_size, special)
@@ -81,7 +82,7 @@ def write_corpus_manifest(
     directory: Path, splits: dict[str, list[dict[str, Any]]], vocab_size: int, special: SpecialIds = SPECIAL
 ) -> None:
     """The manifest, last as always."""
-    ids = {name: getattr(special, name) for name in ("cls", "sep", "mask", "pad", "unk")}
+    ids = special.present
     write_manifest(
         directory / "manifest.json",
         {
@@ -110,6 +111,8 @@ def _write_tokenizer(directory: Path, vocab_size: int, special: SpecialIds) -> N
     """A WordPiece tokenizer whose id i is the word "wi", special ids as given; AutoTokenizer loads it."""
     names = {special.cls: "[CLS]", special.sep: "[SEP]", special.mask: "[MASK]"}
     names |= {special.pad: "[PAD]", special.unk: "[UNK]"}
+    roles = {f"{name[1:-1].lower()}_token": name for name in names.values()}
+    names |= {id_: f"<extra_id_{number}>" for number, id_ in enumerate(special.sentinels)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     directory.mkdir()
     (directory / "tokenizer.json").write_text(
@@ -130,7 +133,6 @@ def _write_tokenizer(directory: Path, vocab_size: int, special: SpecialIds) -> N
             }
         )
     )
-    roles = {f"{name[1:-1].lower()}_token": name for name in names.values()}
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles})
     )

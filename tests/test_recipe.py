@@ -50,6 +50,12 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
     [
         ("seed", -1, "seed = -1: must be greater than or equal to 0"),
         ("seeed", 1, "did you mean 'seed'?"),
+        (
+            "corpus",
+            {"sources": {"a": {"path": "x", "weight": 1.0}}, "train_rows": 9},
+            "train_rows = 9: reduces one corpus",
+        ),
+        ("corpus.train_rows", 0, "corpus.train_rows = 0: must be greater than or equal to 1"),
         ("corpus.sequence_length", 128.5, "corpus.sequence_length = 128.5: must be a valid integer"),
         ("corpus.mask_fraction", 1.5, "corpus.mask_fraction = 1.5: must be less than 1"),
         ("optimizer.lr", "5e-4", "optimizer.lr = '5e-4': must be a valid number"),
@@ -77,7 +83,7 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("peers.a/b", {"model": {"model_type": "bert"}}, "a peer's name is letters"),
         ("peers", {}, "at least one peer"),
         ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
-        ("objective.task", "clm", "causal models are not built yet"),
+        ("objective.task", "cml", "objective.task = 'cml': must be 'mlm', 'clm' or 'span'"),
         ("objective.soft_positions", "some", "must be 'targets' or 'all'"),
         ("schedule.type", "stepwise", "must be 'linear', 'cosine' or 'constant'"),
         ("training.epochs", 1, "exactly one of steps and epochs"),

@@ -46,15 +46,16 @@ def test_every_set_of_the_docs_is_taken() -> None:
         load_recipe(PAPER, words.split())
 
 
-def test_the_peers_and_weights_of_the_page_make_recipes() -> None:
-    base: dict[str, Any] = {"corpus": {"path": "x"}, "training": {"steps": 1}}
-    weights, peers = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert recipe_mistakes({**base, **read_yaml(peers)}) == []
-    teacher, student = {"model": {"model_type": "bert"}}, {"model": {"model_type": "bert"}}
+def test_the_sections_of_the_page_make_a_recipe() -> None:
+    base: dict[str, Any] = {"training": {"steps": 1}}
+    weights, peers, corpus = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert recipe_mistakes({**base, **read_yaml(peers), **read_yaml(corpus)}) == []
+    model = {"model": {"model_type": "bert"}}
     said = [read_yaml(line) for line in weights.splitlines()]
-    assert len(said) == 3
+    assert len(said) == 3 and all(list(soft) == ["soft"] for soft in said)
     for soft in said:
-        assert recipe_mistakes({**base, "peers": {"teacher": teacher, "student": {**student, **soft}}}) == []
+        sections = {"corpus": {"path": "x"}, "peers": {"teacher": model, "student": {**model, **soft}}}
+        assert recipe_mistakes({**base, **sections}) == []
 
 
 def test_the_deepspeed_json_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

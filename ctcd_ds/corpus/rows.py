@@ -12,48 +12,80 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from typing_extensions import TypedDict
+from pydantic import StringConstraints
+from typing_extensions import NotRequired, TypedDict
 
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
+from ctcd_ds.recipe import NAME
 
 FORMAT, VERSION = "ctcd_ds.corpus", 2
 # By roles of the tokenizer: what ends each document in the shards, and what models that want a frame see around a row.
-LAYOUT: dict[str, Any] = {"separator": "sep", "frame": {"before": ["cls"], "after": ["sep"]}}
+BERT_LAYOUT: dict[str, Any] = {"separator": "sep", "frame": {"before": ["cls"], "after": ["sep"]}}
 
 # Rows come in random order. Up to this size of a split the system's read-ahead (128 KiB to 8 MiB for each
 # row not in memory) soon has all of it in memory; beyond, it would read 500 times what is needed, or more.
 _READ_AHEAD_BYTES = 4 << 30
 
 
+Role = Literal["cls", "sep", "mask", "pad", "unk", "bos", "eos"]
+MASKED_LM: tuple[Role, ...] = ("cls", "sep", "mask", "pad", "unk")  # what masked language models need
+ABSENT = -1  # the id of a special token that a tokenizer has not got: no token is it
+
+
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids that a corpus's tokenizer gives to its special tokens."""
+    """The ids that a corpus's tokenizer gives to its special tokens, by role; ABSENT where it has no such token.
 
-    cls: int
-    sep: int
-    mask: int
-    pad: int
-    unk: int
+    `sentinels`: of <extra_id_0>, <extra_id_1>, … in their order, which stand for spans of text.
+    """
+
+    cls: int = ABSENT
+    sep: int = ABSENT
+    mask: int = ABSENT
+    pad: int = ABSENT
+    unk: int = ABSENT
+    bos: int = ABSENT
+    eos: int = ABSENT
+    sentinels: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """What ends each document: the separator, or where there is none the end of text."""
+        return self.eos if self.sep == ABSENT else self.sep
+
+    @property
+    def present(self) -> dict[str, int]:
+        """The ids that there are, by role."""
+        return {role: number for role in get_args(Role) if (number := getattr(self, role)) != ABSENT}
 
     def reserved(self, tokens: np.ndarray) -> np.ndarray:
         """Which of `tokens` are no text: bool, same shape. [UNK] is text, of which the word is not known."""
-        return (tokens == self.sep) | (tokens == self.cls) | (tokens == self.pad) | (tokens == self.mask)
+        found = np.zeros(tokens.shape, bool)
+        for number in {number for role, number in self.present.items() if role != "unk"}:
+            found |= tokens == number
+        if self.sentinels:
+            found |= np.isin(tokens, self.sentinels)
+        return found
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin/.idx pair: `tokens` counts every stored id, the [SEP] at the end of each document too."""
+    """One .bin/.idx pair: `tokens` counts every stored id, the one at the end of each document too.
+
+    `text_bytes`: how many bytes of UTF-8 its text had, where that is known.
+    """
 
     name: str
     documents: int
     tokens: int
+    text_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +118,7 @@ class Corpus:
         return cls(
             path=path,
             fingerprint=manifest["sha256"],
-            special=SpecialIds(**ids),
+            special=SpecialIds(**ids, sentinels=tuple(tokenizer.get("sentinels", ()))),
             vocab_size=tokenizer["vocab_size"],
             tokenizer_fingerprint=tokenizer["fingerprint"],
             vocabulary=tokenizer["vocabulary"],
@@ -109,20 +141,54 @@ class Corpus:
         return sum(shard.documents for shard in self.splits.get(split, ()))
 
     def tokens(self, split: str) -> int:
-        """Number of stored ids of a split, one [SEP] for each document among them."""
+        """Number of stored ids of a split, one at the end of each document among them."""
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
-    def rows(self, split: str, sequence_length: int, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> Rows:
-        """The rows of `split` ("train" or "valid"), each of `sequence_length` ids, framed by the ids `before`, `after`.
+    @property
+    def parts(self) -> dict[str, Corpus]:
+        """The corpora that this one is made of, by name: itself, without a name."""
+        return {"": self}
 
-        Raises UserError where the split has not enough text for one row.
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the training rows that comes from each of `parts`."""
+        return {"": 1.0}
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """The held-out splits that hold text, each with its weight in the mean that stands for all; they add up to 1.
+
+        Sets of other text (`valid.NAME`) are looked at beside the corpus's own split, and stand for it where it has
+        none.
+        """
+        found = [split for split in self.splits if split != "train" and self.tokens(split)]
+        counted = ["valid"] if "valid" in found else found
+        return {split: (split in counted) / len(counted) for split in found}
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text that a stored id of the split stands for, on average; None where nobody counted them."""
+        sizes = [shard.text_bytes for shard in self.splits.get(split, ()) if shard.text_bytes is not None]
+        return sum(sizes) / self.tokens(split) if sizes and len(sizes) == len(self.splits[split]) else None
+
+    def rows(
+        self,
+        split: str,
+        sequence_length: int,
+        before: tuple[int, ...] = (),
+        after: tuple[int, ...] = (),
+        lookahead: int = 0,
+    ) -> Rows:
+        """The rows of `split` ("train" or "valid"): `sequence_length` ids with the frame `before`, `after`.
+
+        `lookahead`: so many ids of the next row come with each. Raises UserError where the split has not enough text
+        for one row.
         """
         width = sequence_length - len(before) - len(after)
-        if (tokens := self.tokens(split)) < width:
+        if (tokens := self.tokens(split)) < width + lookahead:
             remedy = "prepare it with a larger --valid_fraction" if split == "valid" else "give it more text"
             raise UserError(
                 f"corpus {self.path}: split {split!r} holds {tokens} tokens, but one row of sequence_length "
-                f"{sequence_length} takes {width}: {remedy}, or lower sequence_length"
+                f"{sequence_length} takes {width + lookahead}: {remedy}, or lower sequence_length"
             )
         ahead = tokens * np.dtype(self.dtype).itemsize <= _READ_AHEAD_BYTES
         streams = [
@@ -130,7 +196,7 @@ class Corpus:
             for shard in self.splits[split]
             if shard.tokens  # an empty file cannot be mapped
         ]
-        return Rows(self, split, streams, width, before, after)
+        return Rows(self, split, streams, width, before, after, lookahead)
 
 
 def _mapped(file: Path, read_ahead: bool) -> mmap.mmap:
@@ -145,26 +211,20 @@ class _ShardShape(TypedDict):
     name: str
     documents: int
     tokens: int
+    text_bytes: NotRequired[int]
     bin: FileEntry
     idx: FileEntry
 
 
-Role = Literal["cls", "sep", "mask", "pad", "unk"]
-
-
-class _SpecialShape(TypedDict):
-    cls: int
-    sep: int
-    mask: int
-    pad: int
-    unk: int
+_Split = Annotated[str, StringConstraints(pattern=rf"^(train|valid(\.{NAME})?)$")]
 
 
 class _TokenizerShape(TypedDict):
     fingerprint: str
     vocabulary: str
     vocab_size: int
-    special: _SpecialShape
+    special: dict[Role, int]
+    sentinels: NotRequired[list[int]]
 
 
 class _FrameShape(TypedDict):
@@ -175,9 +235,10 @@ class _FrameShape(TypedDict):
 class _Shape(TypedDict):
     tokenizer: _TokenizerShape
     separator: Role
+    begin: NotRequired[Role | None]
     frame: _FrameShape
     dtype: Literal["uint16", "int32"]
-    splits: dict[Literal["train", "valid"], list[_ShardShape]]
+    splits: dict[_Split, list[_ShardShape]]
 
 
 def read_corpus_manifest(path: Path) -> dict[str, Any]:
@@ -207,15 +268,15 @@ def _as_version_2(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest of version 1, which had the special ids beside the tokenizer's sizes, and one layout only."""
     tokenizer = manifest.get("tokenizer")
     if not isinstance(tokenizer, dict):
-        return {**manifest, **LAYOUT, "version": 2}
+        return {**manifest, **BERT_LAYOUT, "version": 2}
     special = {role: tokenizer[role] for role in get_args(Role) if role in tokenizer}
     others = {key: value for key, value in tokenizer.items() if key not in special}
-    return {**manifest, **LAYOUT, "version": 2, "tokenizer": {**others, "special": special}}
+    return {**manifest, **BERT_LAYOUT, "version": 2, "tokenizer": {**others, "special": special}}
 
 
 def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:
     """One shard as the manifest lists it, after its files were found to have the sizes that belong to it."""
-    shard = Shard(entry["name"], entry["documents"], entry["tokens"])
+    shard = Shard(entry["name"], entry["documents"], entry["tokens"], entry.get("text_bytes"))
     for kind in ("bin", "idx"):
         file, stated = path / f"{shard.name}.{kind}", entry[kind]["bytes"]
         if not file.is_file():
@@ -242,7 +303,7 @@ def _damaged(file: Path, what: str) -> Damage:
 
 
 class Rows:
-    """The rows of one split: row r is `before` + S[r·width : (r+1)·width] + `after`, S the split's token stream.
+    """The rows of one split: row r is `before` + S[r·width : (r+1)·width + lookahead] + `after`, S its token stream.
 
     Rows run on over borders of documents and shards; what is left at the end of S is no row.
     """
@@ -255,13 +316,14 @@ class Rows:
         width: int,
         before: tuple[int, ...] = (),
         after: tuple[int, ...] = (),
+        lookahead: int = 0,
     ) -> None:
         self.corpus, self.split, self._streams = corpus, split, streams
-        self._width, self._before, self._after = width, before, after
+        self._width, self._before, self._after, self._lookahead = width, before, after, lookahead
         lengths = np.array([len(stream) for stream in streams], np.int64)
         self._ends = np.cumsum(lengths)
         self._begins = self._ends - lengths
-        self._whole = self._count = int(self._ends[-1]) // width
+        self._whole = self._count = (int(self._ends[-1]) - lookahead) // width
 
     def __len__(self) -> int:
         return self._count
@@ -279,18 +341,27 @@ class Rows:
         fewer._count = count
         return fewer
 
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """The rows of each of `corpus.parts`."""
+        return {"": self}
+
+    def batch(self, seed: int, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a step trains on, (epoch int64[B], row int64[B]): a pure function of the arguments."""
+        return batch_rows(seed, len(self), step, global_batch)
+
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length].
+        """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length + lookahead].
 
         Raises Damage where the stored ids are none of the tokenizer's (a damaged shard).
         """
-        width, begin = self._width, len(self._before)
+        width, begin = self._width + self._lookahead, len(self._before)
         if self._count < self._whole:
             numbers = numbers * self._whole // self._count
         rows = np.empty((len(numbers), begin + width + len(self._after)), np.int32)
         rows[:, :begin], rows[:, begin + width :] = self._before, self._after
-        first = np.searchsorted(self._ends, numbers * width, side="right")
-        starts = numbers * width - self._begins[first]
+        first = np.searchsorted(self._ends, numbers * self._width, side="right")
+        starts = numbers * self._width - self._begins[first]
         for row, shard, start in zip(rows[:, begin : begin + width], first.tolist(), starts.tolist(), strict=True):
             piece = self._streams[shard][start : start + width]
             filled = len(piece)
@@ -357,5 +428,10 @@ def batch_rows(seed: int, rows: int, step: int, global_batch: int) -> tuple[np.n
     the next (or several whole ones, where it is larger than the corpus). Nothing but the arguments decides
     it.
     """
-    epoch, position = np.divmod(step * global_batch + np.arange(global_batch, dtype=np.int64), rows)
+    return endless_rows(seed, rows, step * global_batch + np.arange(global_batch, dtype=np.int64))
+
+
+def endless_rows(seed: int, rows: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(epoch int64[n], row int64[n]) at `places` (int64[n], from 0) of one epoch after another, each in its order."""
+    epoch, position = np.divmod(places, rows)
     return epoch, RowOrder(seed, rows).rows(epoch, position)

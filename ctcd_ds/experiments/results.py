@@ -48,6 +48,7 @@ class PeerResult(_Part):
     valid_loss: hard loss (nats per target position) over the held-out rows, whose masks are the same in every run.
     lowest_loss: the lowest of all looks at them during the run, where there were several: the run stopped in time.
     valid_accuracy: share (0 to 1) of held-out target positions where the likeliest token is the right one.
+    valid_losses: that loss on each held-out set of other text and each source of a mixture, by name.
     glue: task → score; empty where the experiment asks for no GLUE.
     export: the Hugging Face model directory, relative to the experiment's directory.
     """
@@ -59,6 +60,7 @@ class PeerResult(_Part):
     valid_loss: float | None = None
     lowest_loss: float | None = None
     valid_accuracy: float | None = None
+    valid_losses: dict[str, float] = {}
     glue: dict[str, GlueScore] = {}
     export: str | None = None
 
@@ -119,7 +121,7 @@ class Condition(_Part):
         picture a group can have: one axis is a curve, two are a heat map).
     cells: their names, in the order of the seeds.
     peers: trained peer → metric → values over the finished seeds. Metrics: valid_loss, lowest_loss, valid_accuracy,
-        glue/TASK, and glue/average (the mean of the tasks' medians, without WNLI and AX).
+        valid_loss/SET, glue/TASK, and glue/average (the mean of the tasks' medians, without WNLI and AX).
     """
 
     group: str
