@@ -106,6 +106,11 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         valid = {split: task.rows(split) for split in corpus.held_out}
     except UserError as mistake:
         mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
+    if rows is not None and (fewer := recipe.corpus.train_rows) is not None:
+        try:
+            rows = rows.spread(fewer)
+        except UserError as mistake:
+            mistakes.append(f"corpus.train_rows = {fewer}: {mistake}")
     steps = _steps(recipe, len(rows)) if rows is not None else 1
     if steps < 1:
         mistakes.append(
