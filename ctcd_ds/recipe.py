@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.kinds import other_file
 from ctcd_ds.objective.course import Course
+from ctcd_ds.objective.divergences import KL, Divergence, Kind
 from ctcd_ds.objective.graph import DistillationGraph
 
 
@@ -138,6 +139,7 @@ Weight = Annotated[
 class PeerSection(Section):
     """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from.
 
+    `divergence`: other peer → how far from it this one is, where that is not what `objective.divergence` says.
     `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
     `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
     """
@@ -147,6 +149,7 @@ class PeerSection(Section):
     frozen: bool = False
     hard: NotNegative | None = None
     soft: dict[str, Weight] = {}
+    divergence: dict[str, Kind] = {}
     label_noise: Annotated[float, Field(ge=0, le=1)] | None = None
     mask_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -172,11 +175,15 @@ class PeerSection(Section):
 class ObjectiveSection(Section):
     """`soft_positions`: distil at the target positions, or at all that are not special tokens.
 
+    `divergence`: what the soft losses are, KL(teaching ‖ learning), KL(learning ‖ teaching) (reverse_kl), or
+    Jensen-Shannon's (jsd), to whose mixture the teaching peer gives the share `jsd_beta`.
     Where peers have masks of their own, target positions are those that are masked for all peers that distil.
     """
 
     task: Task = "mlm"
     temperature: Positive = 1.0
+    divergence: Kind = "kl"
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     soft_positions: Literal["targets", "all"] = "targets"
 
 
@@ -242,12 +249,16 @@ class Recipe(Section):
         """The distillation graph, peers in the recipe's order."""
         weights = [[peer.soft.get(other, 0.0) for other in self.peers] for peer in self.peers.values()]
         courses = tuple(tuple(w.course if isinstance(w, CourseSection) else None for w in row) for row in weights)
+        usual, jsd = self.objective.divergence, Divergence("jsd", self.objective.jsd_beta)
+        kinds = [[peer.divergence.get(other, usual) for other in self.peers] for peer in self.peers.values()]
+        divergences = tuple(tuple(jsd if kind == "jsd" else Divergence(kind) for kind in row) for row in kinds)
         return DistillationGraph(
             names=tuple(self.peers),
             hard=tuple(peer.hard_weight for peer in self.peers.values()),
             soft=tuple(tuple(w.course.largest if isinstance(w, CourseSection) else w for w in row) for row in weights),
             trained=tuple(not peer.frozen for peer in self.peers.values()),
             courses=courses if any(map(any, courses)) else (),
+            divergences=divergences if any(d != KL for row in divergences for d in row) else (),
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -403,6 +414,10 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
                 yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
         weighted = any(soft.values()) if isinstance(soft, dict) else True
         yield from _course_mistakes(here, peer)
+        of = peer.get("divergence") or {}
+        for other in of.keys() - soft.keys() if isinstance(of, dict) and isinstance(soft, dict) else ():
+            near = did_you_mean(other, soft)
+            yield f"{here}.divergence.{other} = {of[other]}: {here}.soft has no weight for it; {near}"
         if peer.get("label_noise") and (frozen or hard == 0):
             yield f"{here}.label_noise = {peer['label_noise']}: the peer has no hard loss that noise could harm"
         if frozen:
