@@ -48,7 +48,7 @@ def test_new_tokens_are_those_without_a_row_of_their_own(theirs: int, ours: int,
     "theirs", [{**words(50), "other": 7} | {"w7": 50}, {n: i for i, n in enumerate(reversed(words(50)))}]
 )
 def test_ids_that_mean_other_tokens_are_refused(theirs: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="the corpus's is"):
+    with pytest.raises(UserError, match="the corpus's has"):
         new_tokens(theirs, words(50), 50)
 
 

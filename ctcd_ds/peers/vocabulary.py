@@ -28,7 +28,7 @@ def new_tokens(theirs: Mapping[str, int], ours: Mapping[str, int], rows: int) ->
     names = {number: token for token, number in theirs.items()}
     for token, number in ours.items():
         if theirs.get(token, number) != number or names.get(number, token) != token:
-            raise UserError(f"its token {number} is {names.get(number)!r}, the corpus's is {token!r}")
+            raise UserError(f"has {names.get(number)!r} as token {number}, the corpus's has {token!r}")
     return sorted(number for number in ours.values() if number not in names or number >= rows)
 
 
@@ -57,6 +57,9 @@ def fit_tables(model: Any, size: int, tokens: int, auto: Any, new: Sequence[int]
             part.num_embeddings = len(part.weight)
         elif isinstance(part, nn.Linear):
             part.out_features, part.in_features = part.weight.shape
+    for part in model.modules():
+        if vars(part).get("vocab_size") == own:  # some keep the number, and Perceiver shapes its logits by it
+            part.vocab_size = size
     set_vocabulary(model.config, size)
 
 
