@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctcd_ds.cli import UserError, did_you_mean
-from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.rows import ABSENT, Corpus, SpecialIds
 from ctcd_ds.kinds import instead
 from ctcd_ds.peers.layers import chosen, depth_of, from_layers, with_layers
 from ctcd_ds.peers.vocabulary import KEPT, fit_tables, set_vocabulary
@@ -49,16 +49,17 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def peer_config(section: PeerSection, corpus: Corpus, peers: Mapping[str, PeerSection] | None = None) -> Any:
+def peer_config(section: PeerSection, corpus: Corpus, auto: Any, peers: Mapping[str, PeerSection] | None = None) -> Any:
     """The peer's Hugging Face config, with the corpus's vocabulary (padded) and special ids.
 
+    `auto`: the task's Auto class of transformers; BERT and its like are causal only where their config says so.
     `peers`: all of the run, of which one may begin as layers of another. Raises UserError with what transformers
     refuses.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     if section.init_from is not None:
-        return with_layers(peer_config(_source(section, peers), corpus, peers), section.init_from.layers)
+        return with_layers(peer_config(_source(section, peers), corpus, auto, peers), section.init_from.layers)
     try:
         if section.pretrained is not None:
             config = AutoConfig.from_pretrained(section.pretrained, trust_remote_code=False)
@@ -72,9 +73,13 @@ def peer_config(section: PeerSection, corpus: Corpus, peers: Mapping[str, PeerSe
     if rows > corpus.vocab_size:
         setattr(config, KEPT, rows)
     for part in {id(config): config, id(own): own}.values():
-        part.pad_token_id, part.cls_token_id, part.sep_token_id = special.pad, special.cls, special.sep
-        part.bos_token_id, part.eos_token_id = special.cls, special.sep
+        for role, number in _roles(special).items():
+            setattr(part, f"{role}_token_id", None if number == ABSENT else number)
         part.vocab_size = padded(rows)
+    if auto is AutoModelForCausalLM and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    if auto is AutoModelForSeq2SeqLM:
+        config.decoder_start_token_id = special.pad
     return config
 
 
@@ -84,6 +89,12 @@ def _source(section: PeerSection, peers: Mapping[str, PeerSection] | None) -> Pe
     if section.init_from.peer is None:
         return PeerSection(pretrained=section.init_from.pretrained)
     return (peers or {})[section.init_from.peer]
+
+
+def _roles(special: SpecialIds) -> dict[str, int]:
+    """The ids that a config names. A text begins with [CLS] or what begins it, else with the end of the one before."""
+    begin = next(number for number in (special.cls, special.bos, special.end) if number != ABSENT)
+    return {"pad": special.pad, "cls": special.cls, "sep": special.sep, "bos": begin, "eos": special.end}
 
 
 def config_mistakes(
@@ -107,7 +118,7 @@ def config_mistakes(
         yield from said
         return
     try:
-        config = peer_config(section, corpus, peers)
+        config = peer_config(section, corpus, auto, peers)
     except UserError as mistake:
         hub = f"{section.checkpoint_key} = {section.checkpoint!r}: no such directory, and no model of the hub"
         yield f"{hub if section.checkpoint is not None else 'model'}: {mistake}"
@@ -146,7 +157,7 @@ def _layers_mistakes(
     assert section.init_from is not None
     layers, source = section.init_from.layers, _source(section, peers)
     try:
-        whole = peer_config(source, corpus, peers)
+        whole = peer_config(source, corpus, auto, peers)
         weights = _without_memory(whole, auto)
     except Exception:  # said of the source, or of pretrained
         return
@@ -289,7 +300,7 @@ def build_peer(
     elif section.pretrained is not None:
         model = _read(section, corpus, auto, dtype if section.frozen else torch.float32, new_tokens)
     else:
-        model = auto.from_config(peer_config(section, corpus), dtype=torch.float32)
+        model = auto.from_config(peer_config(section, corpus, auto), dtype=torch.float32)
     if section.frozen:
         model.requires_grad_(False)
     else:
@@ -301,7 +312,7 @@ def _read(section: PeerSection, corpus: Corpus, auto: Any, dtype: torch.dtype, n
     """A checkpoint's model, its tables of the vocabulary as large as `peer_config` says."""
     from transformers import AutoConfig
 
-    config = peer_config(section, corpus)
+    config = peer_config(section, corpus, auto)
     inside, own = config.get_text_config().vocab_size, AutoConfig.from_pretrained(section.pretrained).get_text_config()
     set_vocabulary(config, own.vocab_size)
     model = auto.from_pretrained(section.pretrained, config=config, dtype=dtype, trust_remote_code=False)

@@ -5,7 +5,7 @@ Making a plan starts no process group and writes nothing. `--dry_run` prints it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,8 @@ def make_plan(
     except UserError as mistake:
         raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
     auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
+    if lacking := [role for role in TASKS[recipe.objective.task].roles if role not in corpus.special.present]:
+        raise Mistakes("this run", [*mistakes, _lacking(recipe.objective.task, lacking, corpus)])
     sections = {name: _saved(section, saved and saved / name) for name, section in recipe.peers.items()}
     new_tokens: dict[str, list[int]] = {}
     for name, section in sections.items():
@@ -140,7 +142,7 @@ def make_plan(
         )
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
-    configs = {name: peer_config(section, corpus, sections) for name, section in sections.items()}
+    configs = {name: peer_config(section, corpus, auto, sections) for name, section in sections.items()}
     costs = {name: cost(c, length, task.asked(recipe, name) / length, auto) for name, c in configs.items()}
     if recipe.training.activation_checkpointing and (mistakes := _checkpointing_mistakes(recipe, configs, costs)):
         raise Mistakes("this run", mistakes)
@@ -165,6 +167,14 @@ def _saved(section: PeerSection, place: Path | None) -> PeerSection:
     return section.model_copy(update={"model": config, "pretrained": None, "init_from": None})
 
 
+def _lacking(task: str, roles: Sequence[str], corpus: Corpus) -> str:
+    return (
+        f"objective.task = {task}: the corpus's tokenizer ({corpus.tokenizer_path}) has no "
+        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with `ctcd tokenizer`, "
+        "or train causal models (objective.task: clm)"
+    )
+
+
 def rehearse_peers(plan: Plan, device: str) -> None:
     """Tries in small whether each peer will learn on this device, and be saved, loaded and exported.
 
@@ -174,7 +184,7 @@ def rehearse_peers(plan: Plan, device: str) -> None:
     for config in plan.configs.values():
         if (key := config.to_json_string()) not in said:
             auto, length = plan.task.auto_class(), plan.recipe.corpus.sequence_length
-            said[key] = rehearse(config, auto, length, plan.deepspeed.precision, device)
+            said[key] = rehearse(config, auto, length, plan.deepspeed.precision, device, plan.task.unfit)
     mistakes = [f"peers.{name}: {said[c.to_json_string()]}" for name, c in plan.configs.items()
                 if said[c.to_json_string()]]  # fmt: skip
     if mistakes:
@@ -259,8 +269,8 @@ def describe(plan: Plan) -> str:
         f"corpus         {plan.corpus.path}: {len(plan.rows):,} rows of {length} tokens, "
         f"{len(plan.valid) if plan.valid else 0:,} held out; vocabulary {plan.corpus.vocab_size:,}, "
         f"{padded(plan.corpus.vocab_size):,} inside the models",
-        f"targets        {plan.task.describe()} ({recipe.objective.task}), soft loss at "
-        f"{recipe.objective.soft_positions}, temperature {recipe.objective.temperature:g}",
+        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
+        f"{recipe.objective.temperature:g}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows ({epochs:.2f} epochs), "
