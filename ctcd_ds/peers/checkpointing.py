@@ -1,7 +1,7 @@
 """Activation checkpointing: of each layer only its input is kept, and the backward pass runs the layer again.
 
-torch gives the second run the random state of the first one, from which all dropout draws, ours too
-(tests/test_checkpointing.py): losses and gradients are the same bit for bit.
+torch gives the second run the random state of the first one, from which all dropout draws, ours too: losses and
+gradients are the same bit for bit.
 """
 
 from __future__ import annotations
