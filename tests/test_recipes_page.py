@@ -46,11 +46,11 @@ def test_every_set_of_the_docs_is_taken() -> None:
         load_recipe(PAPER, words.split())
 
 
-def test_the_peers_of_the_page_make_a_recipe() -> None:
-    found = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert len(found) >= 2
-    for peers in found:
-        assert recipe_mistakes({"corpus": {"path": "x"}, "training": {"steps": 1}, **read_yaml(peers)}) == []
+def test_the_sections_of_the_page_make_a_recipe() -> None:
+    sections = [read_yaml(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    assert [list(section) for section in sections] == [["peers"], ["peers"], ["corpus"]]
+    for peers in sections[:2]:
+        assert recipe_mistakes({"training": {"steps": 1}, **peers, **sections[2]}) == []
 
 
 def test_the_deepspeed_json_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

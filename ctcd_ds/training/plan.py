@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import Damage, UserError, count
+from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.scaling import Work, state_bytes
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.fused import logits_bytes
@@ -25,11 +26,12 @@ from ctcd_ds.tasks.task import Task
 from ctcd_ds.training.deepspeed_config import DeepSpeedConfig, resolve
 
 GIB = 2**30
+ENOUGH_EPOCHS = 4  # of one source of a mixture; beyond, the dry run warns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. `rows` are the training rows, `valid` the held-out ones (None: the corpus has none).
+    """A checked run. `rows` are the training rows, `valid` the held-out ones of each split that the corpus has.
 
     `sections`: the recipe's peers, or how they begin again in a run that has a checkpoint (`make_plan`).
     `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
@@ -41,7 +43,7 @@ class Plan:
     deepspeed: DeepSpeedConfig
     world: int
     rows: Rows
-    valid: Rows | None
+    valid: dict[str, Rows]
     task: Task
     configs: dict[str, Any]
     costs: dict[str, Cost]
@@ -107,18 +109,17 @@ def make_plan(
     """
     config, mistakes = resolve(deepspeed_json, recipe, world, device, output_dir)
     try:
-        corpus = Corpus.open(Path(recipe.corpus.path))
-    except Damage:
-        raise
-    except UserError as mistake:
-        raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
+        corpus = open_corpus(recipe.corpus)
+    except Mistakes as more:
+        raise Mistakes("this run", [*mistakes, *more.mistakes]) from None
     auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
     if lacking := [role for role in TASKS[recipe.objective.task].roles if role not in corpus.special.present]:
         raise Mistakes("this run", [*mistakes, _lacking(recipe.objective.task, lacking, corpus)])
     sections = {name: _saved(section, saved and saved / name) for name, section in recipe.peers.items()}
     new_tokens: dict[str, list[int]] = {}
     for name, section in sections.items():
-        said = list(config_mistakes(section, corpus, length, auto, sections)) if section is recipe.peers[name] else []
+        known = section is not recipe.peers[name]  # it was judged when the run began
+        said = [] if known else list(config_mistakes(section, corpus, length, auto, sections))
         if not said and section.checkpoint is not None:
             try:
                 new_tokens[name] = _new_tokens(section, corpus)
@@ -128,10 +129,10 @@ def make_plan(
     begun: dict[str, list[str]] = {}
     if not mistakes:
         begun, mistakes = _begun_at_random(sections, auto)
-    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, None
+    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, {}
     try:
         rows = task.rows("train")
-        valid = task.rows("valid") if corpus.tokens("valid") else None
+        valid = {split: task.rows(split) for split in corpus.held_out}
     except UserError as mistake:
         mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
     steps = _steps(recipe, len(rows)) if rows is not None else 1
@@ -249,7 +250,7 @@ def _new_tokens(section: PeerSection, corpus: Corpus) -> list[int]:
 def describe(plan: Plan) -> str:
     """The plan as text: peers, graph, cost, batch, length."""
     recipe, config = plan.recipe, plan.deepspeed
-    training, length = recipe.training, recipe.corpus.sequence_length
+    training = recipe.training
     lines = [f"{'peer':<14}{'architecture':<14}{'parameters':>12}{'w/o embed.':>12}  {'FLOPs/token':>12}  source"]
     for name, section in recipe.peers.items():
         c, model_type = plan.costs[name], plan.configs[name].model_type
@@ -263,17 +264,16 @@ def describe(plan: Plan) -> str:
     lines += [f"  {name}: {said}" for name, said in _vocabularies(plan)]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows
-    epochs, tokens = rows_seen / len(plan.rows), plan.steps * plan.tokens_per_step
+    tokens = plan.steps * plan.tokens_per_step
     lines += [
         "",
-        f"corpus         {plan.corpus.path}: {len(plan.rows):,} rows of {length} tokens, "
-        f"{len(plan.valid) if plan.valid else 0:,} held out; vocabulary {plan.corpus.vocab_size:,}, "
-        f"{padded(plan.corpus.vocab_size):,} inside the models",
+        *_corpora(plan),
+        f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
         f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
         f"{recipe.objective.temperature:g}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
-        f"length         {plan.steps:,} steps, {rows_seen:,} rows ({epochs:.2f} epochs), "
+        f"length         {plan.steps:,} steps, {rows_seen:,} rows, "
         f"{tokens:,} tokens, {tokens * plan.flops_per_token:.3g} FLOPs",
         f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed)",
         f"DeepSpeed      ZeRO {config.stage}, {config.precision}",
@@ -290,6 +290,24 @@ def _vocabularies(plan: Plan) -> Iterator[tuple[str, str]]:
             yield name, f"its {rows:,} rows of the vocabulary stay, {plan.corpus.vocab_size:,} of them are tokens"
         if new := plan.new_tokens.get(name):
             yield name, f"{count(len(new), 'token')} its checkpoint does not know begin as the mean of the others"
+
+
+def _corpora(plan: Plan) -> Iterator[str]:
+    """A line for each corpus, with how often it is read, and one for what is held out."""
+    read, length = plan.steps * plan.recipe.training.global_batch_rows, plan.recipe.corpus.sequence_length
+    for name, corpus in plan.corpus.parts.items():
+        rows, share = len(plan.rows.parts[name]), plan.corpus.shares[name]
+        head, part = (f"source {name}", f" {share:.2%} of what is read,") if name else ("corpus", "")
+        epochs = share * read / rows
+        yield f"{head:<14} {corpus.path}: {rows:,} rows of {length} tokens,{part} {epochs:.2f} epochs"
+        if name and epochs > ENOUGH_EPOCHS:
+            yield (
+                f"  warning: {name} is small for its share: each of its rows comes {epochs:.1f} times, and beyond "
+                f"{ENOUGH_EPOCHS} times they teach little; give it less weight, or more text"
+            )
+    held_out = {split.partition(".")[2]: f"{len(rows):,} rows" for split, rows in plan.valid.items()}
+    said = [f"{rows} of {name}" if name else rows for name, rows in held_out.items()]
+    yield f"held out       {', '.join(said) or 'nothing'}"
 
 
 def checkpoint_bytes(plan: Plan) -> int:
