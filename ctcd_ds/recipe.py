@@ -45,6 +45,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists only
 Count = Annotated[int, Field(ge=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]  # YAML has lists only
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"  # of a peer, a source or a held-out set: a part of keys
 
 
@@ -136,9 +137,23 @@ Weight = Annotated[
 ]
 
 
-class PeerSection(Section):
-    """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from.
+class InitFrom(Section):
+    """Which layers of which model a peer begins as: those of `pretrained` (as a peer's own), or of another `peer`.
 
+    `layers` count from 0, in their order; a model with an encoder and a decoder takes these of both. Everything else is
+    the source's: widths, embeddings, head. A peer of the run gives what it begins with itself.
+    """
+
+    peer: str | None = None
+    pretrained: str | None = None
+    layers: Layers
+
+
+class PeerSection(Section):
+    """One model of the run, and what it learns from.
+
+    It begins as a Hugging Face config (`model`) with random weights, as a checkpoint (`pretrained`), or as some layers
+    of a model (`init_from`), whose settings `model` may then repeat.
     `divergence`: other peer → how far from it this one is, where that is not what `objective.divergence` says.
     `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
     `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
@@ -146,6 +161,7 @@ class PeerSection(Section):
 
     model: dict[str, Any] | None = None
     pretrained: str | None = None
+    init_from: InitFrom | None = None
     frozen: bool = False
     hard: NotNegative | None = None
     soft: dict[str, Weight] = {}
@@ -170,6 +186,23 @@ class PeerSection(Section):
     def hard_weight(self) -> float:
         """1 unless stated; a frozen peer learns nothing."""
         return 0.0 if self.frozen else 1.0 if self.hard is None else self.hard
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The finished model that its weights are read from, all of them or some layers."""
+        return self.pretrained if self.init_from is None else self.init_from.pretrained
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The key that says it."""
+        return "pretrained" if self.init_from is None else "init_from.pretrained"
+
+    @property
+    def origin(self) -> str | None:
+        """What it begins as, in words; None: random weights."""
+        if self.init_from is None:
+            return self.pretrained
+        return f"layers {', '.join(map(str, self.init_from.layers))} of {self.init_from.peer or self.checkpoint}"
 
 
 class ObjectiveSection(Section):
@@ -200,6 +233,7 @@ class TrainingSection(Section):
     `time_limit_minutes`: saves and stops then, exit code 85. `step_timeout_s`: a step that takes longer ends the run
     and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`: the
     encoders go through torch.compile with static shapes (the first step then takes minutes).
+    `activation_checkpointing`: of each layer only the input is kept; backward runs it again, to the same numbers.
     The newest `keep_checkpoints` are kept; with `keep_every` also those of every so many steps; with `keep_best` also
     the one of each peer's lowest held-out loss (then each improvement is saved). `on_nonfinite`: a step with a loss or
     a gradient that is not finite moves nothing; the run stops there, or skips it.
@@ -219,6 +253,7 @@ class TrainingSection(Section):
     time_limit_minutes: Positive | None = None
     step_timeout_s: Positive = 600.0
     compile: bool = False
+    activation_checkpointing: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @property
@@ -293,7 +328,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
     corpora = [raw["corpus"], *_named(raw, "corpus", "sources").values()]
-    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in raw["peers"].values())]:
+    starts = [*raw["peers"].values(), *map(_init_from, raw["peers"].values())]
+    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in starts)]:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
@@ -404,6 +440,7 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         if not isinstance(peer, dict):
             continue
         yield from _source_mistakes(here, peer)
+        yield from _layer_mistakes(here, name, peers)
         soft = peer.get("soft") or {}
         hard, frozen = peer.get("hard"), peer.get("frozen") is True
         for other, weight in soft.items() if isinstance(soft, dict) else ():
@@ -458,15 +495,46 @@ def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
-    model, pretrained = peer.get("model"), peer.get("pretrained")
-    if (model is None) == (pretrained is None):
-        both = "both are given" if model is not None else "neither is given"
-        yield f"{here}: exactly one of model (a Hugging Face config) and pretrained (a checkpoint); {both}"
+    model = peer.get("model")
+    given = [key for key in ("model", "pretrained", "init_from") if peer.get(key) is not None]
+    if given != ["model", "init_from"] and len(given) != 1:
+        yield (
+            f"{here}: exactly one of model (a Hugging Face config), pretrained (a checkpoint) and init_from (layers of "
+            f"a model, whose config model may repeat); given: {' and '.join(given) or 'none'}"
+        )
     if isinstance(model, dict):
         if not isinstance(kind := model.get("model_type"), str):
             yield f"{here}.model.model_type = {kind!r}: name an architecture of transformers, e.g. bert"
         if "vocab_size" in model:
             yield f"{here}.model.vocab_size = {model['vocab_size']}: comes from the corpus's tokenizer; remove it"
+
+
+def _layer_mistakes(here: str, name: str, peers: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a peer's init_from, as far as the recipe alone can tell."""
+    init_from = _init_from(peers[name])
+    layers, other = init_from.get("layers"), init_from.get("peer")
+    if not init_from:
+        return
+    if (other is None) == (init_from.get("pretrained") is None):
+        yield f"{here}.init_from: exactly one of peer (of this run) and pretrained (a checkpoint)"
+    elif isinstance(other, str) and other not in peers:
+        yield f"{here}.init_from.peer = {other!r}: no peer has this name; {did_you_mean(other, set(peers) - {name})}"
+    elif other is not None:
+        chain = [name]
+        while isinstance(other, str) and other in peers and other not in chain:
+            chain.append(other)
+            other = _init_from(peers[other]).get("peer")
+        if other == name == min(chain):
+            yield f"{here}.init_from.peer = {(*chain, name)[1]!r}: a circle ({' from '.join([*chain, name])})"
+    if layers == []:
+        yield f"{here}.init_from.layers = []: name at least one layer, from 0"
+    elif isinstance(layers, list) and all(isinstance(layer, int) for layer in layers) and layers != sorted(set(layers)):
+        yield f"{here}.init_from.layers = {layers}: name each layer once, from the first to the last"
+
+
+def _init_from(peer: Any) -> dict[str, Any]:
+    found = peer.get("init_from") if isinstance(peer, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _training_mistakes(raw: dict[str, Any]) -> Iterator[str]:

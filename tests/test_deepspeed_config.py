@@ -118,7 +118,7 @@ def test_a_file_that_is_no_json_object_is_one_message(tmp_path: Path, text: str)
     [
         (
             {"activation_checkpointing": {"partition_activations": True}},
-            "write a smaller train_micro_batch_size_per_gpu",
+            "the recipe's training.activation_checkpointing does",
         ),
         ({"prescale_gradients": True}, "write communication_data_type fp32"),
         ({"gradient_predivide_factor": 2.0}, "write communication_data_type fp32"),

@@ -17,6 +17,7 @@ import torch
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.peers.build import (
+    DTYPES,
     TOLERANCE,
     difference,
     hold_fixed,
@@ -100,7 +101,7 @@ def _rehearse(
     inputs = as_inputs(model.config, (words - WORDS + torch.arange(length) % WORDS).unsqueeze(0))
     if (said := _learns(model, inputs, torch.float32, "cpu")) is not None:
         return f"{kind} cannot learn from a row of {length} tokens: {said}"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     usual = (dtype, device) == (torch.float32, "cpu")
     if not usual and (said := _learns(copy.deepcopy(model), inputs, dtype, device)) is not None:
         return f"{kind} cannot learn in {precision} on {device} ({said}); in fp32 on the CPU it can"
