@@ -33,6 +33,31 @@ def write_model(folder: Path, seed: int = 1, model_type: str = "bert") -> Path:
     return folder
 
 
+def write_causal(folder: Path, model_type: str, seed: int = 1) -> Path:
+    """A tiny random causal LM with the byte-level BPE tokenizer of its like: one special token that it puts nowhere."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    draw = random.Random(0)
+    backend.train_from_iterator((sentence(draw, n % 2) for n in range(500)), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
+    sizes |= {"intermediate_size": 64} if model_type != "gpt2" else {}
+    config = AutoConfig.for_model(model_type, **sizes, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def sentence(draw: random.Random, kind: int) -> str:
     return f'It was "{draw.choice(GOOD if kind else BAD)} a {draw.choice(GOOD if kind else BAD)}.'
 
