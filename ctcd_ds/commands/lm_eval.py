@@ -37,6 +37,7 @@ def main() -> int:
     add("--max_eval_samples", type=cli.positive, metavar="N", help="ask the first N rows of each task")
     options = parser.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one model on one GPU, as `ctcd glue` has it
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a thousand draws of a bootstrap need no processes
 
     from ctcd_ds.evaluation import harness
 

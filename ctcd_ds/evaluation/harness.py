@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +34,7 @@ from ctcd_ds.evaluation.results import Grid, make_directory, report, resume, sav
 
 FRACTIONS = ("acc_norm", "acc", "exact_match", "f1", "mcc")  # from 0 to 1; the first that a task has is its score
 SEED = 0  # of every cell: nothing is drawn
+FEWSHOT_SEED = 1234  # the harness's own: draws the solved rows
 RULES = {"score": "acc_norm times 100, or acc where there is none; perplexities and bits are no score"}
 
 
@@ -135,6 +138,13 @@ def _index_with(name: str) -> Mapping[str, Any]:
         index = TaskManager(include_defaults=False, include_path=folder).task_index if folder.is_dir() else {}
         if name in index:
             return index
+    return _whole_index()
+
+
+@cache
+def _whole_index() -> Mapping[str, Any]:
+    from lm_eval.tasks import TaskManager
+
     return TaskManager().task_index
 
 
@@ -214,18 +224,24 @@ def _opened(path: Path, settings: HarnessSettings) -> Any:
 
 
 def _cell(model: Any, loaded: LoadedTask, settings: HarnessSettings) -> dict[str, Any]:
-    """What the harness measures: fractions, perplexities and bits as they are, and the score."""
+    """What the harness measures: fractions, perplexities and bits as they are, and the score.
+
+    Its simple_evaluate would do the same, and look for half a minute, each time, what is installed on this machine.
+    """
     import lm_eval
 
     started = time.monotonic()
-    outcome = lm_eval.simple_evaluate(
-        model=model,
-        tasks=[loaded.task],
-        num_fewshot=settings.num_fewshot,
-        limit=settings.max_eval_samples,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
+    if loaded.task.get_config("num_fewshot") != 0:  # 0 in a task file is meant so
+        loaded.task.set_config(key="num_fewshot", value=settings.num_fewshot)
+    loaded.task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    with redirect_stdout(sys.stderr):
+        outcome = lm_eval.evaluate(
+            lm=model,
+            task_dict={"tasks": {loaded.name: loaded.task}},
+            limit=settings.max_eval_samples,
+            log_samples=False,
+            bootstrap_iters=1000,  # of the few metrics whose spread has no formula
+        )
     found: dict[str, dict[str, float]] = {"metrics": {}, "stderr": {}}
     for key, value in outcome["results"][loaded.name].items():
         metric, comma, how = key.partition(",")
