@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ctcd_ds import cli
 from ctcd_ds.corpus.indexed import write_index
-from ctcd_ds.corpus.rows import LAYOUT, VERSION, Corpus, SpecialIds
+from ctcd_ds.corpus.rows import BERT_LAYOUT, VERSION, Corpus, SpecialIds
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import file_entry, write_manifest
 from ctcd_ds.objective.batch import Batch
@@ -179,7 +179,7 @@ def write_corpus(folder: Path, vocab_size: int, rows: int, length: int) -> Path:
     splits["valid"] = [_shard(folder, "valid-00000", tokens[:held_out])]
     identity = tokenizer_identity(load_tokenizer(folder / "tokenizer"))
     content = {"format": "ctcd_ds.corpus", "version": VERSION, "tokenizer": identity, "dtype": "uint16", "settings": {}}
-    write_manifest(folder / "manifest.json", {**content, **LAYOUT, "splits": splits})
+    write_manifest(folder / "manifest.json", {**content, **BERT_LAYOUT, "splits": splits})
     return folder
 
 

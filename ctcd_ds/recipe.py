@@ -46,12 +46,31 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class CorpusSection(Section):
-    """Which rows are read and how they are masked. The directory is what `ctcd corpus` made."""
+    """Which rows are read and what is asked in them. The directory is what `ctcd corpus` made.
+
+    `documents`: what a causal model sees of the documents before the one it is in: all that is in the row (joined) or
+    nothing (apart). `mean_span`: tokens of a span that is cut out, on average.
+    """
 
     path: str
     sequence_length: Annotated[int, Field(ge=4)] = 128
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     whole_word_masking: bool = False
+    documents: Literal["joined", "apart"] = "joined"
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+
+
+Task = Literal["mlm", "clm", "span"]  # masked and causal language modelling, span corruption
+# Keys that say something to some tasks only.
+_TASKS_OF = {
+    "corpus.mask_fraction": ("mlm", "span"),
+    "corpus.mean_span": ("span",),
+    "corpus.whole_word_masking": ("mlm",),
+    "corpus.documents": ("clm",),
+    "objective.soft_positions": ("mlm",),
+    "peers.*.mask_seed": ("mlm",),
+    "peers.*.mask_fraction": ("mlm",),
+}
 
 
 class OptimizerSection(Section):
@@ -105,7 +124,7 @@ class ObjectiveSection(Section):
     Where peers have masks of their own, target positions are those that are masked for all peers that distil.
     """
 
-    task: Literal["mlm", "clm"] = "mlm"
+    task: Task = "mlm"
     temperature: Positive = 1.0
     soft_positions: Literal["targets", "all"] = "targets"
 
@@ -184,8 +203,11 @@ class Recipe(Section):
         )
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, as plain JSON-like data; what is null by default is left out."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """Every key with its value, as plain JSON-like data; what is null by default or not the task's is left out."""
+        raw = self.model_dump(mode="json", exclude_none=True)
+        for _, section, key in _foreign(raw, self.objective.task):
+            del section[key]
+        return raw
 
     def to_yaml(self) -> str:
         """The resolved recipe as a file that `load_recipe` reads back to an equal recipe."""
@@ -240,7 +262,7 @@ def recipe_mistakes(raw: Any) -> list[str]:
         Recipe.model_validate(raw)
     except ValidationError as problem:
         mistakes = [explain(error, Recipe) for error in problem.errors()]
-    return mistakes + list(_peer_mistakes(raw)) + list(_training_mistakes(raw))
+    return mistakes + list(_peer_mistakes(raw)) + list(_training_mistakes(raw)) + list(_task_mistakes(raw))
 
 
 def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
@@ -310,7 +332,7 @@ def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
 
 
 def _training_mistakes(raw: dict[str, Any]) -> Iterator[str]:
-    training, objective = raw.get("training"), raw.get("objective")
+    training = raw.get("training")
     if isinstance(training, dict):
         steps, epochs = training.get("steps"), training.get("epochs")
         if (steps is None) == (epochs is None):
@@ -320,8 +342,29 @@ def _training_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             )
         if training.get("checkpoint_every") is not None and training.get("checkpoint_every_minutes") is not None:
             yield "training: only one of checkpoint_every (steps) and checkpoint_every_minutes"
-    if isinstance(objective, dict) and objective.get("task") == "clm":
-        yield "objective.task = clm: causal models are not built yet; allowed now: mlm"
+
+
+def _task_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    objective = raw.get("objective")
+    task = objective.get("task", "mlm") if isinstance(objective, dict) else "mlm"
+    for name, section, key in _foreign(raw, task):
+        if section[key] is not None:
+            readers = " or ".join(_TASKS_OF[re.sub(r"^peers\.[^.]+", "peers.*", name)])
+            yield f"{name} = {section[key]!r}: for objective.task {readers}, and it is {task} here; remove it"
+
+
+def _foreign(raw: Mapping[str, Any], task: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(name, section, key) of all keys that are there and say nothing to this task."""
+    if task not in get_args(Task):
+        return
+    for name, tasks in _TASKS_OF.items():
+        first, *_, key = name.split(".")
+        sections = {first: raw.get(first)}
+        if first == "peers":
+            sections = {f"peers.{n}": p for n, p in top.items()} if isinstance(top := raw.get(first), dict) else {}
+        for place, section in sections.items():
+            if task not in tasks and isinstance(section, dict) and key in section:
+                yield f"{place}.{key}", section, key
 
 
 def explain(error: Any, root: type[BaseModel]) -> str:

@@ -81,7 +81,7 @@ def write_corpus_manifest(
     directory: Path, splits: dict[str, list[dict[str, Any]]], vocab_size: int, special: SpecialIds = SPECIAL
 ) -> None:
     """The manifest, last as always."""
-    ids = {name: getattr(special, name) for name in ("cls", "sep", "mask", "pad", "unk")}
+    ids = special.present
     write_manifest(
         directory / "manifest.json",
         {
@@ -110,6 +110,8 @@ def _write_tokenizer(directory: Path, vocab_size: int, special: SpecialIds) -> N
     """A WordPiece tokenizer whose id i is the word "wi", special ids as given; AutoTokenizer loads it."""
     names = {special.cls: "[CLS]", special.sep: "[SEP]", special.mask: "[MASK]"}
     names |= {special.pad: "[PAD]", special.unk: "[UNK]"}
+    roles = {f"{name[1:-1].lower()}_token": name for name in names.values()}
+    names |= {id_: f"<extra_id_{number}>" for number, id_ in enumerate(special.sentinels)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     directory.mkdir()
     (directory / "tokenizer.json").write_text(
@@ -130,7 +132,6 @@ def _write_tokenizer(directory: Path, vocab_size: int, special: SpecialIds) -> N
             }
         )
     )
-    roles = {f"{name[1:-1].lower()}_token": name for name in names.values()}
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles})
     )

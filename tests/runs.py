@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 import forks
-from corpora import write_corpus
+from corpora import SPECIAL, write_corpus
 from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
 from ctcd_ds.manifest import read_manifest, write_manifest
@@ -66,13 +66,17 @@ def chain_documents(number: int, vocab_size: int, seed: int = 0) -> list[list[in
     return documents
 
 
-def chain_corpus(directory: Path, vocab_size: int = 300) -> Path:
-    """A small corpus that a model can learn, with the identity of its own tokenizer in the manifest."""
+def chain_corpus(directory: Path, vocab_size: int = 300, sentinels: int = 0) -> Path:
+    """A small corpus that a model can learn, with the identity of its own tokenizer in the manifest.
+
+    `sentinels`: how many tokens more are <extra_id_0>, …
+    """
     write_corpus(
         directory,
         chain_documents(300, vocab_size, seed=1),
         chain_documents(40, vocab_size, seed=2),
-        vocab_size=vocab_size,
+        vocab_size=vocab_size + sentinels,
+        special=replace(SPECIAL, sentinels=tuple(range(vocab_size, vocab_size + sentinels))),
     )
     manifest = read_manifest(directory / "manifest.json")
     del manifest["sha256"]

@@ -59,7 +59,7 @@ def test_it_passes_the_rehearsal_and_its_cost_is_counted(corpus: Path, task: str
     """FLOPs against torch's profiler, a counter of its own, over a real model with logits everywhere."""
     auto, section, opened = TASKS[task][0], PeerSection(model=tiny(kind)), Corpus.open(corpus)
     assert not list(config_mistakes(section, opened, LENGTH, auto))
-    config = peer_config(section, opened)
+    config = peer_config(section, opened, auto)
     assert rehearse(config, auto, LENGTH, "fp32", "cpu") is None
     found, config._attn_implementation = cost(config, LENGTH, 1.0, auto), "eager"
     model = auto.from_config(config).eval()

@@ -380,5 +380,5 @@ def test_a_pretrained_model_of_a_stranger_runs_nothing(corpus: Path, tmp_path: P
     (model / "config.json").write_text(json.dumps(config))
     (model / "theirs.py").write_text(f"open({str(mark)!r}, 'w')\nclass Theirs: pass\n")
     with pytest.raises(UserError, match="custom code"):
-        peer_config(section, Corpus.open(corpus))
+        peer_config(section, Corpus.open(corpus), AutoModelForMaskedLM)
     assert not mark.exists()

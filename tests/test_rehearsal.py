@@ -35,7 +35,7 @@ def corpus(path: Path) -> Corpus:
 
 
 def config(corpus: Corpus, **model: Any) -> Any:
-    return peer_config(PeerSection(model=model), corpus)
+    return peer_config(PeerSection(model=model), corpus, AUTO)
 
 
 OFFSET = ("esm", "longformer", "luke", "roberta", "xlm-roberta-xl", "xmod")

@@ -19,13 +19,16 @@ from ctcd_ds.objective.batch import Batch
 from ctcd_ds.tasks.loader import Cut, TrainLoader
 from ctcd_ds.tasks.masking import Masking
 from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
+from ctcd_ds.tasks.noise import LabelNoise
 
 VOCAB = 1000
 MASKING = Masking(0.15, SPECIAL, VOCAB)
 
 
 def masks(fraction: float = 0.15, seed: int | None = None, noise: float = 0.0, distils: bool = True) -> PeerMasks:
-    return PeerMasks(Masking(fraction, SPECIAL, VOCAB), seed, noise, "", distils)
+    return PeerMasks(
+        Masking(fraction, SPECIAL, VOCAB), seed, LabelNoise(noise, "", SPECIAL, VOCAB) if noise else None, distils
+    )
 
 
 def tokens_of(rows: int, length: int = 66) -> np.ndarray:
@@ -37,7 +40,7 @@ def tokens_of(rows: int, length: int = 66) -> np.ndarray:
 def task(peers: dict[str, PeerMasks], everywhere: bool = False) -> MaskedLM:
     """What these peers are asked; each one's noise is keyed by its name."""
     corpus = Corpus(Path(), "", SPECIAL, VOCAB, "", "", "uint16", {}, ((), ()))
-    named = {name: replace(own, noise_of=name if own.label_noise else "") for name, own in peers.items()}
+    named = {name: replace(own, noise=own.noise and replace(own.noise, peer=name)) for name, own in peers.items()}
     return MaskedLM(corpus, 66, MASKING, named, everywhere)
 
 

@@ -28,6 +28,13 @@ def main() -> None:
         metavar="true|false",
         help="for a vocab.txt; left out: true where it holds no capital letter",
     )
+    parser.add_argument(
+        "--add_special_tokens",
+        type=options.true_or_false,
+        default=True,
+        metavar="true|false",
+        help="a .model gets what a masked language model needs and it lacks; false leaves it as it is, for causal ones",
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="the corpus directory to make")
     parser.add_argument("--workers", type=int, default=cores(), help="threads that tokenise")
     parser.add_argument("--fraction", type=float, default=default.fraction, help="share of the documents to take")
@@ -47,7 +54,14 @@ def main() -> None:
     if arguments.adopt:
         from ctcd_ds.corpus.adopt import adopt
 
-        adopt(arguments.adopt, arguments.tokenizer, arguments.output_dir, settings, arguments.lowercase)
+        adopt(
+            arguments.adopt,
+            arguments.tokenizer,
+            arguments.output_dir,
+            settings,
+            arguments.lowercase,
+            arguments.add_special_tokens,
+        )
     else:
         prepare(
             arguments.input,
@@ -57,6 +71,7 @@ def main() -> None:
             options.reading(arguments),
             lowercase=arguments.lowercase,
             workers=arguments.workers,
+            add_special_tokens=arguments.add_special_tokens,
         )
     files = ["--recipe", "R.yaml", "--deepspeed_config", "D.json", "--output_dir", "RUN", "--dry_run"]
     print(cli.next_command("pretrain", *files, "--set", f"corpus.path={arguments.output_dir}"))

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.rows import ABSENT
 from ctcd_ds.corpus.sentencepiece_model import Native
-from ctcd_ds.corpus.tokenizer import special_ids
+from ctcd_ds.corpus.tokenizer import begin_role, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,38 +37,56 @@ class Block:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`ids`: all documents one after another, each ended by [SEP]; `lengths`: of each of them, [SEP] included."""
+    """`ids`: all documents one after another; `lengths`: of each of them with what begins and ends it.
+
+    A document of which the tokenizer leaves nothing has length 0. `text_bytes`: of each text, in UTF-8.
+    """
 
     ids: npt.NDArray[Any]
     lengths: npt.NDArray[np.int64]
+    text_bytes: npt.NDArray[np.int64]
     unknown: int
 
 
 class Encoder:
-    """Documents to ids of `dtype`, without [CLS], without truncation; a literal "[SEP]" in a text stays text.
+    """Documents to ids of `dtype`, each with what begins and ends it, not cut; a literal "[SEP]" in a text stays text.
 
     Special tokens are not looked for in the text; where a tokenizer's own vocabulary makes one of its letters all
-    the same, it becomes [UNK], because a [SEP] ends a document here and a [MASK] is a question.
+    the same, it becomes the unknown token, because a [SEP] ends a document here and a [MASK] is a question.
 
     The ids are those of `tokenizer`, whoever makes them. `native`, of a .model that the user brought, is several times
     faster; it takes the texts that it is sure of, and one of them in each call is made by both and compared.
+    Raises UserError where a text makes a special token and the tokenizer has none for what is unknown.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, native: Native | None, dtype: str) -> None:
         special = special_ids(tokenizer)
-        self._sep, self._unk = special["sep"], special["unk"]
+        begin = [] if begin_role(tokenizer) is None else [special.bos]
+        self._begin, self._end = np.array(begin, dtype), np.array([special.end], dtype)
+        self._unk = special.unk
         self._known = np.arange(len(tokenizer)).astype(dtype)  # what becomes of each id
-        self._known[[special[role] for role in ("cls", "sep", "mask", "pad")]] = self._unk
+        self._reserved = special.reserved(np.arange(len(tokenizer)))
+        if special.unk != ABSENT:
+            self._known[self._reserved] = special.unk
         rust = _rust(tokenizer.backend_tokenizer.to_str())
         self._documents = rust if native is None else _mixed(native, rust)
 
     def __call__(self, texts: list[str]) -> Encoded:
-        documents = self._documents(texts)
-        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 1
-        end = np.array([self._sep], np.int32)
-        ids = self._known[np.concatenate([end[:0], *(part for document in documents for part in (document, end))])]
-        ids[np.cumsum(lengths) - 1] = self._sep
-        return Encoded(ids, lengths, int(np.count_nonzero(ids == self._unk)))
+        documents = [self._checked(ids, text) for ids, text in zip(self._documents(texts), texts, strict=True)]
+        marks = len(self._begin) + len(self._end)
+        lengths = np.array([len(ids) + marks if len(ids) else 0 for ids in documents], np.int64)
+        parts = [part for ids in documents if len(ids) for part in (self._begin, self._known[ids], self._end)]
+        sizes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts], np.int64)
+        ids = np.concatenate([self._end[:0], *parts])
+        return Encoded(ids, lengths, sizes, int(np.count_nonzero(ids == self._unk)) if self._unk != ABSENT else 0)
+
+    def _checked(self, ids: npt.NDArray[np.int32], text: str) -> npt.NDArray[np.int32]:
+        if self._unk == ABSENT and self._reserved[ids].any():
+            raise UserError(
+                f"the text {text[:200]!r} makes one of the tokenizer's special tokens, and it has none for what is "
+                "unknown: take that out of the text, or add an unk_token to its tokenizer_config.json"
+            )
+        return ids
 
 
 Documents = Callable[[list[str]], list[npt.NDArray[np.int32]]]  # texts to the ids of each

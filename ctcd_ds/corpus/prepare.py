@@ -22,12 +22,13 @@ from tqdm import tqdm
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.encode import Block, Encoder, encode_in_order
 from ctcd_ds.corpus.frequencies import unigram_loss
-from ctcd_ds.corpus.rows import FORMAT, LAYOUT, VERSION
+from ctcd_ds.corpus.rows import FORMAT, VERSION
 from ctcd_ds.corpus.sentencepiece_model import native_beside
 from ctcd_ds.corpus.shards import Step
 from ctcd_ds.corpus.sources import Reading, Source, documents, find_sources, sample_lines
 from ctcd_ds.corpus.tokenizer import (
     bring_tokenizer,
+    layout,
     lowercases,
     save_tokenizer,
     tokenizer_identity,
@@ -102,6 +103,7 @@ def prepare(
     reading: Reading,
     lowercase: bool | None = None,
     workers: int = 1,
+    add_special_tokens: bool = True,
 ) -> None:
     """Makes the corpus directory `output_dir` of `inputs`, or goes on with one that was begun by the same call.
 
@@ -111,7 +113,9 @@ def prepare(
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
     sources = find_sources(inputs, reading.format)
-    tokenizer = bring_tokenizer(tokenizer_source, lowercase, lambda: sample_lines(sources, reading, SAMPLE))
+    tokenizer = bring_tokenizer(
+        tokenizer_source, lowercase, lambda: sample_lines(sources, reading, SAMPLE), add_special_tokens
+    )
     plan = {
         "sources": _identities(sources),
         "reading": asdict(reading),
@@ -149,7 +153,7 @@ def finish(place: Workplace, tokenizer: PreTrainedTokenizerBase, settings: dict[
             "unigram_loss": unigram_loss(
                 (place.folder, place.output_dir), place.shards, dtype_for(identity["vocab_size"]), identity
             ),
-            **LAYOUT,
+            **layout(tokenizer),
         }
     )
     _report(place, speed)
@@ -187,9 +191,10 @@ def _tokenise(
         tokens = 0
         for block, encoded in encode_in_order(blocks, encoder, workers):
             start = 0
-            for number, length in zip(block.numbers, encoded.lengths.tolist(), strict=True):
-                if length > 1:  # nothing but characters that the tokenizer drops: no document
-                    step.add(number, encoded.ids[start : start + length])
+            sizes = zip(block.numbers, encoded.lengths.tolist(), encoded.text_bytes.tolist(), strict=True)
+            for number, length, text_bytes in sizes:
+                if length:  # else nothing but characters that the tokenizer drops: no document
+                    step.add(number, encoded.ids[start : start + length], text_bytes)
                 start += length
             counts.update(characters=block.characters, unknown=encoded.unknown)
             tokens += start

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
@@ -24,35 +24,65 @@ from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
 
 FORMAT, VERSION = "ctcd_ds.corpus", 2
 # By roles of the tokenizer: what ends each document in the shards, and what models that want a frame see around a row.
-LAYOUT: dict[str, Any] = {"separator": "sep", "frame": {"before": ["cls"], "after": ["sep"]}}
+BERT_LAYOUT: dict[str, Any] = {"separator": "sep", "frame": {"before": ["cls"], "after": ["sep"]}}
 
 # Rows come in random order. Up to this size of a split the system's read-ahead (128 KiB to 8 MiB for each
 # row not in memory) soon has all of it in memory; beyond, it would read 500 times what is needed, or more.
 _READ_AHEAD_BYTES = 4 << 30
 
 
+Role = Literal["cls", "sep", "mask", "pad", "unk", "bos", "eos"]
+MASKED_LM: tuple[Role, ...] = ("cls", "sep", "mask", "pad", "unk")  # what masked language models need
+ABSENT = -1  # the id of a special token that a tokenizer has not got: no token is it
+
+
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids that a corpus's tokenizer gives to its special tokens."""
+    """The ids that a corpus's tokenizer gives to its special tokens, by role; ABSENT where it has no such token.
 
-    cls: int
-    sep: int
-    mask: int
-    pad: int
-    unk: int
+    `sentinels`: of <extra_id_0>, <extra_id_1>, … in their order, which stand for spans of text.
+    """
+
+    cls: int = ABSENT
+    sep: int = ABSENT
+    mask: int = ABSENT
+    pad: int = ABSENT
+    unk: int = ABSENT
+    bos: int = ABSENT
+    eos: int = ABSENT
+    sentinels: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """What ends each document: the separator, or where there is none the end of text."""
+        return self.eos if self.sep == ABSENT else self.sep
+
+    @property
+    def present(self) -> dict[str, int]:
+        """The ids that there are, by role."""
+        return {role: number for role in get_args(Role) if (number := getattr(self, role)) != ABSENT}
 
     def reserved(self, tokens: np.ndarray) -> np.ndarray:
         """Which of `tokens` are no text: bool, same shape. [UNK] is text, of which the word is not known."""
-        return (tokens == self.sep) | (tokens == self.cls) | (tokens == self.pad) | (tokens == self.mask)
+        found = np.zeros(tokens.shape, bool)
+        for number in {number for role, number in self.present.items() if role != "unk"}:
+            found |= tokens == number
+        if self.sentinels:
+            found |= np.isin(tokens, self.sentinels)
+        return found
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One .bin/.idx pair: `tokens` counts every stored id, the [SEP] at the end of each document too."""
+    """One .bin/.idx pair: `tokens` counts every stored id, the one at the end of each document too.
+
+    `text_bytes`: how many bytes of UTF-8 its text had, where that is known.
+    """
 
     name: str
     documents: int
     tokens: int
+    text_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +115,7 @@ class Corpus:
         return cls(
             path=path,
             fingerprint=manifest["sha256"],
-            special=SpecialIds(**ids),
+            special=SpecialIds(**ids, sentinels=tuple(tokenizer.get("sentinels", ()))),
             vocab_size=tokenizer["vocab_size"],
             tokenizer_fingerprint=tokenizer["fingerprint"],
             vocabulary=tokenizer["vocabulary"],
@@ -108,20 +138,33 @@ class Corpus:
         return sum(shard.documents for shard in self.splits.get(split, ()))
 
     def tokens(self, split: str) -> int:
-        """Number of stored ids of a split, one [SEP] for each document among them."""
+        """Number of stored ids of a split, one at the end of each document among them."""
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
-    def rows(self, split: str, sequence_length: int, before: tuple[int, ...] = (), after: tuple[int, ...] = ()) -> Rows:
-        """The rows of `split` ("train" or "valid"), each of `sequence_length` ids, framed by the ids `before`, `after`.
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text that a stored id of the split stands for, on average; None where nobody counted them."""
+        sizes = [shard.text_bytes for shard in self.splits.get(split, ()) if shard.text_bytes is not None]
+        return sum(sizes) / self.tokens(split) if sizes and len(sizes) == len(self.splits[split]) else None
 
-        Raises UserError where the split has not enough text for one row.
+    def rows(
+        self,
+        split: str,
+        sequence_length: int,
+        before: tuple[int, ...] = (),
+        after: tuple[int, ...] = (),
+        lookahead: int = 0,
+    ) -> Rows:
+        """The rows of `split` ("train" or "valid"): `sequence_length` ids with the frame `before`, `after`.
+
+        `lookahead`: so many ids of the next row come with each. Raises UserError where the split has not enough text
+        for one row.
         """
         width = sequence_length - len(before) - len(after)
-        if (tokens := self.tokens(split)) < width:
+        if (tokens := self.tokens(split)) < width + lookahead:
             remedy = "prepare it with a larger --valid_fraction" if split == "valid" else "give it more text"
             raise UserError(
                 f"corpus {self.path}: split {split!r} holds {tokens} tokens, but one row of sequence_length "
-                f"{sequence_length} takes {width}: {remedy}, or lower sequence_length"
+                f"{sequence_length} takes {width + lookahead}: {remedy}, or lower sequence_length"
             )
         ahead = tokens * np.dtype(self.dtype).itemsize <= _READ_AHEAD_BYTES
         streams = [
@@ -129,7 +172,7 @@ class Corpus:
             for shard in self.splits[split]
             if shard.tokens  # an empty file cannot be mapped
         ]
-        return Rows(self, split, streams, width, before, after)
+        return Rows(self, split, streams, width, before, after, lookahead)
 
 
 def _mapped(file: Path, read_ahead: bool) -> mmap.mmap:
@@ -144,26 +187,17 @@ class _ShardShape(TypedDict):
     name: str
     documents: int
     tokens: int
+    text_bytes: NotRequired[int]
     bin: FileEntry
     idx: FileEntry
-
-
-Role = Literal["cls", "sep", "mask", "pad", "unk"]
-
-
-class _SpecialShape(TypedDict):
-    cls: int
-    sep: int
-    mask: int
-    pad: int
-    unk: int
 
 
 class _TokenizerShape(TypedDict):
     fingerprint: str
     vocabulary: str
     vocab_size: int
-    special: _SpecialShape
+    special: dict[Role, int]
+    sentinels: NotRequired[list[int]]
 
 
 class _FrameShape(TypedDict):
@@ -174,6 +208,7 @@ class _FrameShape(TypedDict):
 class _Shape(TypedDict):
     tokenizer: _TokenizerShape
     separator: Role
+    begin: NotRequired[Role | None]
     frame: _FrameShape
     dtype: Literal["uint16", "int32"]
     splits: dict[Literal["train", "valid"], list[_ShardShape]]
@@ -206,15 +241,15 @@ def _as_version_2(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest of version 1, which had the special ids beside the tokenizer's sizes, and one layout only."""
     tokenizer = manifest.get("tokenizer")
     if not isinstance(tokenizer, dict):
-        return {**manifest, **LAYOUT, "version": 2}
+        return {**manifest, **BERT_LAYOUT, "version": 2}
     special = {role: tokenizer[role] for role in get_args(Role) if role in tokenizer}
     others = {key: value for key, value in tokenizer.items() if key not in special}
-    return {**manifest, **LAYOUT, "version": 2, "tokenizer": {**others, "special": special}}
+    return {**manifest, **BERT_LAYOUT, "version": 2, "tokenizer": {**others, "special": special}}
 
 
 def _checked_shard(path: Path, dtype: str, entry: dict[str, Any]) -> Shard:
     """One shard as the manifest lists it, after its files were found to have the sizes that belong to it."""
-    shard = Shard(entry["name"], entry["documents"], entry["tokens"])
+    shard = Shard(entry["name"], entry["documents"], entry["tokens"], entry.get("text_bytes"))
     for kind in ("bin", "idx"):
         file, stated = path / f"{shard.name}.{kind}", entry[kind]["bytes"]
         if not file.is_file():
@@ -241,7 +276,7 @@ def _damaged(file: Path, what: str) -> Damage:
 
 
 class Rows:
-    """The rows of one split: row r is `before` + S[r·width : (r+1)·width] + `after`, S the split's token stream.
+    """The rows of one split: row r is `before` + S[r·width : (r+1)·width + lookahead] + `after`, S its token stream.
 
     Rows run on over borders of documents and shards; what is left at the end of S is no row.
     """
@@ -254,26 +289,27 @@ class Rows:
         width: int,
         before: tuple[int, ...] = (),
         after: tuple[int, ...] = (),
+        lookahead: int = 0,
     ) -> None:
         self.corpus, self.split, self._streams = corpus, split, streams
-        self._width, self._before, self._after = width, before, after
+        self._width, self._before, self._after, self._lookahead = width, before, after, lookahead
         lengths = np.array([len(stream) for stream in streams], np.int64)
         self._ends = np.cumsum(lengths)
         self._begins = self._ends - lengths
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) // self._width
+        return (int(self._ends[-1]) - self._lookahead) // self._width
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length].
+        """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length + lookahead].
 
         Raises Damage where the stored ids are none of the tokenizer's (a damaged shard).
         """
-        width, begin = self._width, len(self._before)
+        width, begin = self._width + self._lookahead, len(self._before)
         rows = np.empty((len(numbers), begin + width + len(self._after)), np.int32)
         rows[:, :begin], rows[:, begin + width :] = self._before, self._after
-        first = np.searchsorted(self._ends, numbers * width, side="right")
-        starts = numbers * width - self._begins[first]
+        first = np.searchsorted(self._ends, numbers * self._width, side="right")
+        starts = numbers * self._width - self._begins[first]
         for row, shard, start in zip(rows[:, begin : begin + width], first.tolist(), starts.tolist(), strict=True):
             piece = self._streams[shard][start : start + width]
             filled = len(piece)

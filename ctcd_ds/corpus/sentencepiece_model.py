@@ -28,7 +28,8 @@ DEAD = "\U0010fff0"  # a character that no text holds, so that no piece does
 BREAK = "\U000e0001"  # another one, which ends what Unicode takes for one user-perceived character
 PRIVATE = 0x10F000  # from here on one character for each user-defined piece, while the normaliser is at work
 
-# By which names a model may already have the special tokens; what it lacks is appended behind its own pieces.
+# By which names a model may already have the special tokens; what a masked language model lacks of its own five is
+# appended behind the pieces.
 NAMES = {
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
@@ -38,12 +39,15 @@ NAMES = {
 }
 
 
-def import_sentencepiece(path: Path, sample: list[str], lowercase: bool = False) -> PreTrainedTokenizerBase:
+def import_sentencepiece(
+    path: Path, sample: list[str], lowercase: bool = False, add_special_tokens: bool = True
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a SentencePiece unigram or BPE .model, its pieces with their native ids.
 
-    `lowercase`: text is lowered before the model's own normaliser sees it. Raises UserError where the file is no such
-    model, and where more than one line in a hundred of `sample` becomes other pieces than native SentencePiece makes
-    of it; fewer are counted aloud.
+    `lowercase`: text is lowered before the model's own normaliser sees it. `add_special_tokens`: what a masked language
+    model needs and it lacks is appended; else it stays as it is, and its <s>, where it has one, begins each text.
+    Raises UserError where the file is no such model, and where more than one line in a hundred of `sample` becomes
+    other pieces than native SentencePiece makes of it; fewer are counted aloud.
     """
     model = read_model(path)
     try:
@@ -58,7 +62,7 @@ def import_sentencepiece(path: Path, sample: list[str], lowercase: bool = False)
         return [[pieces[number] for number in encoding.ids] for encoding in encodings]
 
     compare(path, model, ours, [line.lower() for line in sample] if lowercase else sample, "a directory that has it")
-    return _with_special_tokens(backend, model)
+    return _for_masked_models(backend, model) if add_special_tokens else _as_it_is(backend, model)
 
 
 def read_model(path: Path) -> Any:
@@ -283,7 +287,26 @@ def _any_of(words: Iterable[str]) -> str:
     return "|".join(parts)
 
 
-def _with_special_tokens(backend: Tokenizer, model: Any) -> PreTrainedTokenizerBase:
+def _as_it_is(backend: Tokenizer, model: Any) -> PreTrainedTokenizerBase:
+    """With the special tokens that the model itself names: what begins and ends a text, what is unknown, padding."""
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    spec, own = model.trainer_spec, set(_pieces(model, CONTROL))
+    names = {"bos": spec.bos_piece, "eos": spec.eos_piece, "pad": spec.pad_piece}
+    names = {role: name for role, name in names.items() if name in own}
+    names["unk"] = model.pieces[_unknown(model)].piece
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
+    if bos := names.get("bos"):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos}:0 $A:0",
+            pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+            special_tokens=[(bos, backend.token_to_id(bos))],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{role}_token": name for role, name in names.items()})
+
+
+def _for_masked_models(backend: Tokenizer, model: Any) -> PreTrainedTokenizerBase:
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 

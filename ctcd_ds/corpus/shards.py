@@ -77,20 +77,22 @@ class ShardWriter:
             from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # 4 s: only where it is used
 
         self.folder, self.name, self.dtype = folder, name, dtype
-        self.documents = self.tokens = 0
+        self.documents = self.tokens = self.text_bytes = 0
         self._builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.dtype(dtype).type)
 
-    def add(self, ids: npt.NDArray[Any]) -> None:
+    def add(self, ids: npt.NDArray[Any], text_bytes: int) -> None:
         """Appends one document; `ids` has the shard's dtype (the builder would wrap larger ids silently)."""
         assert ids.dtype == self.dtype, (ids.dtype, self.dtype)
         self._builder.add_document(ids, [len(ids)])
         self.documents += 1
         self.tokens += len(ids)
+        self.text_bytes += text_bytes
 
     def finish(self) -> Entry:
         """Makes the shard durable and describes it."""
         self._builder.finalize(str(self.folder / f"{self.name}.idx"))
-        return shard_entry(self.folder, self.name, self.documents, self.tokens)
+        entry = shard_entry(self.folder, self.name, self.documents, self.tokens)
+        return {**entry, "text_bytes": self.text_bytes} if self.text_bytes else entry
 
 
 def shard_entry(folder: Path, name: str, documents: int, tokens: int) -> Entry:
@@ -121,17 +123,18 @@ class Step:
         self._folder, self._dtype, self._finished = folder, dtype, finished
         self._valid_fraction, self._share = valid_fraction, share
         self._writers: dict[str, ShardWriter] = {}
-        self._nearest = (1.0, 0)  # the train document that is nearest to being held out: its share, its index
+        # The train document that is nearest to being held out: its share, its index, the bytes of its text.
+        self._nearest = (1.0, 0, 0)
 
-    def add(self, number: int, ids: npt.NDArray[Any]) -> None:
+    def add(self, number: int, ids: npt.NDArray[Any], text_bytes: int) -> None:
         """Appends document `number` to the split it belongs to."""
         share = self._share(number)
         split = "valid" if share < self._valid_fraction else "train"
         if split not in self._writers:
             self._writers[split] = ShardWriter(self._folder, self._name(split), self._dtype)
         if split == "train":
-            self._nearest = min(self._nearest, (share, self._writers[split].documents))
-        self._writers[split].add(ids)
+            self._nearest = min(self._nearest, (share, self._writers[split].documents, text_bytes))
+        self._writers[split].add(ids, text_bytes)
 
     def _name(self, split: str) -> str:
         return f"{split}-{len(self._finished[split]):05d}"
@@ -154,7 +157,9 @@ class Step:
             split = "valid" if number == self._nearest[1] else "train"
             if split not in writers:
                 writers[split] = ShardWriter(self._folder, f"again-{split}", self._dtype)
-            writers[split].add(pair.document(number))
+            writers[split].add(pair.document(number), 0)
+        _, _, writers["valid"].text_bytes = self._nearest
+        writers["train"].text_bytes = self._writers["train"].text_bytes - writers["valid"].text_bytes
         for suffix in ("bin", "idx"):
             shard.with_name(f"{shard.name}.{suffix}").unlink()
         return {split: [self._named(writer, self._name(split))] for split, writer in writers.items()}

@@ -1,7 +1,8 @@
 """Tokenizers: bring one (vocab.txt, SentencePiece .model, directory), load it, say who it is, save it.
 
-All are Hugging Face tokenizers on the `tokenizers` library, with [CLS], [SEP], [MASK], [PAD] and [UNK] (by
-whatever names), and `AutoTokenizer.from_pretrained` gives the same ids from the directory they are saved in.
+All are Hugging Face tokenizers on the `tokenizers` library, and `AutoTokenizer.from_pretrained` gives the same ids from
+the directory they are saved in. A corpus needs of them only what ends a document; which other special tokens there must
+be is for the task to say.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ import string
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.rows import ABSENT, BERT_LAYOUT, MASKED_LM, Role, SpecialIds
 from ctcd_ds.manifest import canonical_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CAPITALS = string.ascii_uppercase  # uncased vocabularies do hold some rare capitals of other scripts
-ROLES = ("cls", "sep", "mask", "pad", "unk")
+SENTINEL = re.compile(r"<extra_id_(\d+)>")  # as T5 and its like name them
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # in the order of the ids of a trained tokenizer
 
 
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer in a local directory (or of a hub name), as AutoTokenizer gives it.
 
-    Raises UserError where there is none, where it lacks one of the five special tokens, and where it does not run
+    Raises UserError where there is none, where it has no token that could end a document, and where it does not run
     on the `tokenizers` library.
     """
     from transformers import AutoTokenizer
@@ -55,16 +57,15 @@ def _reason(directory: Path, problem: Exception) -> str:
 
 def validated(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, if it can serve; raises UserError, with its `name`, where not."""
-    missing = [role for role in ROLES if getattr(tokenizer, f"{role}_token_id") is None]
-    if missing:
+    ids = _ids(tokenizer)
+    if "sep" not in ids and "eos" not in ids:
         raise UserError(
-            f"tokenizer {name} has no {' and no '.join(f'{role}_token' for role in missing)}; masked language "
-            f"models need {', '.join(f'{role}_token' for role in ROLES)}: train one with `ctcd tokenizer`, "
-            f"or add what is missing to its tokenizer_config.json"
+            f"tokenizer {name} has no sep_token and no eos_token, so nothing could end a document: train one with "
+            f"`ctcd tokenizer`, or name one of its tokens as eos_token in its tokenizer_config.json"
         )
-    ids = special_ids(tokenizer)
-    for role, other in itertools.combinations(ROLES, 2):
-        if ids[role] == ids[other] and (role, other) != ("cls", "sep"):  # these two frame a row, and may look alike
+    for role, other in itertools.combinations(MASKED_LM, 2) if "mask" in ids else ():
+        same = role in ids and ids[role] == ids.get(other)
+        if same and (role, other) != ("cls", "sep"):  # these two frame a row, and may look alike
             raise UserError(
                 f"tokenizer {name}: its {role}_token and its {other}_token are one token "
                 f"({getattr(tokenizer, f'{role}_token')!r}); each must be a token of its own: give them in its "
@@ -84,22 +85,27 @@ def validated(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokeni
 
 
 def bring_tokenizer(
-    source: str, lowercase: bool | None = None, sample: Callable[[], list[str]] = lambda: []
+    source: str,
+    lowercase: bool | None = None,
+    sample: Callable[[], list[str]] = lambda: [],
+    add_special_tokens: bool = True,
 ) -> PreTrainedTokenizerBase:
     """A user's tokenizer: a BERT vocab.txt, a SentencePiece .model, a tokenizer directory, or a hub name.
 
     `lowercase` decides for a vocab.txt (by default: lowercase where it holds no capital letter), and True lowers the
     text for a .model that does not do so itself; else a contradiction is an error. `sample()` gives lines of the user's
     text, on which a .model, and a directory that holds one, is compared with native SentencePiece.
+    `add_special_tokens`: a .model gets what a masked language model needs and it lacks.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".model":
         from ctcd_ds.corpus.sentencepiece_model import import_sentencepiece
 
         lines = sample()
-        tokenizer = import_sentencepiece(path, lines)
+        tokenizer = import_sentencepiece(path, lines, add_special_tokens=add_special_tokens)
         if lowercase and not lowercases(tokenizer):
-            tokenizer = import_sentencepiece(path, lines, lowercase=True)
+            tokenizer = import_sentencepiece(path, lines, True, add_special_tokens)
+        validated(tokenizer, source)
     elif path.is_file() and path.suffix == ".txt":
         tokenizer = _from_vocab(path, lowercase)
     elif path.is_file():
@@ -208,19 +214,54 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {part: backend[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The ids of the five special tokens by role: cls, sep, mask, pad, unk."""
-    return {role: int(getattr(tokenizer, f"{role}_token_id")) for role in ROLES}
+def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[Role, int]:
+    """All special tokens that the tokenizer names, by role."""
+    named = {role: getattr(tokenizer, f"{role}_token_id") for role in get_args(Role)}
+    return {role: int(number) for role, number in named.items() if number is not None}
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """The ids of the special tokens that matter here.
+
+    Where there are a cls and a sep token, bos and eos are others' names for them, or nobody's. An unknown or a padding
+    token that also is the end of text (GPT-2's) is none: text would end where a word is not known, and the end would be
+    no word to learn.
+    """
+    ids = _ids(tokenizer)
+    end = ids.get("sep", ids.get("eos"))
+    dropped = {"bos": "cls" in ids, "eos": "sep" in ids, "unk": ids.get("unk") == end, "pad": ids.get("pad") == end}
+    kept = {role: number for role, number in ids.items() if not dropped.get(role)}
+    named = ((SENTINEL.fullmatch(token), number) for token, number in tokenizer.get_added_vocab().items())
+    sentinels = sorted((int(name[1]), number) for name, number in named if name)
+    return SpecialIds(**kept, sentinels=tuple(number for _, number in sentinels))
+
+
+def begin_role(tokenizer: PreTrainedTokenizerBase) -> Role | None:
+    """Which special token begins each document: bos, where the tokenizer itself puts one before every text (Llama)."""
+    bos = special_ids(tokenizer).bos
+    ids = tokenizer("a")["input_ids"]
+    return "bos" if bos != ABSENT and ids and ids[0] == bos else None
+
+
+def layout(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How documents lie in a corpus, and what frames a row, by the tokenizer's roles: for the manifest."""
+    special = special_ids(tokenizer)
+    if ABSENT not in (special.cls, special.sep):
+        return BERT_LAYOUT
+    separator = "eos" if special.sep == ABSENT else "sep"
+    return {"separator": separator, "begin": begin_role(tokenizer), "frame": {"before": [], "after": []}}
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The manifest's "tokenizer" object: fingerprint (text → ids), vocabulary (token → id), sizes, special ids."""
-    ids = special_ids(tokenizer)
+    special = special_ids(tokenizer)
+    ids, sentinels = special.present, list(special.sentinels)
     return {
         "fingerprint": canonical_sha256({"rules": _rules(tokenizer), "special": ids}),
         "vocabulary": canonical_sha256({"tokens": tokenizer.get_vocab(), "special": ids}),
         "vocab_size": len(tokenizer),
         "special": ids,
+        **({"sentinels": sentinels} if sentinels else {}),
     }
 
 

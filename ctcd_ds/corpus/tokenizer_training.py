@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, save_tokenizer, unknown_pieces, wordpiece_tokenizer
+from ctcd_ds.corpus.rows import ABSENT
+from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, save_tokenizer, special_ids, unknown_pieces, wordpiece_tokenizer
 from ctcd_ds.manifest import built
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TYPES = ("wordpiece", "unigram", "bpe")
+TYPES = ("wordpiece", "unigram", "bpe", "byte_bpe")
+END_OF_TEXT = "<|endoftext|>"  # the one special token of a byte-level BPE, as GPT-2 has it
 ALPHABET = 1000  # single characters that a WordPiece vocabulary holds of an alphabet, as in BERT's own training
 COVERAGE = 0.9999  # of all characters; a script of thousands has more than ALPHABET for it, where there is room
 MINIMUM = 2  # a WordPiece that the text holds only once is not worth an embedding
@@ -32,21 +34,48 @@ SAMPLE = 5000  # lines on which a tokenizer is tried: compared with native Sente
 Texts = Callable[[str], Iterator[str]]  # called with a caption for its progress bar; each call reads from the start
 
 
-def train_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, output_dir: Path) -> None:
-    """Trains a tokenizer of `kind` (wordpiece, unigram, bpe) and saves it into `output_dir`, which must be new.
+def train_tokenizer(
+    kind: str,
+    texts: Texts,
+    vocab_size: int,
+    lowercase: bool,
+    output_dir: Path,
+    byte_fallback: bool = False,
+    sentinels: int = 0,
+) -> None:
+    """Trains a tokenizer of `kind` (one of TYPES) and saves it into `output_dir`, which must be new.
 
+    `byte_fallback`: of the SentencePiece kinds; what no piece is for becomes its bytes, not an unknown token.
+    `sentinels`: so many of the `vocab_size` tokens are <extra_id_0>, … and stand for spans of text (span corruption).
     Raises UserError where the text cannot give a vocabulary of `vocab_size`; then nothing is written.
     """
+    from tokenizers import AddedToken
+
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir} exists already; name a new one")
-    if vocab_size <= len(SPECIAL_TOKENS):
-        raise UserError(f"--vocab_size {vocab_size}: the special tokens alone are {len(SPECIAL_TOKENS)}")
+    if byte_fallback and kind not in ("unigram", "bpe"):
+        raise UserError(f"--byte_fallback true: for the SentencePiece types unigram and bpe; {kind} has no such thing")
+    bytes_first = 256 if kind == "byte_bpe" or byte_fallback else 0
+    least = bytes_first + (1 if kind == "byte_bpe" else len(SPECIAL_TOKENS)) + sentinels
+    if sentinels < 0:
+        raise UserError(f"--sentinels {sentinels}: a number of tokens, 0 or more")
+    if vocab_size <= least:
+        said = f"the special tokens alone are {least}" if not bytes_first else f"bytes and special tokens are {least}"
+        raise UserError(f"--vocab_size {vocab_size} is too small: {said}")
     sample: list[str] = []
     texts = _sampling(texts, sample)
-    if kind == "wordpiece":
-        tokenizer, model = _train_wordpiece(texts, vocab_size, lowercase), None
-    else:
-        tokenizer, model = _train_sentencepiece(kind, texts, vocab_size, lowercase, sample)
+    model, vocab_size = None, vocab_size - sentinels
+    try:
+        if kind == "wordpiece":
+            tokenizer = _train_wordpiece(texts, vocab_size, lowercase)
+        elif kind == "byte_bpe":
+            tokenizer = _train_byte_bpe(texts, vocab_size, lowercase, sample)
+        else:
+            tokenizer, model = _train_sentencepiece(kind, texts, vocab_size, lowercase, sample, byte_fallback)
+    except TooLarge as mistake:
+        raise TooLarge(vocab_size + sentinels, mistake.possible + sentinels) from None
+    names = [f"<extra_id_{number}>" for number in range(sentinels)]
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in names], special_tokens=True)
     with built(output_dir) as folder:
         save_tokenizer(tokenizer, folder)
         if model is not None:
@@ -67,6 +96,8 @@ def _sampling(texts: Texts, sample: list[str]) -> Texts:
 
 
 def _say_unknown(tokenizer: PreTrainedTokenizerBase, sample: list[str]) -> None:
+    if special_ids(tokenizer).unk == ABSENT:
+        return
     encodings = tokenizer.backend_tokenizer.encode_batch_fast(sample, add_special_tokens=False)
     total = sum(len(encoding.ids) for encoding in encodings)
     unknown = sum(encoding.ids.count(tokenizer.unk_token_id) for encoding in encodings)
@@ -156,11 +187,41 @@ class TooLarge(UserError):
         self.possible = possible
 
 
+# ---- byte-level BPE
+
+
+def _train_byte_bpe(texts: Texts, vocab_size: int, lowercase: bool, sample: list[str]) -> PreTrainedTokenizerBase:
+    """GPT-2's kind: the 256 bytes and the merges that are most frequent; nothing is unknown, one special token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    if lowercase:
+        backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=MINIMUM,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # else their ids would be those of a hash map
+        show_progress=sys.stderr.isatty(),
+    )
+    backend.train_from_iterator(texts("counting words"), trainer)
+    if not sample:
+        raise UserError("--input holds no text")
+    if (possible := backend.get_vocab_size()) < vocab_size:
+        raise TooLarge(vocab_size, possible)
+    names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
 # ---- SentencePiece
 
 
 def _train_sentencepiece(
-    kind: str, texts: Texts, vocab_size: int, lowercase: bool, sample: list[str]
+    kind: str, texts: Texts, vocab_size: int, lowercase: bool, sample: list[str], byte_fallback: bool
 ) -> tuple[PreTrainedTokenizerBase, bytes]:
     """SentencePiece's own trainer; its model as a Hugging Face tokenizer, and the model itself."""
     import io
@@ -187,6 +248,7 @@ def _train_sentencepiece(
             bos_piece=cls,
             eos_piece=sep,
             control_symbols=[mask],
+            byte_fallback=byte_fallback,
             num_threads=16,  # sums of floats depend on it: a constant, not the number of cores
             minloglevel=0 if sys.stderr.isatty() else 1,  # its log is the only sign of progress it gives
         )

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
 from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_identity
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import built
 from ctcd_ds.peers.build import TOLERANCE, difference, one_line, save_and_reload, with_state
-from ctcd_ds.peers.reading import fit_tokenizer
+from ctcd_ds.peers.reading import as_inputs, fit_tokenizer
 from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, valid_batches
@@ -74,24 +75,32 @@ def _export_one(
 ) -> None:
     from transformers import logging
 
-    from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_identity
-
     logging.disable_progress_bar()
     vocab_size = manifest["vocab_size"]
     tokenizer = load_tokenizer(run.tokenizer)
     if len(tokenizer) != vocab_size:
         raise Damage(f"{run.tokenizer} has {len(tokenizer)} tokens, the checkpoint's manifest says {vocab_size}")
     exported = peer_model(run, name, state, auto, vocab_size)
+    _let_generate(exported, tokenizer)
     reloaded = save_and_reload(exported, place, auto)
     identity = tokenizer_identity(tokenizer)
     fit_tokenizer(tokenizer, exported)
     save_tokenizer(tokenizer, place)
 
+    inputs = {**as_inputs(exported.config, inputs["input_ids"]), **inputs}
     error, size = difference(reloaded, peer_model(run, name, state, auto), inputs)
     if not error <= TOLERANCE * max(1.0, size):
         raise RunFailure(f"peer {name}: the exported model's logits are off by {error:.3g} (logits up to {size:.3g})")
     if tokenizer_identity(load_tokenizer(place)) != identity:
         raise RunFailure(f"peer {name}: the exported tokenizer does not give the ids of {run.tokenizer}")
+
+
+def _let_generate(model: Any, tokenizer: Any) -> None:
+    """Gives a model that writes text, and its tokenizer, a padding token: the end of text, where there is no other."""
+    if (settings := model.generation_config) is not None:
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(special_ids(tokenizer).end)
+        settings.pad_token_id = tokenizer.pad_token_id
 
 
 def peer_model(

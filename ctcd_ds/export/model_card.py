@@ -147,7 +147,8 @@ def _words(result: EvalResult) -> str:
 
 def _shown(result: EvalResult) -> str:
     """A value as people read it; the card's metadata has fractions, as the hub wants them."""
-    return f"{result.metric_value} nats" if result.metric_type == "loss" else f"{100 * result.metric_value:.2f} %"
+    unit = {"loss": "nats", "bits_per_byte": "bits"}.get(result.metric_type)
+    return f"{result.metric_value} {unit}" if unit else f"{100 * result.metric_value:.2f} %"
 
 
 def _scores(results: Sequence[EvalResult]) -> str:

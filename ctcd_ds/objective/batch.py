@@ -21,7 +21,7 @@ class View:
     """
 
     inputs: Mapping[str, Tensor]  # what the model's forward takes: input_ids int64 [b, L], …
-    positions: Tensor  # int64 [P], flat
+    positions: Tensor | None  # int64 [P], flat; None: all of them, in order
     targets: Tensor  # int64 [P], the right tokens there; NO_TARGET where only a soft loss is
     hard_count: int  # what the sum of hard losses is divided by: how many of the positions have a target
 
@@ -59,7 +59,8 @@ class Batch:
         for view in self.views:
             if id(view) not in done:
                 inputs = {name: function(tensor) for name, tensor in view.inputs.items()}
-                done[id(view)] = View(inputs, function(view.positions), function(view.targets), view.hard_count)
+                positions = None if view.positions is None else function(view.positions)
+                done[id(view)] = View(inputs, positions, function(view.targets), view.hard_count)
         return replace(self, views=tuple(done[id(view)] for view in self.views), soft_count=function(self.soft_count))
 
     def to(self, device: torch.device) -> Batch:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ctcd_ds.peers.heads import Way, project_by
+from ctcd_ds.peers.reading import as_inputs
 
 
 class Cost(NamedTuple):
     """Parameters with and without embeddings (tied output embeddings count once), and FLOPs per token.
 
-    `forward_flops`: multiply-adds count two; the head at `head_fraction` of the positions. Training costs three
-    times that (backward is two forwards), a frozen peer once. `largest`: values of the largest parameter.
+    `forward_flops`: multiply-adds count two; the head at `head_fraction` of the positions (and the decoder of a
+    sequence-to-sequence model, which is asked at all of its own). Training costs three times that (backward is two
+    forwards), a frozen peer once. `largest`: values of the largest parameter.
     `activations`: values per token that its layers put out, which backward needs.
     """
 
@@ -64,9 +66,13 @@ def _places() -> Iterator[Any]:
 
 
 def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
+    from transformers import AutoModelForSeq2SeqLM
+
     # Attention as plain matrix products: a fused kernel's cost would depend on which one is chosen.
     model = auto.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
-    inputs = {"input_ids": torch.full((1, length), config.get_text_config().vocab_size // 2)}
+    word = config.get_text_config().vocab_size // 2
+    written = positions if auto is AutoModelForSeq2SeqLM else length
+    inputs = as_inputs(model.config, torch.full((1, length), word), torch.full((1, written), word))
     sizes = [p.numel() for p in model.parameters()]
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     values = _values_put_out(model)

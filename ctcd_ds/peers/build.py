@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctcd_ds.cli import UserError, did_you_mean
-from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.rows import ABSENT, Corpus, SpecialIds
 from ctcd_ds.kinds import instead
 from ctcd_ds.recipe import PeerSection
 
@@ -46,12 +46,13 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def peer_config(section: PeerSection, corpus: Corpus) -> Any:
+def peer_config(section: PeerSection, corpus: Corpus, auto: Any) -> Any:
     """The peer's Hugging Face config, with the corpus's vocabulary (padded) and special ids.
 
+    `auto`: the task's Auto class of transformers; BERT and its like are causal only where their config says so.
     Raises UserError with what transformers refuses.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     try:
         if section.pretrained is not None:
@@ -63,10 +64,20 @@ def peer_config(section: PeerSection, corpus: Corpus) -> Any:
         raise UserError(one_line(problem)) from None
     special, own = corpus.special, config.get_text_config()
     for part in {id(config): config, id(own): own}.values():
-        part.pad_token_id, part.cls_token_id, part.sep_token_id = special.pad, special.cls, special.sep
-        part.bos_token_id, part.eos_token_id = special.cls, special.sep
+        for role, number in _roles(special).items():
+            setattr(part, f"{role}_token_id", None if number == ABSENT else number)
         part.vocab_size = padded(corpus.vocab_size)
+    if auto is AutoModelForCausalLM and hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    if auto is AutoModelForSeq2SeqLM:
+        config.decoder_start_token_id = special.pad
     return config
+
+
+def _roles(special: SpecialIds) -> dict[str, int]:
+    """The ids that a config names. A text begins with [CLS] or what begins it, else with the end of the one before."""
+    begin = next(number for number in (special.cls, special.bos, special.end) if number != ABSENT)
+    return {"pad": special.pad, "cls": special.cls, "sep": special.sep, "bos": begin, "eos": special.end}
 
 
 def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, auto: Any) -> Iterator[str]:
@@ -87,7 +98,7 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, 
         yield from said
         return
     try:
-        config = peer_config(section, corpus)
+        config = peer_config(section, corpus, auto)
     except UserError as mistake:
         hub = f"pretrained = {section.pretrained!r}: no such directory, and no model of the hub"
         yield f"{'model' if section.model is not None else hub}: {mistake}"
@@ -183,7 +194,7 @@ def build_peer(name: str, section: PeerSection, corpus: Corpus, seed: int, auto:
     Initialisation is keyed by (seed, name): it does not depend on which other peers are in the run. What does not learn
     although its model does (RoFormer's positions) is a buffer, so that every checkpoint holds it.
     """
-    config = peer_config(section, corpus)
+    config = peer_config(section, corpus, auto)
     torch.manual_seed(seed_of(seed, "initialisation", name))
     model = auto.from_config(config, dtype=torch.float32)
     if section.pretrained is not None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.objective.fused import Projection, project
-from ctcd_ds.peers.reading import few_tokens
+from ctcd_ds.peers.reading import few_tokens, uncached
 
 TOLERANCE = 1e-4  # of the logits' own size, in fp32
 
@@ -90,7 +90,7 @@ def project_by(way: Way, model: Any, inputs: Mapping[str, Tensor], positions: Te
             hooks.callback(model.base_model.register_forward_hook(cut_to_positions).remove)
         if way.tap:
             hooks.callback(decoder.register_forward_pre_hook(tap).remove)
-        output = model(**inputs)
+        output = model(**inputs, **uncached(model))
     if way.tap and len(tapped) != 1:
         raise _Unfit(f"the output embedding ran {len(tapped)} times")
     rows = (tapped[0] if way.tap else _logits(output)).flatten(0, -2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,57 @@ def few_tokens(model: Any, rows: int, tokens: int) -> dict[str, Tensor]:
     """What a model's forward takes, of seven ids from the middle of its vocabulary, where no special ones are."""
     count = torch.arange(rows * tokens, device=next(model.parameters()).device)
     ids = (model.config.get_text_config().vocab_size // 2 + count % 7).view(rows, tokens)
-    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    return as_inputs(model.config, ids)
+
+
+def as_inputs(config: Any, ids: Tensor, decoder_ids: Tensor | None = None) -> dict[str, Tensor]:
+    """These ids [B, L] as the model's forward takes them; its decoder, where it has one, reads the same or its own."""
+    decoder = ids if decoder_ids is None else decoder_ids
+    return {"input_ids": ids, "decoder_input_ids": decoder} if config.is_encoder_decoder else {"input_ids": ids}
+
+
+def uncached(model: Any) -> dict[str, Any]:
+    """What keeps a forward from filling a cache for the tokens to come, where the model would.
+
+    Training has no use for one, and with one transformers does not look where documents begin (position_ids).
+    """
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def sees_the_future(model: Any) -> bool:
+    """Whether another last token changes the logits of the positions before it. `model` runs twice, on a short row."""
+    inputs = few_tokens(model, 1, FEW)
+    other = {name: ids.clone() for name, ids in inputs.items()}
+    for ids in other.values():
+        ids[:, -1] -= 1
+    return _changes(model, inputs, other, slice(0, FEW - 1))
+
+
+def keeps_apart(model: Any) -> bool:
+    """Whether a document's logits do not depend on the one before it, where position_ids begin again."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    [(name, ids)] = few_tokens(model, 1, 2 * FEW).items()
+    ids[:, FEW:] = ids[:, :FEW]
+    other = ids.clone()
+    other[:, 1 : FEW - 1] -= 1
+    places = (torch.arange(2 * FEW, device=ids.device) % FEW).unsqueeze(0)
+    row, changed = ({name: tokens, "position_ids": places} for tokens in (ids, other))
+    return not _changes(model, row, changed, slice(FEW, 2 * FEW))
+
+
+@torch.no_grad()
+def _changes(model: Any, inputs: Mapping[str, Tensor], other: Mapping[str, Tensor], positions: slice) -> bool:
+    """Whether two rows have different logits at these positions."""
+    was, found = model.training, list[Tensor]()
+    model.eval()
+    with torch.random.fork_rng([]):
+        for row in (inputs, other):
+            torch.manual_seed(0)
+            found.append(model(**row, **uncached(model)).logits[:, positions].float())
+    model.train(was)
+    first, second = found
+    return float((first - second).abs().max()) > 1e-5 * float(first.abs().max())
 
 
 def longest_row(model: Any) -> int | None:

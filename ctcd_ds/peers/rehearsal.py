@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,31 @@ from ctcd_ds.peers.build import (
     with_state,
 )
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.peers.reading import longest_row
+from ctcd_ds.peers.reading import as_inputs, longest_row
 
 LAYERS = 2
 WORDS = 8  # of the small vocabulary, beside the special ids
 
 
-def rehearse(config: Any, auto: Any, sequence_length: int, precision: str, device: str) -> str | None:
+def rehearse(
+    config: Any,
+    auto: Any,
+    sequence_length: int,
+    precision: str,
+    device: str,
+    unfit: Callable[[Any], str | None] = lambda model: None,
+) -> str | None:
     """Why a peer of this config could not be trained and exported, in one sentence; None where it can.
 
     Args:
         config: as `peer_config` gives it. auto: the task's Auto class.
         precision: fp32, bf16 or fp16, and device, cpu or cuda: of the run.
+        unfit: why the task is nothing for a model, or None.
     """
     said = None
     with quiet_transformers(), torch.random.fork_rng([]):
         for twin in _twins(config):
-            said = _rehearse(twin, auto, sequence_length, precision, device)
+            said = _rehearse(twin, auto, sequence_length, precision, device, unfit)
             if said is None:
                 return None
     return said
@@ -72,7 +80,9 @@ def _special_ids(config: Any) -> list[int]:
     return [value for value in ids if value < config.get_text_config().vocab_size]
 
 
-def _rehearse(config: Any, auto: Any, length: int, precision: str, device: str) -> str | None:
+def _rehearse(
+    config: Any, auto: Any, length: int, precision: str, device: str, unfit: Callable[[Any], str | None]
+) -> str | None:
     kind, words = type(config).__name__.removesuffix("Config"), config.get_text_config().vocab_size
     inside = copy.deepcopy(config)
     inside.vocab_size = inside.get_text_config().vocab_size = padded(words)
@@ -87,14 +97,24 @@ def _rehearse(config: Any, auto: Any, length: int, precision: str, device: str) 
             f"max_position_embeddings = {config.max_position_embeddings}: its positions are enough for rows of {limit} "
             f"tokens (they begin after the padding id), corpus.sequence_length = {length}; raise it or shorten the rows"
         )
-    inputs = {"input_ids": (words - WORDS + torch.arange(length) % WORDS).unsqueeze(0)}
+    inputs = as_inputs(model.config, (words - WORDS + torch.arange(length) % WORDS).unsqueeze(0))
     if (said := _learns(model, inputs, torch.float32, "cpu")) is not None:
         return f"{kind} cannot learn from a row of {length} tokens: {said}"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     usual = (dtype, device) == (torch.float32, "cpu")
     if not usual and (said := _learns(copy.deepcopy(model), inputs, dtype, device)) is not None:
         return f"{kind} cannot learn in {precision} on {device} ({said}); in fp32 on the CPU it can"
+    _as_after_training(model)
+    if (said := unfit(model)) is not None:
+        return f"{kind}: {said}"
     return _export_mistake(model, config, auto, inputs, kind)
+
+
+@torch.no_grad()
+def _as_after_training(model: Any) -> None:
+    """Gives all weights numbers: none of them stays zero."""
+    for parameter in model.parameters():
+        parameter.add_(torch.empty_like(parameter).uniform_(-0.02, 0.02))
 
 
 def _learns(model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: str) -> str | None:
@@ -117,11 +137,8 @@ def _learns(model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype, dev
 
 
 def _export_mistake(model: Any, config: Any, auto: Any, inputs: dict[str, torch.Tensor], kind: str) -> str | None:
-    """What would be wrong with the exported model, with all weights as training leaves them: none of them zero."""
+    """What would be wrong with the exported model."""
     words = config.get_text_config().vocab_size
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.empty_like(parameter).uniform_(-0.02, 0.02))
     try:
         with tempfile.TemporaryDirectory(prefix="rehearsal-") as place:
             exported = save_and_reload(with_state(model.config, model.state_dict(), auto, words), Path(place), auto)

@@ -8,17 +8,16 @@ the same in whatever batch, on whatever rank and by whatever worker it is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from ctcd_ds.corpus.hashing import TARGET_CHANGE, TARGET_CHOICE, extended, hashed
 from ctcd_ds.corpus.rows import SpecialIds
+from ctcd_ds.tasks.noise import random_words
 
 # BERT's shares: 80 % of the targets become [MASK], 10 % a random token, 10 % stay (of 32 random bits).
 _MASKED, _MASKED_OR_RANDOM = int(0.8 * 2**32), int(0.9 * 2**32)
 _HALF = np.uint64(32)
-_LOW_HALF = np.uint64(2**32 - 1)
 # A choice's sort key: one bit that puts reserved tokens last, 47 bits of hash, 16 bits of position.
 _LAST = np.uint64(1 << 63)
 _HASH = np.uint64((1 << 63) - (1 << 16))
@@ -99,22 +98,8 @@ class Masking:
     def _shown(self, targets: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """What the model sees where `targets` stood, by 64 random bits each: int32[n, k]."""
         share = draws >> _HALF
-        shown = np.where(share < _MASKED, np.int32(self.special.mask), self._random(draws))
+        shown = np.where(
+            share < _MASKED, np.int32(self.special.mask), random_words(self.special, self.vocab_size, draws)
+        )
         kept = (share >= _MASKED_OR_RANDOM) | self.special.reserved(targets)
         return np.where(kept, targets, shown)
-
-    def noisy(self, targets: np.ndarray, draws: np.ndarray, share: float) -> np.ndarray:
-        """`targets` (int32, any shape) with a `share` of them replaced by random tokens, by 64 random bits each."""
-        replaced = ((draws >> _HALF) < int(share * 2**32)) & ~self.special.reserved(targets)
-        return np.where(replaced, self._random(draws), targets)
-
-    def _random(self, draws: np.ndarray) -> np.ndarray:
-        """A token that is not special for each 64 random bits, by the lower half of them."""
-        return self._replacements[((draws & _LOW_HALF) * np.uint64(len(self._replacements))) >> _HALF]
-
-    @cached_property
-    def _replacements(self) -> np.ndarray:
-        """All ids that a random replacement may be: int32, the vocabulary without its special ids."""
-        special = self.special
-        reserved = [special.cls, special.sep, special.mask, special.pad, special.unk]
-        return np.setdiff1d(np.arange(self.vocab_size, dtype=np.int32), reserved)

@@ -6,7 +6,6 @@ them. They are for training rows: held-out rows are masked the same for everybod
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -14,11 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ctcd_ds.corpus.hashing import LABEL_NOISE, OWN_MASKS, extended, hashed
-from ctcd_ds.corpus.rows import Corpus, Rows
+from ctcd_ds.corpus.hashing import OWN_MASKS, hashed
+from ctcd_ds.corpus.rows import MASKED_LM, Corpus, Role, Rows
 from ctcd_ds.objective.batch import NO_TARGET, Batch, View
 from ctcd_ds.recipe import PeerSection, Recipe
 from ctcd_ds.tasks.masking import Masking, target_count
+from ctcd_ds.tasks.noise import LabelNoise
 from ctcd_ds.tasks.task import Task, Words
 
 Masked = tuple[np.ndarray, np.ndarray, np.ndarray]  # input_ids [n, L], positions [n, k], targets [n, k]
@@ -26,7 +26,7 @@ Masked = tuple[np.ndarray, np.ndarray, np.ndarray]  # input_ids [n, L], position
 
 @dataclass(frozen=True)
 class PeerMasks:
-    """How one peer's rows are masked, and which share of its labels is noise, keyed by `noise_of`, its name.
+    """How one peer's rows are masked, and which of its labels are noise.
 
     `mask_seed` None: the run's masks. With the same seed and another `mask_fraction` the smaller set of targets lies in
     the larger one: both are the positions with the smallest hashes. `distils`: the peer teaches or learns from another.
@@ -34,17 +34,15 @@ class PeerMasks:
 
     masking: Masking
     mask_seed: int | None = None
-    label_noise: float = 0.0
-    noise_of: str = ""
+    noise: LabelNoise | None = None
     distils: bool = True
 
     def apply(self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray) -> Masked:
         """As `Masking.apply`, the targets with this peer's noise."""
         masks = seed if self.mask_seed is None else int(hashed(seed, OWN_MASKS, self.mask_seed)[0])
         input_ids, positions, targets = self.masking.apply(tokens, masks, epochs, rows)
-        if self.label_noise:
-            keys = hashed(seed, LABEL_NOISE, zlib.crc32(self.noise_of.encode()), epochs, rows)
-            targets = self.masking.noisy(targets, extended(keys[:, None], positions), self.label_noise)
+        if self.noise is not None:
+            targets = self.noise.apply(targets, positions, seed, epochs, rows)
         return input_ids, positions, targets
 
 
@@ -64,6 +62,8 @@ print(fill(f"A {tokenizer.mask_token} of text."))""",
         limit="It fills in masked tokens. It does not write text",
     )
 
+    roles: ClassVar[tuple[Role, ...]] = MASKED_LM
+
     corpus: Corpus
     sequence_length: int
     common: Masking
@@ -79,8 +79,7 @@ print(fill(f"A {tokenizer.mask_token} of text."))""",
             name: PeerMasks(
                 masking=_own(common, peer),
                 mask_seed=peer.mask_seed,
-                label_noise=peer.label_noise or 0.0,
-                noise_of=name if peer.label_noise else "",
+                noise=LabelNoise.of(name, peer, corpus),
                 distils=name in distilling,
             )
             for name, peer in recipe.peers.items()
@@ -150,13 +149,14 @@ print(fill(f"A {tokenizer.mask_token} of text."))""",
 
     def describe(self) -> str:
         """What is asked of all peers."""
-        return f"{self.common.count(self.sequence_length)} masked tokens a row"
+        soft = "all" if self.everywhere else "targets"
+        return f"{self.common.count(self.sequence_length)} masked tokens a row, soft loss at {soft}"
 
     def exceptions(self) -> Iterator[tuple[str, str]]:
         """(peer, what only it sees or is asked)."""
         for name, own in self.masks.items():
-            if own.label_noise:
-                yield name, f"{own.label_noise:.0%} of its hard targets are random tokens"
+            if own.noise is not None:
+                yield name, own.noise.describe()
             if own.mask_seed is not None or own.masking is not self.common:
                 seed = "the run's seed" if own.mask_seed is None else f"mask_seed {own.mask_seed}"
                 common = "" if self.everywhere else "; soft losses where both are masked"

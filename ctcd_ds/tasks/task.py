@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from ctcd_ds.corpus.rows import Corpus, Rows
+from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.objective.batch import Batch
 from ctcd_ds.recipe import Recipe
 
@@ -32,6 +32,7 @@ class Task(ABC):
     """
 
     words: ClassVar[Words]
+    roles: ClassVar[tuple[Role, ...]]  # special tokens that the corpus's tokenizer must have
 
     @classmethod
     @abstractmethod
@@ -42,6 +43,14 @@ class Task(ABC):
     @abstractmethod
     def auto_class() -> Any:
         """The class of transformers that builds, loads and exports a peer."""
+
+    def unfit(self, model: Any) -> str | None:
+        """Why a model of the Auto class, which gives logits, could not learn this all the same; None where it can."""
+        return None
+
+    def bytes_per_target(self, split: str) -> float | None:
+        """UTF-8 bytes of text that a target stands for, where the targets are the text; else None."""
+        return None
 
     @staticmethod
     @abstractmethod
@@ -56,7 +65,7 @@ class Task(ABC):
     def batches(
         self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray, micro_batch: int
     ) -> Iterator[Batch]:
-        """tokens int32 [n, L] of these epochs and row numbers (int64 [n]), `micro_batch` rows at a time."""
+        """Micro-batches of tokens int32 [n, …], as `rows` reads them, of these epochs and row numbers (int64 [n])."""
 
     @abstractmethod
     def held_out(self) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -21,7 +22,8 @@ from ctcd_ds.training.plan import Plan
 def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     """valid/<peer>/loss, valid/<peer>/accuracy and valid/agreement/<a>/<b> over the held-out rows of all ranks.
 
-    Masks are the same at every call, in every run. Called by all ranks; empty where the corpus holds nothing out.
+    Where the targets are the text itself, valid/<peer>/bits_per_byte too. Rows are asked the same at every call, in
+    every run. Called by all ranks; empty where the corpus holds nothing out.
     """
     if plan.valid is None:
         return {}
@@ -40,7 +42,10 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
         return {}
     keys = [f"valid/{name}/{what}" for what in ("loss", "accuracy") for name in names]
     keys += [f"valid/agreement/{names[a]}/{names[b]}" for a, b in pairs]
-    return {key: value / count for key, value in zip(keys, values, strict=True)}
+    found = {key: value / count for key, value in zip(keys, values, strict=True)}
+    if size := plan.task.bytes_per_target("valid"):
+        found |= {f"valid/{n}/bits_per_byte": found[f"valid/{n}/loss"] / math.log(2) / size for n in names}
+    return found
 
 
 def _sums(module: CoTraining, batch: Batch, pairs: list[tuple[int, int]]) -> Tensor:

@@ -5,7 +5,7 @@ Making a plan starts no process group and writes nothing. `--dry_run` prints it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     except UserError as mistake:
         raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
     auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
+    if lacking := [role for role in TASKS[recipe.objective.task].roles if role not in corpus.special.present]:
+        raise Mistakes("this run", [*mistakes, _lacking(recipe.objective.task, lacking, corpus)])
     for name, section in recipe.peers.items():
         said = list(config_mistakes(section, corpus, length, auto)) or list(
             _tokenizer_mistakes(section.pretrained, corpus)
@@ -112,9 +114,17 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         )
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
-    configs = {name: peer_config(section, corpus) for name, section in recipe.peers.items()}
+    configs = {name: peer_config(section, corpus, auto) for name, section in recipe.peers.items()}
     costs = {name: cost(c, length, task.asked(recipe, name) / length, auto) for name, c in configs.items()}
     return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, begun)
+
+
+def _lacking(task: str, roles: Sequence[str], corpus: Corpus) -> str:
+    return (
+        f"objective.task = {task}: the corpus's tokenizer ({corpus.tokenizer_path}) has no "
+        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with `ctcd tokenizer`, "
+        "or train causal models (objective.task: clm)"
+    )
 
 
 def rehearse_peers(plan: Plan, device: str) -> None:
@@ -126,7 +136,7 @@ def rehearse_peers(plan: Plan, device: str) -> None:
     for config in plan.configs.values():
         if (key := config.to_json_string()) not in said:
             auto, length = plan.task.auto_class(), plan.recipe.corpus.sequence_length
-            said[key] = rehearse(config, auto, length, plan.deepspeed.precision, device)
+            said[key] = rehearse(config, auto, length, plan.deepspeed.precision, device, plan.task.unfit)
     mistakes = [f"peers.{name}: {said[c.to_json_string()]}" for name, c in plan.configs.items()
                 if said[c.to_json_string()]]  # fmt: skip
     if mistakes:
@@ -205,8 +215,8 @@ def describe(plan: Plan) -> str:
         f"corpus         {plan.corpus.path}: {len(plan.rows):,} rows of {length} tokens, "
         f"{len(plan.valid) if plan.valid else 0:,} held out; vocabulary {plan.corpus.vocab_size:,}, "
         f"{padded(plan.corpus.vocab_size):,} inside the models",
-        f"targets        {plan.task.describe()} ({recipe.objective.task}), soft loss at "
-        f"{recipe.objective.soft_positions}, temperature {recipe.objective.temperature:g}",
+        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
+        f"{recipe.objective.temperature:g}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows ({epochs:.2f} epochs), "
