@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from commands import command
-from ctcd_ds.evaluation import harness
+from ctcd_ds.evaluation import glue, harness
 from ctcd_ds.evaluation.claims import called
+from ctcd_ds.evaluation.finetune import FinetuneSettings
 from ctcd_ds.experiments import collecting
-from glue_files import sentence, write_causal, write_model
+from ctcd_ds.export.hf import export
+from glue_files import sentence, write_causal, write_model, write_tsv
+from runs import Job, chain_corpus, run_jobs
+from test_tasks import GPT2, LLAMA
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra is not installed: pip install 'ctcd-ds[lm_eval]'")
 
@@ -125,6 +130,30 @@ def test_it_is_what_the_harness_says_by_itself(home: Path, tmp_path: Path) -> No
     for name, found in its["results"].items():
         measured = own["models"]["llama"]["tasks"][f"{name}@2-shot"]["seeds"]["0"]["metrics"]
         assert measured == {metric: pytest.approx(found[f"{metric},none"]) for metric in measured}
+
+
+def test_an_exported_peer_is_asked_and_fine_tuned_and_its_card_says_both(tmp_path: Path) -> None:
+    raw = {
+        "corpus": {"path": str(chain_corpus(tmp_path / "tales")), "sequence_length": 32},
+        "objective": {"task": "clm"},
+        "peers": {"a": {"model": LLAMA, "soft": {"b": 1.0}}, "b": {"model": GPT2, "soft": {"a": 1.0}}},
+        "training": {"global_batch_rows": 8, "steps": 4, "valid_rows": 8},
+    }
+    run_jobs([Job(raw, tmp_path / "run")], 1, tmp_path)
+    export(tmp_path / "run", "a", tmp_path / "hf")
+    write_rows(tmp_path / "rows/wikitext/test.jsonl", [{"page": "w5 w6 w7 w8"}, {"page": "w9 w10"}])
+    labelled = [[f"w{5 + n} w7", n % 2] for n in range(16)]
+    for name in ("train", "dev"):
+        write_tsv(tmp_path / f"glue/SST-2/{name}.tsv", ["sentence", "label"], labelled)
+    models = [tmp_path / "hf"]
+    harness.run(models, ["wikitext"], tmp_path / "rows", tmp_path / "asked")
+    glue.run(models, ("sst2",), tmp_path / "glue", tmp_path / "tuned", (1,), FinetuneSettings(epochs=1))
+    card = ModelCard.load(tmp_path / "hf/README.md")
+    lines = {line.split(" | ")[1]: line for line in card.text.splitlines() if line.startswith("| ") and " | " in line}
+    [asked] = [line for said, line in lines.items() if said.startswith("bits_per_byte, 0-shot, lm-evaluation-harness")]
+    assert asked.startswith("| wikitext 0-shot |") and asked.endswith(" bits |")
+    assert any(said.startswith("word_perplexity") and "%" not in line for said, line in lines.items())
+    assert any(said.startswith("accuracy, fine-tuned for 1 epochs") for said in lines)
 
 
 def test_a_task_file_of_ones_own_says_where_its_rows_are(home: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def model_names(models: Sequence[str | Path]) -> list[tuple[Path, str]]:
     """
     if not models:
         raise UserError("--model names no model")
-    hub = {model: _from_hub(str(model)) for model in models if not Path(model).exists() and _NAME.fullmatch(str(model))}
+    hub = {model: _from_hub(str(model)) for model in models if _may_be_of_the_hub(str(model))}
     local = [Path(model) for model in models if model not in hub]
     for path in local:
         if not (path / "config.json").is_file():
@@ -138,11 +138,21 @@ def model_names(models: Sequence[str | Path]) -> list[tuple[Path, str]]:
     return [(path, str(model) if model in hub else next(short)) for path, model in zip(resolved, models, strict=True)]
 
 
+def _may_be_of_the_hub(name: str) -> bool:
+    """Whether a name can only be meant so: it is nothing here, nor in a folder that is here."""
+    path = Path(name)
+    return bool(_NAME.fullmatch(name)) and not path.exists() and ("/" not in name or not path.parent.exists())
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    others = ["*.json", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]))
+        place = Path(snapshot_download(name, allow_patterns=[*others, "model*.safetensors"]))
+        if not list(place.glob("*.safetensors")):  # an old one
+            place = Path(snapshot_download(name, allow_patterns=[*others, "pytorch_model*.bin"]))
+        return place
     except Exception as problem:  # huggingface_hub and httpx have many, with no common base
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise UserError(

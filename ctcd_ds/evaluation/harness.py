@@ -26,6 +26,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ctcd_ds.cli import UserError, aligned
+from ctcd_ds.corpus.tokenizer import begin_role, load_tokenizer, special_ids
 from ctcd_ds.evaluation.card import add_to_cards
 from ctcd_ds.evaluation.claims import called, reservation
 from ctcd_ds.evaluation.finetune import quiet_libraries, weights_sha256
@@ -213,12 +214,19 @@ def _loaded(file: Path, scratch: Path) -> LoadedTask:
 
 
 def _opened(path: Path, settings: HarnessSettings) -> Any:
+    """The model as the harness has it; a text begins as documents did in training.
+
+    Where the tokenizer begins with another token than bos, or ends with one, as BERT's does, it is told not to.
+    """
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(path)
+    how: dict[str, Any] = {"batch_size": settings.batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    if begin_role(tokenizer) is None:
+        how |= {"add_bos_token": False, "prefix_token_id": special_ids(tokenizer).end}
     try:
-        return HFLM(pretrained=str(path), device=device, batch_size=settings.batch_size)
+        return HFLM(pretrained=str(path), **how)
     except Exception as problem:  # as above, and transformers' and safetensors'
         raise UserError(f"--model: {path} cannot be opened: {' '.join(str(problem).split())}") from None
 
