@@ -43,21 +43,39 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists only
 Count = Annotated[int, Field(ge=1)]
+NAME = r"[A-Za-z][A-Za-z0-9_-]*"  # of a peer, a source or a held-out set: a part of keys
+
+
+class SourceSection(Section):
+    """One corpus of a mixture; `weight`: its part of the rows that are trained on, against those of the others."""
+
+    path: str
+    weight: Positive | None = None
 
 
 class CorpusSection(Section):
-    """Which rows are read and what is asked in them. The directory is what `ctcd corpus` made.
+    """Which rows are read and what is asked in them. Exactly one of `path`, a directory that `ctcd corpus` made, and
+    `sources`, several of them by name, all of one tokenizer.
 
+    `sampling_alpha`: in place of weights, a source's is its number of tokens to this power: 1 is as large as they are,
+    0 all alike, 0.3 what multilingual models take.
     `documents`: what a causal model sees of the documents before the one it is in: all that is in the row (joined) or
     nothing (apart). `mean_span`: tokens of a span that is cut out, on average.
     """
 
-    path: str
+    path: str | None = None
+    sources: dict[str, SourceSection] | None = None
+    sampling_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     sequence_length: Annotated[int, Field(ge=4)] = 128
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     whole_word_masking: bool = False
     documents: Literal["joined", "apart"] = "joined"
     mean_span: Annotated[float, Field(ge=1)] = 3.0
+
+    @property
+    def title(self) -> str:
+        """What cards and reports call the text: the directory's own name, or the sources' names."""
+        return Path(self.path).name if self.path is not None else " + ".join(self.sources or ())
 
 
 Task = Literal["mlm", "clm", "span"]  # masked and causal language modelling, span corruption
@@ -226,23 +244,42 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
     """
     raw = read_file(path, "recipe")
-    known = dict(peers) if isinstance(raw, dict) and isinstance(peers := raw.get("peers"), dict) else {}
+    peers, sources = dict(_named(raw, "peers")), dict(_named(raw, "corpus", "sources"))
     mistakes = [m for override in overrides if (m := apply_override(raw, override))]
-    mistakes += _take_away(raw, known)
+    mistakes += _take_away(raw, peers)
+    mistakes += _take_sources_away(raw, sources)
     mistakes += recipe_mistakes(raw)
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
-    for section, key in [(raw["corpus"], "path"), *((peer, "pretrained") for peer in raw["peers"].values())]:
+    corpora = [raw["corpus"], *_named(raw, "corpus", "sources").values()]
+    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in raw["peers"].values())]:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
 
 
+def _named(raw: Any, *keys: str) -> dict[str, Any]:
+    """The mapping at a place of a raw recipe; empty where there is none."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw if isinstance(raw, dict) else {}
+
+
+def _take_sources_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    """Removes the sources that an override made null; says which are not `known`, those without a path too."""
+    sources = _named(raw, "corpus", "sources")
+    for name, source in list(sources.items()):
+        new = name not in known
+        if (source is None and (new or known[name])) or (new and isinstance(source, dict) and "path" not in source):
+            del sources[name]
+            if new:
+                near = did_you_mean(name, known)
+                yield f"corpus.sources.{name}: no source has this name; {near} (a new one needs a path)"
+
+
 def _take_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
     """Removes the peers that an override made null, and what others learn from them; says which are not `known`."""
-    peers = raw.get("peers") if isinstance(raw, dict) else None
-    if not isinstance(peers, dict):
-        return
+    peers = _named(raw, "peers")
     for name in [name for name, peer in peers.items() if peer is None and (known.get(name) or name not in known)]:
         del peers[name]
         if name not in known:
@@ -262,7 +299,53 @@ def recipe_mistakes(raw: Any) -> list[str]:
         Recipe.model_validate(raw)
     except ValidationError as problem:
         mistakes = [explain(error, Recipe) for error in problem.errors()]
-    return mistakes + list(_peer_mistakes(raw)) + list(_training_mistakes(raw)) + list(_task_mistakes(raw))
+    for more in (_corpus_mistakes, _peer_mistakes, _training_mistakes, _task_mistakes):
+        mistakes += more(raw)
+    return mistakes
+
+
+def _corpus_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    corpus = raw.get("corpus")
+    if not isinstance(corpus, dict):
+        return
+    path, sources, alpha = (corpus.get(key) for key in ("path", "sources", "sampling_alpha"))
+    if (path is None) == (sources is None):
+        both = "both are given" if path is not None else "neither is given"
+        yield (
+            f"corpus: exactly one of path (a corpus) and sources (several); {both} "
+            "(with --set, null takes one away: corpus.path=null)"
+        )
+    if sources is None and alpha is not None:
+        yield f"corpus.sampling_alpha = {alpha}: is for several corpora; give corpus.sources, or remove it"
+    if not isinstance(sources, dict):
+        return
+    if not sources:
+        yield "corpus.sources = {}: at least one source, NAME: {path: DIR, weight: W}"
+    for name in sources:
+        if said := set_name_mistake(str(name)):
+            yield f"corpus.sources.{name}: {said}"
+    given = [name for name, source in sources.items() if isinstance(source, dict) and source.get("weight") is not None]
+    if alpha is not None and given:
+        yield f"corpus.sampling_alpha = {alpha}: is in place of weights, and {', '.join(given)} has one; remove either"
+    if alpha is None and (without := [name for name in sources if name not in given]):
+        yield (
+            f"corpus.sources: {', '.join(map(str, without))} without weight; give every source one, or none and "
+            "corpus.sampling_alpha"
+        )
+    if isinstance(training := raw.get("training"), dict) and (epochs := training.get("epochs")) is not None:
+        yield f"training.epochs = {epochs}: the corpora of a mixture end at different times; give training.steps"
+
+
+def set_name_mistake(name: str) -> str:
+    """What is wrong with the name of a source or a held-out set (valid/NAME/PEER/loss); "" where nothing is."""
+    if not re.fullmatch(NAME, name):
+        return "a name is letters, digits, _ and -, and begins with a letter"
+    return "this name is taken: valid/agreement is what peers answer alike" if name == "agreement" else ""
+
+
+def is_corpus_place(key: str) -> bool:
+    """Whether a key (see `flat`) says where a corpus lies: it may be moved, what it holds has a fingerprint."""
+    return re.fullmatch(r"corpus\.(sources\.[^.]+\.)?path", key) is not None
 
 
 def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
@@ -274,7 +357,7 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         yield "peers = {}: a run needs at least one peer"
     for name, peer in peers.items():
         here = f"peers.{name}"
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+        if not re.fullmatch(NAME, str(name)):
             yield f"{here}: a peer's name is letters, digits, _ and -, and begins with a letter"
         if not isinstance(peer, dict):
             continue

@@ -34,10 +34,10 @@ def write_model(folder: Path, seed: int = 1, model_type: str = "bert") -> Path:
 
 
 def write_causal(folder: Path, model_type: str, seed: int = 1) -> Path:
-    """A tiny random causal LM with the byte-level BPE tokenizer of its like: one special token that it puts nowhere."""
+    """A tiny random causal LM, or T5, with the byte-level BPE tokenizer of its like: one special token that it puts nowhere."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,11 +49,17 @@ def write_causal(folder: Path, model_type: str, seed: int = 1) -> Path:
     draw = random.Random(0)
     backend.train_from_iterator((sentence(draw, n % 2) for n in range(500)), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
-    sizes |= {"intermediate_size": 64} if model_type != "gpt2" else {}
-    config = AutoConfig.for_model(model_type, **sizes, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    if model_type == "t5":
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 64, "decoder_start_token_id": 0}
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
+        sizes |= {"intermediate_size": 64} if model_type != "gpt2" else {}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(model_type, **sizes, **ids, vocab_size=len(tokenizer))
+    auto = AutoModelForSeq2SeqLM if model_type == "t5" else AutoModelForCausalLM
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

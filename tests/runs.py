@@ -66,14 +66,14 @@ def chain_documents(number: int, vocab_size: int, seed: int = 0) -> list[list[in
     return documents
 
 
-def chain_corpus(directory: Path, vocab_size: int = 300, sentinels: int = 0) -> Path:
+def chain_corpus(directory: Path, vocab_size: int = 300, sentinels: int = 0, documents: int = 300) -> Path:
     """A small corpus that a model can learn, with the identity of its own tokenizer in the manifest.
 
     `sentinels`: how many tokens more are <extra_id_0>, …
     """
     write_corpus(
         directory,
-        chain_documents(300, vocab_size, seed=1),
+        chain_documents(documents, vocab_size, seed=1),
         chain_documents(40, vocab_size, seed=2),
         vocab_size=vocab_size + sentinels,
         special=replace(SPECIAL, sentinels=tuple(range(vocab_size, vocab_size + sentinels))),

@@ -16,6 +16,7 @@ import pytest
 
 from commands import ROOT, command, deepspeed, environment, run
 from ctcd_ds.cluster.scaling_table import COLUMNS
+from ctcd_ds.recipe import read_yaml
 from runs import bert, chain_corpus, metrics
 
 Pretrain = Callable[..., tuple[int, str, str]]
@@ -132,6 +133,9 @@ def test_every_shipped_recipe_is_good(
     path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     changes = [f"corpus.path={corpus}"]
+    if sources := read_yaml(path.read_text())["corpus"].get("sources"):
+        made = {name: chain_corpus(tmp_path / name, documents=300 + k) for k, name in enumerate(sources)}
+        changes = [f"corpus.sources.{name}.path={place}" for name, place in made.items()]
     if "pretrained: " in path.read_text():
         from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 

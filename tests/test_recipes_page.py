@@ -46,9 +46,10 @@ def test_every_set_of_the_docs_is_taken() -> None:
         load_recipe(PAPER, words.split())
 
 
-def test_the_peers_of_the_page_make_a_recipe() -> None:
-    (peers,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert recipe_mistakes({"corpus": {"path": "x"}, "training": {"steps": 1}, **read_yaml(peers)}) == []
+def test_the_sections_of_the_page_make_a_recipe() -> None:
+    sections = [read_yaml(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+    assert [list(section) for section in sections] == [["peers"], ["corpus"]]
+    assert recipe_mistakes({"training": {"steps": 1}, **sections[0], **sections[1]}) == []
 
 
 def test_the_deepspeed_json_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,7 +257,6 @@ def test_tokenizers_that_cannot_serve_are_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "twice.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na\n")
     (tmp_path / "maskless.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
     for name, message in {
-        "unmasked": "no mask_token",
         "empty": "a directory that holds no tokenizer: no tokenizer.json",
         "raw": "give the file itself: .*raw/vocab.txt",
         "hollow": "vocabulary file is missing",

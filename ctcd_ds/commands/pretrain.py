@@ -74,7 +74,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
             run.write_exit("finished", plan.steps, f"all {plan.steps} steps are done")  # this start says so too
         return cli.EXIT_DONE
     if ranks.local_rank == 0:  # each machine may have a copy of its own
-        refuse_damage(plan.corpus.path)
+        for corpus in plan.corpus.parts.values():
+            refuse_damage(corpus.path)
         rehearse_peers(plan, device_type())
     libraries_write_to(run.path, ranks.rank)
     if ranks.first:

@@ -11,9 +11,10 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from pydantic import StringConstraints
 from typing_extensions import NotRequired, TypedDict
 
 from ctcd_ds.cli import Damage, UserError
@@ -21,6 +22,7 @@ from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
+from ctcd_ds.recipe import NAME
 
 FORMAT, VERSION = "ctcd_ds.corpus", 2
 # By roles of the tokenizer: what ends each document in the shards, and what models that want a frame see around a row.
@@ -141,6 +143,27 @@ class Corpus:
         """Number of stored ids of a split, one at the end of each document among them."""
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
+    @property
+    def parts(self) -> dict[str, Corpus]:
+        """The corpora that this one is made of, by name: itself, without a name."""
+        return {"": self}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the training rows that comes from each of `parts`."""
+        return {"": 1.0}
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """The held-out splits that hold text, each with its weight in the mean that stands for all; they add up to 1.
+
+        Sets of other text (`valid.NAME`) are looked at beside the corpus's own split, and stand for it where it has
+        none.
+        """
+        found = [split for split in self.splits if split != "train" and self.tokens(split)]
+        counted = ["valid"] if "valid" in found else found
+        return {split: (split in counted) / len(counted) for split in found}
+
     def bytes_per_token(self, split: str) -> float | None:
         """UTF-8 bytes of text that a stored id of the split stands for, on average; None where nobody counted them."""
         sizes = [shard.text_bytes for shard in self.splits.get(split, ()) if shard.text_bytes is not None]
@@ -192,6 +215,9 @@ class _ShardShape(TypedDict):
     idx: FileEntry
 
 
+_Split = Annotated[str, StringConstraints(pattern=rf"^(train|valid(\.{NAME})?)$")]
+
+
 class _TokenizerShape(TypedDict):
     fingerprint: str
     vocabulary: str
@@ -211,7 +237,7 @@ class _Shape(TypedDict):
     begin: NotRequired[Role | None]
     frame: _FrameShape
     dtype: Literal["uint16", "int32"]
-    splits: dict[Literal["train", "valid"], list[_ShardShape]]
+    splits: dict[_Split, list[_ShardShape]]
 
 
 def read_corpus_manifest(path: Path) -> dict[str, Any]:
@@ -300,6 +326,15 @@ class Rows:
     def __len__(self) -> int:
         return (int(self._ends[-1]) - self._lookahead) // self._width
 
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """The rows of each of `corpus.parts`."""
+        return {"": self}
+
+    def batch(self, seed: int, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a step trains on, (epoch int64[B], row int64[B]): a pure function of the arguments."""
+        return batch_rows(seed, len(self), step, global_batch)
+
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length + lookahead].
 
@@ -376,5 +411,10 @@ def batch_rows(seed: int, rows: int, step: int, global_batch: int) -> tuple[np.n
     the next (or several whole ones, where it is larger than the corpus). Nothing but the arguments decides
     it.
     """
-    epoch, position = np.divmod(step * global_batch + np.arange(global_batch, dtype=np.int64), rows)
+    return endless_rows(seed, rows, step * global_batch + np.arange(global_batch, dtype=np.int64))
+
+
+def endless_rows(seed: int, rows: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(epoch int64[n], row int64[n]) at `places` (int64[n], from 0) of one epoch after another, each in its order."""
+    epoch, position = np.divmod(places, rows)
     return epoch, RowOrder(seed, rows).rows(epoch, position)

@@ -76,9 +76,10 @@ def open_checkpoint(path: Path, name: str, forms: Sequence[Form] = (SENTENCES,))
                     f"--model: {path}: transformers has no head for {form.called} on {config.model_type}; "
                     f"leave out the tasks that are measured by {' or '.join(form.metrics)}, or this model"
                 )
-        for form in forms:
-            model, missing = load(form, path)
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        _complete(tokenizer, path)
+        for form in forms:
+            model, missing = load(form, path, tokenizer)
     except UserError:
         raise
     except Exception as problem:  # transformers, safetensors and json have many, with no common base
@@ -86,7 +87,6 @@ def open_checkpoint(path: Path, name: str, forms: Sequence[Form] = (SENTENCES,))
         raise UserError(f"--model: {path} cannot be opened for fine-tuning: {reason}") from None
     if missing:
         raise UserError(f"--model: the weights in {path} do not fit its config.json: {missing[0]} is missing")
-    _complete(tokenizer, path)
     fit_tokenizer(tokenizer, model)
     return Checkpoint(
         path=path,
@@ -105,9 +105,10 @@ def weights_sha256(path: Path) -> str:
     return "+".join(file_entry(file)["sha256"] for file in weights)
 
 
-def load(form: Form, path: Path, **kind: Any) -> tuple[Any, list[str]]:
+def load(form: Form, path: Path, tokenizer: Any, **kind: Any) -> tuple[Any, list[str]]:
     """A pretrained model under a new head, and the weights of its body that `path` does not have.
 
+    Its config names the tokenizer's padding: by it a causal classifier finds the last token of a row.
     The head's class may call the body otherwise than the checkpoint does, as Llama's does for answers: then nothing of
     it arrives, and it is loaded by itself.
     """
@@ -122,6 +123,7 @@ def load(form: Form, path: Path, **kind: Any) -> tuple[Any, list[str]]:
         if type(body) is type(getattr(model, prefix)):
             setattr(model, prefix, body)
             missing = _of_the_body(loading["missing_keys"])
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, missing
 
 
@@ -266,8 +268,7 @@ def finetune(
             report_to=[],
             dataloader_pin_memory=precision() == "bf16",
         )
-        model, _ = load(form, checkpoint.path, dtype="float32", **form.head(task))
-        model.config.get_text_config().pad_token_id = checkpoint.tokenizer.pad_token_id  # by it the last token is found
+        model, _ = load(form, checkpoint.path, checkpoint.tokenizer, dtype="float32", **form.head(task))
         trainer = Trainer(
             model=model,
             args=arguments,

@@ -16,6 +16,7 @@ from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
+from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import at_word_frequencies
 
 
@@ -75,10 +76,12 @@ def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict
     agreement = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
     peers = {}
     for name, peer in known.items():
-        place = run / "hf" / name
+        place, held_out = run / "hf" / name, held_out_values(summary, name)
+        whole = held_out.pop("", {})
         left = {
-            "valid_loss": summary.get(f"valid/{name}/loss"),
-            "valid_accuracy": summary.get(f"valid/{name}/accuracy"),
+            "valid_loss": whole.get("loss"),
+            "valid_accuracy": whole.get("accuracy"),
+            "valid_losses": {of: values["loss"] for of, values in held_out.items() if "loss" in values},
             "glue": task_scores(run, place),
             "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
         }
@@ -165,6 +168,8 @@ def _metrics(peer: PeerResult) -> Iterator[tuple[str, float]]:
     for metric in ("valid_loss", "valid_accuracy"):
         if (value := getattr(peer, metric)) is not None:
             yield metric, value
+    for of, loss in peer.valid_losses.items():
+        yield f"valid_loss/{of}", loss
     for task, score in peer.glue.items():
         yield f"glue/{task}", score.median
     average = metrics.average({task: score.median for task, score in peer.glue.items()})["without_wnli"]

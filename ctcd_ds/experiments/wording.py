@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from ctcd_ds.cli import count
@@ -41,6 +41,9 @@ class Metric:
 
 class _Metrics(dict[str, Metric]):
     def __missing__(self, key: str) -> Metric:
+        if key.startswith("valid_loss/"):
+            loss, of = self["valid_loss"], key.partition("/")[2]
+            return replace(loss, name=f"{loss.name} on {of}", label=f"held-out loss on {of} (nats)")
         name = title(key.removeprefix("glue/"))
         return Metric(name, name, 1, largest=100.0)
 

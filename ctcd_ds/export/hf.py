@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
-from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_identity
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.kinds import instead
@@ -120,7 +120,7 @@ def _probe(recipe: Recipe, vocab_size: int) -> Mapping[str, Tensor]:
     """Four rows to compare logits on: held-out ones as peers see them, or random ids where the corpus is not there."""
     length = recipe.corpus.sequence_length
     try:
-        corpus = Corpus.open(Path(recipe.corpus.path))
+        corpus = open_corpus(recipe.corpus)
         task = TASKS[recipe.objective.task].of(recipe, corpus)
         rows = task.rows("valid" if corpus.tokens("valid") else "train")
     except UserError:

@@ -19,6 +19,7 @@ from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Words
+from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory
 
 FILE, CURVES = "README.md", "curves.png"
@@ -60,7 +61,8 @@ The recipe that repeats it:
 - It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
 - It reads rows of at most {positions} tokens; it was trained on rows of {row_length}.
 - {limit}, and its facts are not to be relied on.
-- Held-out values are measured on the same corpus's held-out documents with fixed masks; they say nothing of other text.
+- Held-out values are measured with fixed masks, on held-out documents of the same corpus where no other set is named;
+  they say nothing of other text.
 - Scores of tasks are those of fine-tuned copies (but for N-shot ones); a difference within the spread of a few seeds
   is none.
 """
@@ -79,7 +81,7 @@ def write_card(
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
     terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
     drawn = draw(place / CURVES, rows, name, recipe.peers)
-    results = _held_out(rows, manifest["step"], name, Path(recipe.corpus.path).name, task.words)
+    results = _held_out(rows, manifest["step"], name, recipe.corpus.title, task.words)
     body = _BODY.format(
         name=name,
         model_type=config["model_type"],
@@ -95,7 +97,7 @@ def write_card(
         steps=f"{manifest['step']:,} steps" + (f" of {manifest['steps']:,}; the run goes on" if unfinished else ""),
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
         length=f"rows of {recipe.corpus.sequence_length}",
-        corpus=Path(recipe.corpus.path).name,
+        corpus=recipe.corpus.title,
         fingerprint=manifest["corpus"][:16],
         curves=f"\n![Losses of {', '.join(recipe.peers)} by step]({CURVES})\n" if drawn else "",
         data_license=data_license or "not stated by whoever exported this model.",
@@ -162,16 +164,17 @@ def _scores(results: Sequence[EvalResult]) -> str:
 
 def _held_out(rows: LoggedRows, step: int, name: str, corpus: str, words: Words) -> list[EvalResult]:
     """The peer's held-out values as results, of the step that `rows` end with: those of another are other weights'."""
-    prefix, last = f"valid/{name}/", rows[-1] if rows and rows[-1]["step"] == step else {}
-    found = {key.removeprefix(prefix): v for key, v in last.items() if key.startswith(prefix) and v is not None}
+    last = rows[-1] if rows and rows[-1]["step"] == step else {}
     return [
         EvalResult(
             task_type=words.pipeline,
             dataset_type=corpus,
-            dataset_name=f"held-out rows of {corpus}",
+            dataset_config=of or None,
+            dataset_name=f"held-out rows of {corpus}{f', {of}' if of else ''}",
             metric_type=metric,
             metric_name=f"{metric} at {words.target}",
             metric_value=round(value, 4),
         )
+        for of, found in held_out_values(last, name).items()
         for metric, value in found.items()
     ]

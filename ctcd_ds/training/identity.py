@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ctcd_ds.recipe import Recipe, ScheduleSection, flat
+from ctcd_ds.recipe import Recipe, ScheduleSection, flat, is_corpus_place
 from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.schedule import lr_factor
 
@@ -86,7 +86,7 @@ def _same_past(then: Mapping[str, Any], plan: Plan, step: int) -> bool:
 
 def _proven_otherwise(key: str, recipe: Recipe) -> bool:
     """Places of files whose content has a fingerprint of its own: a corpus or a frozen peer may have moved."""
-    if key == "corpus.path":
+    if is_corpus_place(key):
         return True
     section, _, field = key.rpartition(".")
     name = section.removeprefix("peers.")

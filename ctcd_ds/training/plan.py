@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import Damage, UserError, count
+from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.scaling import Work, state_bytes
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Rows
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
@@ -23,11 +24,12 @@ from ctcd_ds.tasks.task import Task
 from ctcd_ds.training.deepspeed_config import DeepSpeedConfig, resolve
 
 GIB = 2**30
+ENOUGH_EPOCHS = 4  # of one source of a mixture; beyond, the dry run warns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. `rows` are the training rows, `valid` the held-out ones (None: the corpus has none).
+    """A checked run. `rows` are the training rows, `valid` the held-out ones of each split that the corpus has.
 
     `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
     """
@@ -37,7 +39,7 @@ class Plan:
     deepspeed: DeepSpeedConfig
     world: int
     rows: Rows
-    valid: Rows | None
+    valid: dict[str, Rows]
     task: Task
     configs: dict[str, Any]
     costs: dict[str, Cost]
@@ -84,11 +86,9 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     """Checks everything that can be known before the start. Raises Mistakes with all that is wrong."""
     config, mistakes = resolve(deepspeed_json, recipe, world, device, output_dir)
     try:
-        corpus = Corpus.open(Path(recipe.corpus.path))
-    except Damage:
-        raise
-    except UserError as mistake:
-        raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
+        corpus = open_corpus(recipe.corpus)
+    except Mistakes as more:
+        raise Mistakes("this run", [*mistakes, *more.mistakes]) from None
     auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
     if lacking := [role for role in TASKS[recipe.objective.task].roles if role not in corpus.special.present]:
         raise Mistakes("this run", [*mistakes, _lacking(recipe.objective.task, lacking, corpus)])
@@ -100,10 +100,10 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     begun: dict[str, list[str]] = {}
     if not mistakes:
         begun, mistakes = _begun_at_random(recipe, auto)
-    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, None
+    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, {}
     try:
         rows = task.rows("train")
-        valid = task.rows("valid") if corpus.tokens("valid") else None
+        valid = {split: task.rows(split) for split in corpus.held_out}
     except UserError as mistake:
         mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
     steps = _steps(recipe, len(rows)) if rows is not None else 1
@@ -196,7 +196,7 @@ def _tokenizer_mistakes(pretrained: str | None, corpus: Corpus) -> Iterator[str]
 def describe(plan: Plan) -> str:
     """The plan as text: peers, graph, cost, batch, length."""
     recipe, config = plan.recipe, plan.deepspeed
-    training, length = recipe.training, recipe.corpus.sequence_length
+    training = recipe.training
     lines = [f"{'peer':<14}{'architecture':<14}{'parameters':>12}{'w/o embed.':>12}  {'FLOPs/token':>12}  source"]
     for name, section in recipe.peers.items():
         c, model_type = plan.costs[name], plan.configs[name].model_type
@@ -209,17 +209,16 @@ def describe(plan: Plan) -> str:
     lines += [f"  {name}: not in its checkpoint, begins at random: {_some(new)}" for name, new in plan.begun.items()]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows
-    epochs, tokens = rows_seen / len(plan.rows), plan.steps * plan.tokens_per_step
+    tokens = plan.steps * plan.tokens_per_step
     lines += [
         "",
-        f"corpus         {plan.corpus.path}: {len(plan.rows):,} rows of {length} tokens, "
-        f"{len(plan.valid) if plan.valid else 0:,} held out; vocabulary {plan.corpus.vocab_size:,}, "
-        f"{padded(plan.corpus.vocab_size):,} inside the models",
+        *_corpora(plan),
+        f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
         f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
         f"{recipe.objective.temperature:g}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
-        f"length         {plan.steps:,} steps, {rows_seen:,} rows ({epochs:.2f} epochs), "
+        f"length         {plan.steps:,} steps, {rows_seen:,} rows, "
         f"{tokens:,} tokens, {tokens * plan.flops_per_token:.3g} FLOPs",
         f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed)",
         f"DeepSpeed      ZeRO {config.stage}, {config.precision}",
@@ -227,6 +226,24 @@ def describe(plan: Plan) -> str:
         f"memory a rank  {states / GIB:.2f} GiB model states, about {activations / GIB:.2f} GiB activations (estimate)",
     ]
     return "\n".join(lines)
+
+
+def _corpora(plan: Plan) -> Iterator[str]:
+    """A line for each corpus, with how often it is read, and one for what is held out."""
+    read, length = plan.steps * plan.recipe.training.global_batch_rows, plan.recipe.corpus.sequence_length
+    for name, corpus in plan.corpus.parts.items():
+        rows, share = len(plan.rows.parts[name]), plan.corpus.shares[name]
+        head, part = (f"source {name}", f" {share:.2%} of what is read,") if name else ("corpus", "")
+        epochs = share * read / rows
+        yield f"{head:<14} {corpus.path}: {rows:,} rows of {length} tokens,{part} {epochs:.2f} epochs"
+        if name and epochs > ENOUGH_EPOCHS:
+            yield (
+                f"  warning: {name} is small for its share: each of its rows comes {epochs:.1f} times, and beyond "
+                f"{ENOUGH_EPOCHS} times they teach little; give it less weight, or more text"
+            )
+    held_out = {split.partition(".")[2]: f"{len(rows):,} rows" for split, rows in plan.valid.items()}
+    said = [f"{rows} of {name}" if name else rows for name, rows in held_out.items()]
+    yield f"held out       {', '.join(said) or 'nothing'}"
 
 
 def checkpoint_bytes(plan: Plan) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.hf import peer_model
 from ctcd_ds.objective.batch import View
@@ -77,7 +78,7 @@ def held_out_answers(run: RunDirectory, rows: int) -> Answers:
     corpus holds nothing out or is gone, or where there are no weights.
     """
     recipe = load_recipe(run.recipe)
-    corpus = Corpus.open(Path(recipe.corpus.path))
+    corpus = open_corpus(recipe.corpus)
     if not corpus.tokens("valid"):
         raise UserError(f"{corpus.path} holds no documents out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

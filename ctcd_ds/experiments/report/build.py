@@ -81,7 +81,7 @@ def render(study: Study, directory: Path, agreement_rows: int, speed: Speed | No
         pace=list(_pace(study)),
         speed=speed,
         speed_reading=speed_reading(speed) if speed else "",
-        columns=[(metric, METRICS[metric]) for metric in _metrics(study) if metric in _FIRST],
+        columns=[(m, METRICS[m]) for m in _metrics(study) if m in _FIRST or m.startswith("valid_loss/")],
         glue=[(metric, METRICS[metric]) for metric in _metrics(study) if metric.startswith("glue/")],
         glue_rows=list(_glue_rows(study)),
         rows=list(_rows(study)),
