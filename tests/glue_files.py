@@ -34,7 +34,7 @@ def write_model(folder: Path, seed: int = 1, model_type: str = "bert") -> Path:
 
 
 def write_causal(folder: Path, model_type: str, seed: int = 1) -> Path:
-    """A tiny random causal LM, or T5, with the byte-level BPE tokenizer of its like: one special token that it puts nowhere."""
+    """A tiny random causal LM, or T5, with the byte-level BPE of its like: one special token that is put nowhere."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast

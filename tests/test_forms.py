@@ -33,7 +33,7 @@ TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A masked, two causal and a sequence-to-sequence model; GLUE's tasks; sentences with names; questions with answers."""
+    """A masked, two causal and a sequence-to-sequence model; GLUE's tasks; sentences with names; questions."""
     home = tmp_path_factory.mktemp("forms")
     write_model(home / "hf/bert")
     write_causal(home / "hf/gpt2", "gpt2")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import command
 from ctcd_ds.evaluation import glue, harness
@@ -82,9 +85,6 @@ def test_every_task_is_measured_for_every_model(done: dict[str, Any]) -> None:
 
 def test_bits_per_byte_are_the_models_own(home: Path, done: dict[str, Any]) -> None:
     """Against transformers' loss: the harness begins each text with the end token, and cuts none of these."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(home / "hf/llama").eval()
     tokenizer = AutoTokenizer.from_pretrained(home / "hf/llama")
     bits, size = 0.0, 0
@@ -141,17 +141,23 @@ def test_an_exported_peer_is_asked_and_fine_tuned_and_its_card_says_both(tmp_pat
     }
     run_jobs([Job(raw, tmp_path / "run")], 1, tmp_path)
     export(tmp_path / "run", "a", tmp_path / "hf")
-    write_rows(tmp_path / "rows/wikitext/test.jsonl", [{"page": "w5 w6 w7 w8"}, {"page": "w9 w10"}])
+    pages = ["w5 w6 w7 w8", "w9 w10"]
+    write_rows(tmp_path / "rows/wikitext/test.jsonl", [{"page": page} for page in pages])
     labelled = [[f"w{5 + n} w7", n % 2] for n in range(16)]
     for name in ("train", "dev"):
         write_tsv(tmp_path / f"glue/SST-2/{name}.tsv", ["sentence", "label"], labelled)
     models = [tmp_path / "hf"]
-    harness.run(models, ["wikitext"], tmp_path / "rows", tmp_path / "asked")
+    asked = harness.run(models, ["wikitext"], tmp_path / "rows", tmp_path / "asked")
     glue.run(models, ("sst2",), tmp_path / "glue", tmp_path / "tuned", (1,), FinetuneSettings(epochs=1))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(models[0]), AutoTokenizer.from_pretrained(models[0])
+    ids = [torch.tensor([tokenizer(f"[SEP] {page}", add_special_tokens=False).input_ids]) for page in pages]
+    nats = sum(model(row, labels=row).loss.item() * (row.shape[1] - 1) for row in ids)
+    cell = asked["models"]["hf"]["tasks"]["wikitext@0-shot"]["seeds"]["0"]
+    assert cell["metrics"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / len("".join(pages)), rel=1e-3)
     card = ModelCard.load(tmp_path / "hf/README.md")
     lines = {line.split(" | ")[1]: line for line in card.text.splitlines() if line.startswith("| ") and " | " in line}
-    [asked] = [line for said, line in lines.items() if said.startswith("bits_per_byte, 0-shot, lm-evaluation-harness")]
-    assert asked.startswith("| wikitext 0-shot |") and asked.endswith(" bits |")
+    [bits] = [line for said, line in lines.items() if said.startswith("bits_per_byte, 0-shot, lm-evaluation-harness")]
+    assert bits.startswith("| wikitext 0-shot |") and bits.endswith(" bits |")
     assert any(said.startswith("word_perplexity") and "%" not in line for said, line in lines.items())
     assert any(said.startswith("accuracy, fine-tuned for 1 epochs") for said in lines)
 
@@ -172,10 +178,21 @@ def test_a_task_file_of_ones_own_says_where_its_rows_are(home: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tasks", "hellaswg"], "'hellaswg' is no task of lm-evaluation-harness; did you mean 'hellaswag'?"),
+        pytest.param(
+            ["--tasks", "hellaswg"],
+            "'hellaswg' is no task of lm-evaluation-harness; did you mean 'hellaswag'?",
+            marks=pytest.mark.nightly,  # reads all 14,000 of its task files, as the next one
+        ),
         (["--tasks", "winogrande"], "winogrande needs {home}/rows/winogrande/validation.jsonl, which does"),
-        (["--tasks", "ai2_arc", "--data_dir", "{home}"], "ai2_arc stands for arc_challenge, arc_easy; {home} has"),
+        pytest.param(
+            ["--tasks", "ai2_arc", "--data_dir", "{home}"],
+            "ai2_arc stands for arc_challenge, arc_easy; {home} has",
+            marks=pytest.mark.nightly,
+        ),
+        (["--tasks", "lambada", "--data_dir", "{home}"], "lambada stands for lambada_openai, lambada_standard; {home}"),
         (["--tasks", "nowhere.yaml"], "--tasks: nowhere.yaml does not exist"),
+        (["--tasks", "piqa,piqa"], "--tasks: piqa is named twice"),
+        (["--tasks", "piqa", "--num_fewshot", "-1"], "--num_fewshot: -1 is below 0"),
         (["--tasks", "piqa", "--data_dir", "{home}/torn"], "piqa: its rows do not fit the task: "),
         (["--tasks", "piqa", "--model", "{home}/hf/bert"], "is no causal language model (BertForMaskedLM): it"),
         (["--tasks", "piqa", "--output_dir", "{home}/rows/piqa/validation.jsonl/x"], "cannot be made"),

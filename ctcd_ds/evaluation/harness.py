@@ -71,6 +71,8 @@ def run(
     paths of task files. Raises UserError, before anything is written, for what cannot serve.
     """
     settings = settings or HarnessSettings()
+    if settings.num_fewshot < 0:
+        raise UserError(f"--num_fewshot: {settings.num_fewshot} is below 0")
     if find_spec("lm_eval") is None:
         raise UserError("lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm_eval]'")
     named = model_names(models)
@@ -124,7 +126,11 @@ def load(tasks: Sequence[str], data_dir: Path | None, scratch: Path) -> list[Loa
         raise UserError(f"--tasks {','.join(official)}: say with --data_dir where their rows are")
     entries = [entry for name in official for entry in _named(name, _index_with(name), data_dir)]
     files = [*(_including(entry, Path(data_dir or "."), scratch) for entry in entries), *own]
-    return [_loaded(file, scratch) for file in files]
+    loaded = [_loaded(file, scratch) for file in files]
+    names = [task.name for task in loaded]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--tasks: {twice[0]} is named twice")
+    return loaded
 
 
 def _index_with(name: str) -> Mapping[str, Any]:
@@ -187,7 +193,7 @@ def _including(entry: Any, data_dir: Path, scratch: Path) -> Path:
         **{key: None for key in keys if known[key] not in there},
     }
     file = scratch / entry.name / "task.yaml"
-    file.parent.mkdir()
+    file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML too
     return file
 
