@@ -103,10 +103,11 @@ def config_mistakes(
     sequence_length: int,
     auto: Any,
     peers: Mapping[str, PeerSection] | None = None,
+    tasks: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
     """What is wrong with how a peer begins, as 'key = value: why' lines relative to the peer.
 
-    `auto`: the task's Auto class of transformers. `peers`: all of the run.
+    `auto`: the task's Auto class of transformers. `peers`: all of the run. `tasks`: every task's Auto class.
     """
     if section.checkpoint is not None and (place := _place_mistake(section.checkpoint)) is not None:
         yield f"{section.checkpoint_key} = {section.checkpoint!r}: {place}"
@@ -124,7 +125,11 @@ def config_mistakes(
         yield f"{hub if section.checkpoint is not None else 'model'}: {mistake}"
         return
     if type(config) not in auto._model_mapping:
-        yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__})"
+        fits = [
+            f"objective.task: {task}" for task, other in (tasks or {}).items() if type(config) in other._model_mapping
+        ]
+        instead = f"; it has one for {' and for '.join(fits)}" if fits else ""
+        yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__}){instead}"
         return
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):

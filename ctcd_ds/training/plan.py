@@ -112,14 +112,15 @@ def make_plan(
         corpus = open_corpus(recipe.corpus)
     except Mistakes as more:
         raise Mistakes("this run", [*mistakes, *more.mistakes]) from None
-    auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
+    autos = {task: kind.auto_class() for task, kind in TASKS.items()}
+    auto, length = autos[recipe.objective.task], recipe.corpus.sequence_length
     if lacking := [role for role in TASKS[recipe.objective.task].roles if role not in corpus.special.present]:
         raise Mistakes("this run", [*mistakes, _lacking(recipe.objective.task, lacking, corpus)])
     sections = {name: _saved(section, saved and saved / name) for name, section in recipe.peers.items()}
     new_tokens: dict[str, list[int]] = {}
     for name, section in sections.items():
         known = section is not recipe.peers[name]  # it was judged when the run began
-        said = [] if known else list(config_mistakes(section, corpus, length, auto, sections))
+        said = [] if known else list(config_mistakes(section, corpus, length, auto, sections, autos))
         if not said and section.checkpoint is not None:
             try:
                 new_tokens[name] = _new_tokens(section, corpus)
