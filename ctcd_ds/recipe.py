@@ -287,8 +287,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
     corpora = [raw["corpus"], *_named(raw, "corpus", "sources").values()]
-    peers = [*raw["peers"].values(), *map(_init_from, raw["peers"].values())]
-    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in peers)]:
+    beginnings = [*raw["peers"].values(), *map(_init_from, raw["peers"].values())]
+    for section, key in [*((c, "path") for c in corpora), *((b, "pretrained") for b in beginnings)]:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
