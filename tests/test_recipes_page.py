@@ -47,10 +47,17 @@ def test_every_set_of_the_docs_is_taken() -> None:
 
 
 def test_the_sections_of_the_page_make_a_recipe() -> None:
-    sections = [read_yaml(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert [list(section) for section in sections] == [["peers"], ["peers"], ["corpus"]]
-    for peers in sections[:2]:
-        assert recipe_mistakes({"training": {"steps": 1}, **peers, **sections[2]}) == []
+    base: dict[str, Any] = {"training": {"steps": 1}}
+    found = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    weights, corpus = found[0], read_yaml(found[-1])
+    for peers in map(read_yaml, found[1:-1]):
+        assert list(peers) == ["peers"] and recipe_mistakes({**base, **peers, **corpus}) == []
+    model = {"model": {"model_type": "bert"}}
+    said = [read_yaml(line) for line in weights.splitlines()]
+    assert len(said) == 3 and all(list(soft) == ["soft"] for soft in said)
+    for soft in said:
+        sections = {"corpus": {"path": "x"}, "peers": {"teacher": model, "student": {**model, **soft}}}
+        assert recipe_mistakes({**base, **sections}) == []
 
 
 def test_the_deepspeed_json_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_a_sentencepiece_model_that_disagrees_is_refused_with_the_line_and_both_
         bring_tokenizer(str(tmp_path / "odd.model"), sample=lambda: LINES)
 
 
-def test_tokenizers_that_cannot_serve_are_refused_by_name(tmp_path: Path) -> None:
+def test_tokenizers_that_cannot_serve_are_refused_by_name(trained: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "raw").mkdir()
     vocabulary(tmp_path / "raw", "a")

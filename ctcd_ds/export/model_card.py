@@ -23,7 +23,7 @@ from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory
 
 FILE, CURVES = "README.md", "curves.png"
-_BEGIN, _END = "<!-- scores: `ctcd glue` writes them here -->", "<!-- end of scores -->"
+_BEGIN, _END = "<!-- scores: `ctcd glue` and `ctcd lm-eval` write them here -->", "<!-- end of scores -->"
 _BODY = """
 # {name}
 
@@ -63,7 +63,8 @@ The recipe that repeats it:
 - {limit}, and its facts are not to be relied on.
 - Held-out values are measured with fixed masks, on held-out documents of the same corpus where no other set is named;
   they say nothing of other text.
-- Scores of tasks are those of fine-tuned copies; a difference within the spread of a few seeds is none.
+- Scores of tasks are those of fine-tuned copies (but for N-shot ones); a difference within the spread of a few seeds
+  is none.
 """
 
 
@@ -78,7 +79,9 @@ def write_card(
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
     section, task, unfinished = recipe.peers[name], TASKS[recipe.objective.task], manifest["step"] < manifest["steps"]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
-    terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
+    graph = recipe.graph()
+    terms += [f"soft loss from `{graph.names[j]}` with weight {graph.said(i, j)}"
+              for i, j, _ in graph.edges() if graph.names[i] == name]  # fmt: skip
     drawn = draw(place / CURVES, rows, name, recipe.peers)
     results = _held_out(rows, manifest["step"], name, recipe.corpus.title, task.words)
     body = _BODY.format(
@@ -149,8 +152,10 @@ def _words(result: EvalResult) -> str:
 
 def _shown(result: EvalResult) -> str:
     """A value as people read it; the card's metadata has fractions, as the hub wants them."""
-    unit = {"loss": "nats", "bits_per_byte": "bits"}.get(result.metric_type)
-    return f"{result.metric_value} {unit}" if unit else f"{100 * result.metric_value:.2f} %"
+    unit = {"loss": " nats", "bits_per_byte": " bits"}.get(result.metric_type)
+    if unit is not None or "perplexity" in result.metric_type:
+        return f"{result.metric_value}{unit or ''}"
+    return f"{100 * result.metric_value:.2f} %"
 
 
 def _scores(results: Sequence[EvalResult]) -> str:

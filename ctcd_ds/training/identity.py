@@ -53,7 +53,8 @@ def changes(then: Mapping[str, Any], plan: Plan, step: int) -> tuple[list[str], 
     `then`: the identity of the run as it was saved; `step`: how many steps it has behind it.
     """
     now = identity(plan)
-    old, new = flat(then["recipe"]), flat(now["recipe"])
+    # As this program reads it: a key that was not there yet has its default.
+    old, new = flat(Recipe.model_validate(then["recipe"]).resolved()), flat(now["recipe"])
     refused: list[str] = []
     allowed: list[str] = []
     same_past = _same_past(then, plan, step)
