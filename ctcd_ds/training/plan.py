@@ -187,13 +187,16 @@ def rehearse_peers(plan: Plan, device: str) -> None:
 
     Takes a second an architecture. Raises Mistakes with all that would not end well.
     """
-    said: dict[str, str | None] = {}
-    for config in plan.configs.values():
-        if (key := config.to_json_string()) not in said:
-            auto, length = plan.task.auto_class(), plan.recipe.corpus.sequence_length
-            said[key] = rehearse(config, auto, length, plan.deepspeed.precision, device, plan.task.unfit)
-    mistakes = [f"peers.{name}: {said[c.to_json_string()]}" for name, c in plan.configs.items()
-                if said[c.to_json_string()]]  # fmt: skip
+    recipe, precision, auto = plan.recipe, plan.deepspeed.precision, plan.task.auto_class()
+    said: dict[tuple[str, bool], str | None] = {}
+    mistakes = []
+    for name, config in plan.configs.items():
+        again = recipe.training.activation_checkpointing and not recipe.peers[name].frozen
+        if (key := (config.to_json_string(), again)) not in said:
+            length = recipe.corpus.sequence_length
+            said[key] = rehearse(config, auto, length, precision, device, plan.task.unfit, again)
+        if said[key]:
+            mistakes.append(f"peers.{name}: {said[key]}")
     if mistakes:
         raise Mistakes("this run", mistakes)
 
