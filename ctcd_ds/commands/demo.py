@@ -143,7 +143,9 @@ def show_texts(models: list[Path], task: str) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    asked = {"mlm": {"top_k": 4}, "clm": {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.2}}
+    # The corpus has no frame around a row, but WordPiece would put [SEP] behind the words: then a new text begins.
+    going_on = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.2, "add_special_tokens": False}
+    asked: dict[str, dict[str, Any]] = {"mlm": {"top_k": 4}, "clm": going_on}
     loaded = {
         f"{model.parent.name}/{model.name}": pipeline(
             TASKS[task].words.pipeline,
