@@ -39,6 +39,12 @@ TEXTS = {
         "The default [MASK] is used when no value is given.",
     ),
 }
+ASKED: dict[str, dict[str, Any]] = {
+    # Without special tokens: WordPiece would put [SEP] behind the words, and a new text would begin.
+    "clm": {"max_new_tokens": 20, "repetition_penalty": 1.2, "do_sample": False, "return_full_text": False,
+            "add_special_tokens": False},
+    "mlm": {"top_k": 4},
+}  # fmt: skip
 Table = dict[str, dict[str, dict[str, float]]]  # alone or together → peer → metric → value
 
 
@@ -143,9 +149,6 @@ def show_texts(models: list[Path], task: str) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # The corpus has no frame around a row, but WordPiece would put [SEP] behind the words: then a new text begins.
-    going_on = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.2, "add_special_tokens": False}
-    asked: dict[str, dict[str, Any]] = {"mlm": {"top_k": 4}, "clm": going_on}
     loaded = {
         f"{model.parent.name}/{model.name}": pipeline(
             TASKS[task].words.pipeline,
@@ -155,9 +158,9 @@ def show_texts(models: list[Path], task: str) -> None:
         for model in models
     }
     for text in TEXTS[task]:
-        print(f"\n{text}")
+        print(f"\n{text}{' …' if task == 'clm' else ''}")
         for name, model in loaded.items():
-            said: Any = model(text, **asked[task])
+            said: Any = model(text, **ASKED[task])
             words = [f"{guess['token_str']} {guess['score']:.2f}" if task == "mlm" else guess["generated_text"]
                      for guess in said]  # fmt: skip
             print(f"  {name:<18} {', '.join(words)}")
