@@ -92,7 +92,7 @@ def write_card(
         example=task.words.example,
         limit=task.words.limit,
         layers=next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?"),
-        origin=f"`{section.pretrained}`" if section.pretrained else "scratch",
+        origin=f"`{section.origin}`" if section.origin else "scratch",
         version=__version__,
         how=", ".join(terms),
         scores=_scores(results),
