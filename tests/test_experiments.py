@@ -19,7 +19,7 @@ from ctcd_ds.experiments.grid import CellPlan, expand
 from ctcd_ds.experiments.planning import PlannedCell, plan_cells
 from ctcd_ds.experiments.results import PeerResult, read_results, write_results
 from ctcd_ds.experiments.running import failure_message, places
-from ctcd_ds.experiments.specification import base_recipe, load_experiment
+from ctcd_ds.experiments.specification import base_recipe, load_experiment, only
 from ctcd_ds.recipe import Mistakes
 from runs import bert, chain_corpus
 
@@ -191,6 +191,15 @@ def test_a_size_is_laid_over_the_rest(tmp_path: Path, corpus: Path) -> None:
     assert [cell.name for cell in cells_of(path, "tiny")] == ["alone-seed-5", "ctcd-seed-5"]
     assert {cell.recipe["training"]["steps"] for cell in cells_of(path, "tiny")} == {2}
     assert {cell.recipe["training"]["steps"] for cell in cells_of(path)} == {6}
+
+
+def test_some_cells_come_with_what_they_need_and_the_comparisons_among_them(tmp_path: Path, corpus: Path) -> None:
+    experiment = load_experiment(written(tmp_path, corpus))
+    some = only(experiment, ["frozen"])
+    assert list(some.cells) == ["alone", "frozen"] and [c.cells for c in some.compare] == [["alone", "frozen"]]
+    assert not only(experiment, ["ctcd"]).compare, "what they were held against is not there"
+    with pytest.raises(Mistakes, match="--cells frzen: did you mean 'frozen'"):
+        only(experiment, ["ctcd", "frzen"])
 
 
 # --- mistakes ------------------------------------------------------------------------------------------
