@@ -13,12 +13,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.kinds import other_file
+from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.graph import DistillationGraph
 
 
@@ -59,6 +60,7 @@ class CorpusSection(Section):
 
     `sampling_alpha`: in place of weights, a source's is its number of tokens to this power: 1 is as large as they are,
     0 all alike, 0.3 what multilingual models take.
+    `train_rows`: a reduced corpus, so many of its training rows evenly spread over the text; null is all.
     `documents`: what a causal model sees of the documents before the one it is in: all that is in the row (joined) or
     nothing (apart). `mean_span`: tokens of a span that is cut out, on average.
     """
@@ -67,6 +69,7 @@ class CorpusSection(Section):
     sources: dict[str, SourceSection] | None = None
     sampling_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     sequence_length: Annotated[int, Field(ge=4)] = 128
+    train_rows: Count | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     whole_word_masking: bool = False
     documents: Literal["joined", "apart"] = "joined"
@@ -111,10 +114,30 @@ class OptimizerOverride(Section):
     max_grad_norm: NotNegative | None = None
 
 
+class CourseSection(Section):
+    """A weight that changes: `first` until the share `after` of the steps, then on a line to `then` over a share."""
+
+    first: NotNegative = 0.0
+    then: NotNegative
+    after: Fraction = 0.0
+    over: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def course(self) -> Course:
+        """The same as the graph knows it."""
+        return Course(**self.model_dump())
+
+
+# Tags are left out of messages, as all parts of a place with a bracket are.
+Weight = Annotated[
+    Annotated[CourseSection, Tag("[course]")] | Annotated[NotNegative, Tag("[number]")],
+    Discriminator(lambda value: "[course]" if isinstance(value, dict | CourseSection) else "[number]"),
+]
+
+
 class PeerSection(Section):
     """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from.
 
-    `soft_start_fraction`: other peer → the share of the run's steps before which nothing is learned from it yet.
     `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
     `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
     """
@@ -123,12 +146,22 @@ class PeerSection(Section):
     pretrained: str | None = None
     frozen: bool = False
     hard: NotNegative | None = None
-    soft: dict[str, NotNegative] = {}
-    soft_start_fraction: dict[str, Fraction] = {}
+    soft: dict[str, Weight] = {}
     label_noise: Annotated[float, Field(ge=0, le=1)] | None = None
     mask_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     optimizer: OptimizerOverride = OptimizerOverride()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written_before(cls, raw: Any) -> Any:
+        """Run directories of earlier versions say `soft_start_fraction: {other: share}`: a course from 0."""
+        starts = raw.get("soft_start_fraction") if isinstance(raw, dict) else None
+        soft = raw.get("soft") or {} if isinstance(raw, dict) else None
+        if not isinstance(starts, dict) or not isinstance(soft, dict) or not starts.keys() <= soft.keys():
+            return raw
+        late = {other: {"then": soft[other], "after": share} for other, share in starts.items() if share}
+        return {key: value for key, value in raw.items() if key != "soft_start_fraction"} | {"soft": {**soft, **late}}
 
     @property
     def hard_weight(self) -> float:
@@ -207,17 +240,14 @@ class Recipe(Section):
 
     def graph(self) -> DistillationGraph:
         """The distillation graph, peers in the recipe's order."""
-        names = tuple(self.peers)
-        late = any(peer.soft_start_fraction for peer in self.peers.values())
-        starts = tuple(
-            tuple(peer.soft_start_fraction.get(other, 0.0) for other in names) for peer in self.peers.values()
-        )
+        weights = [[peer.soft.get(other, 0.0) for other in self.peers] for peer in self.peers.values()]
+        courses = tuple(tuple(w.course if isinstance(w, CourseSection) else None for w in row) for row in weights)
         return DistillationGraph(
-            names=names,
+            names=tuple(self.peers),
             hard=tuple(peer.hard_weight for peer in self.peers.values()),
-            soft=tuple(tuple(peer.soft.get(other, 0.0) for other in names) for peer in self.peers.values()),
+            soft=tuple(tuple(w.course.largest if isinstance(w, CourseSection) else w for w in row) for row in weights),
             trained=tuple(not peer.frozen for peer in self.peers.values()),
-            starts=starts if late else (),
+            courses=courses if any(map(any, courses)) else (),
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -285,9 +315,8 @@ def _take_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
         if name not in known:
             yield f"peers.{name} = null: no peer has this name; {did_you_mean(name, known)}"
         for peer in peers.values():
-            for key in ("soft", "soft_start_fraction"):
-                if isinstance(peer, dict) and isinstance(edges := peer.get(key), dict):
-                    edges.pop(name, None)
+            if isinstance(peer, dict) and isinstance(edges := peer.get("soft"), dict):
+                edges.pop(name, None)
 
 
 def recipe_mistakes(raw: Any) -> list[str]:
@@ -317,6 +346,8 @@ def _corpus_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         )
     if sources is None and alpha is not None:
         yield f"corpus.sampling_alpha = {alpha}: is for several corpora; give corpus.sources, or remove it"
+    if sources is not None and (fewer := corpus.get("train_rows")) is not None:
+        yield f"corpus.train_rows = {fewer}: reduces one corpus; with corpus.sources remove it"
     if not isinstance(sources, dict):
         return
     if not sources:
@@ -371,7 +402,7 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
                 others = did_you_mean(other, set(peers) - {name})
                 yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
         weighted = any(soft.values()) if isinstance(soft, dict) else True
-        yield from _late_mistakes(here, peer, soft)
+        yield from _course_mistakes(here, peer)
         if peer.get("label_noise") and (frozen or hard == 0):
             yield f"{here}.label_noise = {peer['label_noise']}: the peer has no hard loss that noise could harm"
         if frozen:
@@ -387,19 +418,28 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         yield "peers: all are frozen, so there is nothing to train"
 
 
-def _late_mistakes(here: str, peer: dict[str, Any], soft: Any) -> Iterator[str]:
-    starts = peer.get("soft_start_fraction") or {}
-    if not isinstance(starts, dict) or not isinstance(soft, dict):
-        return
-    for other, start in starts.items():
-        if other not in soft:
+def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:
+    try:
+        peer = PeerSection.model_validate(raw)
+    except ValidationError:
+        return  # said already
+    weights = list(peer.soft.values())
+    courses = [weight for weight in weights if isinstance(weight, CourseSection)]
+    for other, weight in peer.soft.items():
+        if isinstance(weight, CourseSection) and round(weight.after + weight.over, 9) > 1:
             yield (
-                f"{here}.soft_start_fraction.{other} = {start}: {here}.soft has no weight for it that could start; "
-                f"{did_you_mean(other, soft)}"
+                f"{here}.soft.{other}: after {weight.after:g} and over {weight.over:g} make more than the whole run, "
+                "which is 1: lower one of them"
             )
-    learns_late = [other for other, weight in soft.items() if weight]
-    if peer.get("hard") == 0 and learns_late and all(starts.get(other) for other in learns_late):
-        yield f"{here}.hard = 0: before its soft losses start, the peer learns from nothing; give it a hard weight"
+    # Between two such moments weights are on lines and not below 0: a sum that is 0 anywhere is 0 at one of them.
+    moments = sorted({0.0, *(c.after for c in courses), *(c.after + c.over for c in courses)})
+    for done in moments if courses and peer.hard == 0 else ():
+        if done < 1 and not any(w.course.at(done) if isinstance(w, CourseSection) else w for w in weights):
+            yield (
+                f"{here}.hard = {peer.hard:g}: when {done:.0%} of the steps are done its soft weights are 0 too, and "
+                "the peer learns from nothing; give it a hard weight"
+            )
+            return
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
@@ -466,13 +506,17 @@ def _keys_beside(location: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The keys that are known at the place of an unknown one."""
     section: Any = root
     for part in location[:-1]:
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if _is_section(section):
             section = section.model_fields[part].annotation
-            if get_origin(section) in (Union, UnionType):
-                section = next(arg for arg in get_args(section) if arg is not type(None))
         elif get_origin(section) is dict:
             section = get_args(section)[1]
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        while get_origin(section) in (Union, UnionType, Annotated):
+            section = next((arg for arg in get_args(section) if _is_section(arg)), get_args(section)[0])
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def read_yaml(text: str) -> Any:

@@ -47,9 +47,15 @@ def test_every_set_of_the_docs_is_taken() -> None:
 
 
 def test_the_sections_of_the_page_make_a_recipe() -> None:
-    sections = [read_yaml(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-    assert [list(section) for section in sections] == [["peers"], ["corpus"]]
-    assert recipe_mistakes({"training": {"steps": 1}, **sections[0], **sections[1]}) == []
+    base: dict[str, Any] = {"training": {"steps": 1}}
+    weights, peers, corpus = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert recipe_mistakes({**base, **read_yaml(peers), **read_yaml(corpus)}) == []
+    model = {"model": {"model_type": "bert"}}
+    said = [read_yaml(line) for line in weights.splitlines()]
+    assert len(said) == 3 and all(list(soft) == ["soft"] for soft in said)
+    for soft in said:
+        sections = {"corpus": {"path": "x"}, "peers": {"teacher": model, "student": {**model, **soft}}}
+        assert recipe_mistakes({**base, **sections}) == []
 
 
 def test_the_deepspeed_json_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ A corpus is opened by looking at its manifest and at the shards' sizes only, and
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 from collections.abc import Sequence
@@ -322,9 +323,23 @@ class Rows:
         lengths = np.array([len(stream) for stream in streams], np.int64)
         self._ends = np.cumsum(lengths)
         self._begins = self._ends - lengths
+        self._whole = self._count = (int(self._ends[-1]) - lookahead) // width
 
     def __len__(self) -> int:
-        return (int(self._ends[-1]) - self._lookahead) // self._width
+        return self._count
+
+    def spread(self, count: int) -> Rows:
+        """So many of these rows, evenly spread over the split and always the same ones.
+
+        Raises UserError where the split has fewer.
+        """
+        if count > self._whole:
+            raise UserError(
+                f"corpus {self.corpus.path}: split {self.split!r} has {self._whole} rows, fewer than {count}"
+            )
+        fewer = copy.copy(self)
+        fewer._count = count
+        return fewer
 
     @property
     def parts(self) -> dict[str, Rows]:
@@ -341,6 +356,8 @@ class Rows:
         Raises Damage where the stored ids are none of the tokenizer's (a damaged shard).
         """
         width, begin = self._width + self._lookahead, len(self._before)
+        if self._count < self._whole:
+            numbers = numbers * self._whole // self._count
         rows = np.empty((len(numbers), begin + width + len(self._after)), np.int32)
         rows[:, :begin], rows[:, begin + width :] = self._before, self._after
         first = np.searchsorted(self._ends, numbers * self._width, side="right")

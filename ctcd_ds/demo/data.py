@@ -24,7 +24,7 @@ def data_commands(data: Path, home: Path, megabytes: float = 6.0) -> list[list[s
     text, tokenizer = data / "text.txt", home / "tokenizer"
     return [
         command("demo_data", "--output_dir", data, "--size_megabytes", megabytes),
-        command("tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 4096, "--output_dir", tokenizer),
+        command("tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 1024, "--output_dir", tokenizer),
         command("corpus", "--input", text, "--tokenizer", tokenizer, "--output_dir", home / "corpus",
                 "--valid_fraction", 0.05),
     ]  # fmt: skip

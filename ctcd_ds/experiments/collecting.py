@@ -17,7 +17,9 @@ from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
 from ctcd_ds.training.metrics import held_out_values
-from ctcd_ds.training.run_directory import at_word_frequencies
+from ctcd_ds.training.run_directory import RunDirectory, at_word_frequencies
+
+MANY_LOOKS = 4  # at the held-out rows: from so many on they are a curve, and its lowest is a place to stop
 
 
 def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float) -> Results:
@@ -73,13 +75,16 @@ def _cell(cell: PlannedCell, ending: Outcome, directory: Path) -> Cell:
 def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict[str, Any]:
     """What a finished run left, as fields of its Cell; `known`: what its peers are. Exports are below `directory`."""
     summary, prefix = read_json(run / "summary.json"), "valid/agreement/"
+    looks = RunDirectory(run).logged()
     agreement = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
     peers = {}
     for name, peer in known.items():
         place, held_out = run / "hf" / name, held_out_values(summary, name)
         whole = held_out.pop("", {})
+        losses = [loss for row in looks if (loss := row.get(f"valid/{name}/loss")) is not None]
         left = {
             "valid_loss": whole.get("loss"),
+            "lowest_loss": min(losses) if len(losses) >= MANY_LOOKS else None,
             "valid_accuracy": whole.get("accuracy"),
             "valid_losses": {of: values["loss"] for of, values in held_out.items() if "loss" in values},
             "glue": _glue_scores(run / "glue" / "results.json", place),
@@ -160,7 +165,7 @@ def spreads(cells: Sequence[Cell]) -> dict[str, dict[str, Spread]]:
 
 
 def _metrics(peer: PeerResult) -> Iterator[tuple[str, float]]:
-    for metric in ("valid_loss", "valid_accuracy"):
+    for metric in ("valid_loss", "lowest_loss", "valid_accuracy"):
         if (value := getattr(peer, metric)) is not None:
             yield metric, value
     for of, loss in peer.valid_losses.items():

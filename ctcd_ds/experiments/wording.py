@@ -51,6 +51,9 @@ class _Metrics(dict[str, Metric]):
 METRICS = _Metrics(
     {
         "valid_loss": Metric("held-out loss", "held-out loss (nats)", 3, unit=" nats", lower_is_better=True),
+        "lowest_loss": Metric(
+            "lowest held-out loss", "lowest held-out loss (nats)", 3, unit=" nats", lower_is_better=True
+        ),
         "valid_accuracy": Metric("held-out accuracy", "held-out accuracy (%)", 1, 100.0, " %", largest=100.0),
         "glue/average": Metric("GLUE average", "GLUE average (without WNLI)", 1, largest=100.0),
     }

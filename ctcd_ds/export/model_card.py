@@ -78,7 +78,9 @@ def write_card(
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
     section, task, unfinished = recipe.peers[name], TASKS[recipe.objective.task], manifest["step"] < manifest["steps"]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
-    terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
+    graph = recipe.graph()
+    terms += [f"soft loss from `{graph.names[j]}` with weight {graph.said(i, j)}"
+              for i, j, _ in graph.edges() if graph.names[i] == name]  # fmt: skip
     drawn = draw(place / CURVES, rows, name, recipe.peers)
     results = _held_out(rows, manifest["step"], name, recipe.corpus.title, task.words)
     body = _BODY.format(

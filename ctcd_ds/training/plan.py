@@ -106,6 +106,11 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         valid = {split: task.rows(split) for split in corpus.held_out}
     except UserError as mistake:
         mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
+    if rows is not None and (fewer := recipe.corpus.train_rows) is not None:
+        try:
+            rows = rows.spread(fewer)
+        except UserError as mistake:
+            mistakes.append(f"corpus.train_rows = {fewer}: {mistake}")
     steps = _steps(recipe, len(rows)) if rows is not None else 1
     if steps < 1:
         mistakes.append(
@@ -122,8 +127,8 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
 def _lacking(task: str, roles: Sequence[str], corpus: Corpus) -> str:
     return (
         f"objective.task = {task}: the corpus's tokenizer ({corpus.tokenizer_path}) has no "
-        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with `ctcd tokenizer`, "
-        "or train causal models (objective.task: clm)"
+        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with "
+        f"`ctcd tokenizer{' --sentinels 100' if task == 'span' else ''}`, or train causal models (objective.task: clm)"
     )
 
 

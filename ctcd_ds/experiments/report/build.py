@@ -28,7 +28,7 @@ from ctcd_ds.experiments.results import Comparison
 from ctcd_ds.experiments.wording import METRICS
 
 PAGE = "report.html"
-_FIRST = ("valid_loss", "valid_accuracy", "glue/average")
+_FIRST = ("valid_loss", "lowest_loss", "valid_accuracy", "glue/average")
 
 
 def write_report(paths: Sequence[Path], output_dir: Path, agreement_rows: int, speed: Path | None = None) -> Path:
