@@ -100,13 +100,12 @@ def recipe(corpus: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
 def runs(folder: Path) -> Path:
     """The mixture on one rank, on two, and begun on one and gone on with by two; a corpus alone and a mixture of it."""
     plain, path = {"path": str(folder / "english")}, {"path": str(folder / "english"), "weight": 2.0}
+    causal = {"objective": {"task": "clm"}, "peers": {"a": {"model": GPT2}}}
     jobs = [
         Job(recipe(mixture(folder)), folder / "one"),
         Job(recipe(plain, 6), folder / "plain"),
         Job(recipe({"sources": {"english": path}}, 6), folder / "alone"),
-        Job(
-            {**recipe(mixture(folder), 6), "objective": {"task": "clm"}, "peers": {"a": {"model": GPT2}}}, folder / "a"
-        ),
+        Job({**recipe(mixture(folder), 6), **causal}, folder / "causal"),
     ]
     run_jobs(jobs, 1, folder)
     shutil.copytree(folder / "one", folder / "resumed")
@@ -178,7 +177,7 @@ def test_a_set_beside_a_corpus_moves_nothing(runs: Path) -> None:
 
 def test_a_causal_model_has_bits_per_byte_of_each_language(runs: Path) -> None:
     """What a token says in bits, over the bytes of that language's text that it stands for."""
-    corpus, last = open_corpus(CorpusSection.model_validate(mixture(runs))), metrics(runs / "a")[6]
+    corpus, last = open_corpus(CorpusSection.model_validate(mixture(runs))), metrics(runs / "causal")[6]
     bits = {name: last[f"valid/{name}/a/bits_per_byte"] for name in SOURCES}
     for name in SOURCES:
         [shard] = corpus.splits[f"valid.{name}"]

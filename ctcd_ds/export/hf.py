@@ -97,7 +97,7 @@ def _export_one(
 
 def _let_generate(model: Any, tokenizer: Any) -> None:
     """Gives a model that writes text, and its tokenizer, a padding token: the end of text, where there is no other."""
-    if (settings := model.generation_config) is not None:
+    if (settings := getattr(model, "generation_config", None)) is not None:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(special_ids(tokenizer).end)
         settings.pad_token_id = tokenizer.pad_token_id
