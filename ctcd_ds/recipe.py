@@ -20,6 +20,7 @@ from ruamel.yaml.error import YAMLError
 from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.kinds import other_file
 from ctcd_ds.objective.course import Course
+from ctcd_ds.objective.divergences import KL, Divergence, Kind
 from ctcd_ds.objective.graph import DistillationGraph
 
 
@@ -44,6 +45,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists only
 Count = Annotated[int, Field(ge=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]  # YAML has lists only
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"  # of a peer, a source or a held-out set: a part of keys
 
 
@@ -135,18 +137,35 @@ Weight = Annotated[
 ]
 
 
-class PeerSection(Section):
-    """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from.
+class InitFrom(Section):
+    """Which layers of which model a peer begins as: those of `pretrained` (as a peer's own), or of another `peer`.
 
+    `layers` count from 0, in their order; a model with an encoder and a decoder takes these of both. Everything else is
+    the source's: widths, embeddings, head. A peer of the run gives what it begins with itself.
+    """
+
+    peer: str | None = None
+    pretrained: str | None = None
+    layers: Layers
+
+
+class PeerSection(Section):
+    """One model of the run, and what it learns from.
+
+    It begins as a Hugging Face config (`model`) with random weights, as a checkpoint (`pretrained`), or as some layers
+    of a model (`init_from`), whose settings `model` may then repeat.
+    `divergence`: other peer → how far from it this one is, where that is not what `objective.divergence` says.
     `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
     `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
     """
 
     model: dict[str, Any] | None = None
     pretrained: str | None = None
+    init_from: InitFrom | None = None
     frozen: bool = False
     hard: NotNegative | None = None
     soft: dict[str, Weight] = {}
+    divergence: dict[str, Kind] = {}
     label_noise: Annotated[float, Field(ge=0, le=1)] | None = None
     mask_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -168,15 +187,36 @@ class PeerSection(Section):
         """1 unless stated; a frozen peer learns nothing."""
         return 0.0 if self.frozen else 1.0 if self.hard is None else self.hard
 
+    @property
+    def checkpoint(self) -> str | None:
+        """The finished model that its weights are read from, all of them or some layers."""
+        return self.pretrained if self.init_from is None else self.init_from.pretrained
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The key that says it."""
+        return "pretrained" if self.init_from is None else "init_from.pretrained"
+
+    @property
+    def origin(self) -> str | None:
+        """What it begins as, in words; None: random weights."""
+        if self.init_from is None:
+            return self.pretrained
+        return f"layers {', '.join(map(str, self.init_from.layers))} of {self.init_from.peer or self.checkpoint}"
+
 
 class ObjectiveSection(Section):
     """`soft_positions`: distil at the target positions, or at all that are not special tokens.
 
+    `divergence`: what the soft losses are, KL(teaching ‖ learning), KL(learning ‖ teaching) (reverse_kl), or
+    Jensen-Shannon's (jsd), to whose mixture the teaching peer gives the share `jsd_beta`.
     Where peers have masks of their own, target positions are those that are masked for all peers that distil.
     """
 
     task: Task = "mlm"
     temperature: Positive = 1.0
+    divergence: Kind = "kl"
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     soft_positions: Literal["targets", "all"] = "targets"
 
 
@@ -193,6 +233,7 @@ class TrainingSection(Section):
     `time_limit_minutes`: saves and stops then, exit code 85. `step_timeout_s`: a step that takes longer ends the run
     and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`: the
     encoders go through torch.compile with static shapes (the first step then takes minutes).
+    `activation_checkpointing`: of each layer only the input is kept; backward runs it again, to the same numbers.
     The newest `keep_checkpoints` are kept; with `keep_every` also those of every so many steps; with `keep_best` also
     the one of each peer's lowest held-out loss (then each improvement is saved). `on_nonfinite`: a step with a loss or
     a gradient that is not finite moves nothing; the run stops there, or skips it.
@@ -212,6 +253,7 @@ class TrainingSection(Section):
     time_limit_minutes: Positive | None = None
     step_timeout_s: Positive = 600.0
     compile: bool = False
+    activation_checkpointing: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @property
@@ -242,12 +284,16 @@ class Recipe(Section):
         """The distillation graph, peers in the recipe's order."""
         weights = [[peer.soft.get(other, 0.0) for other in self.peers] for peer in self.peers.values()]
         courses = tuple(tuple(w.course if isinstance(w, CourseSection) else None for w in row) for row in weights)
+        usual, jsd = self.objective.divergence, Divergence("jsd", self.objective.jsd_beta)
+        kinds = [[peer.divergence.get(other, usual) for other in self.peers] for peer in self.peers.values()]
+        divergences = tuple(tuple(jsd if kind == "jsd" else Divergence(kind) for kind in row) for row in kinds)
         return DistillationGraph(
             names=tuple(self.peers),
             hard=tuple(peer.hard_weight for peer in self.peers.values()),
             soft=tuple(tuple(w.course.largest if isinstance(w, CourseSection) else w for w in row) for row in weights),
             trained=tuple(not peer.frozen for peer in self.peers.values()),
             courses=courses if any(map(any, courses)) else (),
+            divergences=divergences if any(d != KL for row in divergences for d in row) else (),
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -282,7 +328,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
     corpora = [raw["corpus"], *_named(raw, "corpus", "sources").values()]
-    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in raw["peers"].values())]:
+    starts = [*raw["peers"].values(), *map(_init_from, raw["peers"].values())]
+    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in starts)]:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
@@ -393,6 +440,7 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         if not isinstance(peer, dict):
             continue
         yield from _source_mistakes(here, peer)
+        yield from _layer_mistakes(here, name, peers)
         soft = peer.get("soft") or {}
         hard, frozen = peer.get("hard"), peer.get("frozen") is True
         for other, weight in soft.items() if isinstance(soft, dict) else ():
@@ -403,6 +451,10 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
                 yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
         weighted = any(soft.values()) if isinstance(soft, dict) else True
         yield from _course_mistakes(here, peer)
+        of = peer.get("divergence") or {}
+        for other in of.keys() - soft.keys() if isinstance(of, dict) and isinstance(soft, dict) else ():
+            near = did_you_mean(other, soft)
+            yield f"{here}.divergence.{other} = {of[other]}: {here}.soft has no weight for it; {near}"
         if peer.get("label_noise") and (frozen or hard == 0):
             yield f"{here}.label_noise = {peer['label_noise']}: the peer has no hard loss that noise could harm"
         if frozen:
@@ -443,15 +495,46 @@ def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
-    model, pretrained = peer.get("model"), peer.get("pretrained")
-    if (model is None) == (pretrained is None):
-        both = "both are given" if model is not None else "neither is given"
-        yield f"{here}: exactly one of model (a Hugging Face config) and pretrained (a checkpoint); {both}"
+    model = peer.get("model")
+    given = [key for key in ("model", "pretrained", "init_from") if peer.get(key) is not None]
+    if given != ["model", "init_from"] and len(given) != 1:
+        yield (
+            f"{here}: exactly one of model (a Hugging Face config), pretrained (a checkpoint) and init_from (layers of "
+            f"a model, whose config model may repeat); given: {' and '.join(given) or 'none'}"
+        )
     if isinstance(model, dict):
         if not isinstance(kind := model.get("model_type"), str):
             yield f"{here}.model.model_type = {kind!r}: name an architecture of transformers, e.g. bert"
         if "vocab_size" in model:
             yield f"{here}.model.vocab_size = {model['vocab_size']}: comes from the corpus's tokenizer; remove it"
+
+
+def _layer_mistakes(here: str, name: str, peers: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a peer's init_from, as far as the recipe alone can tell."""
+    init_from = _init_from(peers[name])
+    layers, other = init_from.get("layers"), init_from.get("peer")
+    if not init_from:
+        return
+    if (other is None) == (init_from.get("pretrained") is None):
+        yield f"{here}.init_from: exactly one of peer (of this run) and pretrained (a checkpoint)"
+    elif isinstance(other, str) and other not in peers:
+        yield f"{here}.init_from.peer = {other!r}: no peer has this name; {did_you_mean(other, set(peers) - {name})}"
+    elif other is not None:
+        chain = [name]
+        while isinstance(other, str) and other in peers and other not in chain:
+            chain.append(other)
+            other = _init_from(peers[other]).get("peer")
+        if other == name == min(chain):
+            yield f"{here}.init_from.peer = {(*chain, name)[1]!r}: a circle ({' from '.join([*chain, name])})"
+    if layers == []:
+        yield f"{here}.init_from.layers = []: name at least one layer, from 0"
+    elif isinstance(layers, list) and all(isinstance(layer, int) for layer in layers) and layers != sorted(set(layers)):
+        yield f"{here}.init_from.layers = {layers}: name each layer once, from the first to the last"
+
+
+def _init_from(peer: Any) -> dict[str, Any]:
+    found = peer.get("init_from") if isinstance(peer, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _training_mistakes(raw: dict[str, Any]) -> Iterator[str]:

@@ -170,7 +170,8 @@ def _main() -> None:
         ):  # DeepSpeed refuses fp16 on the CPU, where torch can do it: enough for loss scaling
             get_accelerator().is_fp16_supported = lambda: True
             device = "any"
-        plan = make_plan(recipe, job["deepspeed"], ranks.world, device, path)
+        saved = run.saved_configs if job["resume"] else None
+        plan = make_plan(recipe, job["deepspeed"], ranks.world, device, path, saved)
         run.refuse_or_resume(plan, job["resume"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # rank 0 writes when all have looked (the first start waits by itself)

@@ -192,6 +192,21 @@ def test_keys_of_another_task_are_refused_and_not_written(corpus: Path, tmp_path
     assert load_recipe(tmp_path / "again.yaml") == good and "mask_fraction" not in good.to_yaml()
 
 
+def test_a_model_of_another_task_is_told_which_one(corpus: Path, tmp_path: Path) -> None:
+    masked = {**recipe(corpus), "objective": {"task": "mlm"}}
+    causal = recipe(corpus)
+    causal["peers"]["a"]["model"] = {"model_type": "t5"}
+    causal["corpus"]["sequence_length"] = 128
+    said = []
+    for raw in (masked, causal):
+        with pytest.raises(Mistakes) as mistakes:
+            make_plan(Recipe.model_validate(raw), {"zero_optimization": {"stage": 2}}, 1, "cpu", tmp_path / "no")
+        said.append(mistakes.value.mistakes)
+    assert "'llama' has no head for this task" in said[0][0] and said[0][0].endswith("has one for objective.task: clm")
+    assert "'t5' has no head for this task" in said[1][0] and said[1][0].endswith("has one for objective.task: span")
+    assert "n_positions = 64" in said[1][1] or "max_position_embeddings = 64" in said[1][1]
+
+
 # ---- tokenizers
 
 

@@ -56,7 +56,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many rows as the shipped experiments ask for."""
-    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=800)
+    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1700)
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
@@ -96,7 +96,7 @@ def test_every_shipped_experiment_builds(path: Path, size: str, tmp_path: Path, 
     assert len(planned) == len(cells) and all(cell.steps >= 1 and cell.flops > 0 for cell in planned)
     assert len(experiment.seeds) >= (2 if size == "tiny" else 3)
     assert experiment.question.endswith("?") and experiment.compare
-    small = size == "tiny" or path.stem in ("paper_cpu", "regime")
+    small = size == "tiny" or path.stem in ("paper_cpu", "regime", "regime_masked")
     assert bool(experiment.note) == small, "results of a small size say so"
     if size == "tiny":
         assert (experiment.ranks, experiment.demo_data) == (1, True)
@@ -106,7 +106,7 @@ def test_the_experiments_of_the_plan_are_shipped() -> None:
     names = {path.stem for path in SHIPPED}
     assert names == {
         *("baselines", "weights", "length", "size_ratio", "negative_transfer", "community", "augmentation", "paper"),
-        *("paper_cpu", "regime"),
+        *("paper_cpu", "regime", "regime_masked"),
     }
 
 

@@ -213,16 +213,19 @@ def test_mistakes_in_recipe_corpus_and_json_come_together(pretrain: Pretrain, go
 
 
 def test_a_pretrained_peer_with_another_tokenizer_is_refused(
-    pretrain: Pretrain, good: dict[str, Any], tmp_path: Path
+    pretrain: Pretrain, good: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    other = chain_corpus(tmp_path / "other", vocab_size=200)
+    tokenizer = json.loads((corpus / "tokenizer" / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["w7"], words["w8"] = words["w8"], words["w7"]
     AutoConfig.for_model("bert").save_pretrained(tmp_path / "finished")
-    AutoTokenizer.from_pretrained(other / "tokenizer").save_pretrained(tmp_path / "finished")
+    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "finished")
+    (tmp_path / "finished" / "tokenizer.json").write_text(json.dumps(tokenizer))
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "finished"), "frozen": True})
     code, _, err = pretrain(recipe)
-    assert code == 2 and "its tokenizer (200 tokens) is not the corpus's (300 tokens" in err
+    assert code == 2 and "its tokenizer has 'w7' as token 8, the corpus's has 'w8'" in err
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "nowhere"), "frozen": True})
     code, _, err = pretrain(recipe)
     assert code == 2 and err.count("nowhere'") == 1 and "no such directory" in err, "the hub is not spoken of"

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.objective.divergences import Divergence
 from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, read_yaml, recipe_mistakes
 
 GOOD: dict[str, Any] = {
@@ -272,3 +273,20 @@ _ANYTHING = st.recursive(
 @given(_ANYTHING)
 def test_anything_at_all_gives_mistakes_and_never_a_crash(raw: Any) -> None:
     assert recipe_mistakes(raw)
+
+
+def test_divergences_are_the_recipes_or_an_edges_own() -> None:
+    peers = {
+        "a": {"model": {"model_type": "bert"}, "soft": {"b": 1.0}},
+        "b": {"model": {"model_type": "bert"}, "soft": {"a": 4.0}, "divergence": {"a": "jsd"}},
+    }
+    raw = {"corpus": {"path": "x"}, "peers": peers, "training": {"steps": 1}}
+    raw["objective"] = {"divergence": "reverse_kl", "jsd_beta": 0.1}
+    graph = Recipe.model_validate(raw).graph()
+    assert (graph.divergence(0, 1), graph.divergence(1, 0)) == (Divergence("reverse_kl"), Divergence("jsd", 0.1))
+    assert "b            learns from a                  weight 4 (JSD, β 0.1)" in graph.describe()
+    peers["b"]["divergence"] = {"c": "kl", "a": "hellinger"}
+    raw["objective"]["jsd_beta"] = 1.0
+    said = recipe_mistakes(raw)
+    assert len(said) == 3 and "peers.b.divergence.c = kl: peers.b.soft has no weight for it" in said[2]
+    assert "objective.jsd_beta = 1.0" in said[0] or "objective.jsd_beta = 1.0" in said[1]

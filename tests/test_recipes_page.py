@@ -48,8 +48,10 @@ def test_every_set_of_the_docs_is_taken() -> None:
 
 def test_the_sections_of_the_page_make_a_recipe() -> None:
     base: dict[str, Any] = {"training": {"steps": 1}}
-    weights, peers, corpus = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert recipe_mistakes({**base, **read_yaml(peers), **read_yaml(corpus)}) == []
+    found = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    weights, corpus = found[0], read_yaml(found[-1])
+    for peers in map(read_yaml, found[1:-1]):
+        assert list(peers) == ["peers"] and recipe_mistakes({**base, **peers, **corpus}) == []
     model = {"model": {"model_type": "bert"}}
     said = [read_yaml(line) for line in weights.splitlines()]
     assert len(said) == 3 and all(list(soft) == ["soft"] for soft in said)

@@ -59,7 +59,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
         if ranks.first:
             print(forecast(arguments, cluster, recipe, deepspeed_json))
         return cli.EXIT_DONE
-    plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path)
+    saved = run.saved_configs if arguments.resume else None
+    plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path, saved)
     if arguments.dry_run:
         if ranks.first:
             rehearse_peers(plan, device_type())

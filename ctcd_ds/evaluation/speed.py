@@ -22,12 +22,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ctcd_ds.cli import UserError, aligned, count
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.evaluation.finetune import open_checkpoint, quiet_libraries
+from ctcd_ds.evaluation.finetune import load, open_checkpoint, quiet_libraries
+from ctcd_ds.evaluation.forms import SENTENCES
 from ctcd_ds.evaluation.glue import model_names
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.measuring import Step, interleaved, peak_bytes, ratio, synchronise
 from ctcd_ds.peers.accounting import cost
-from ctcd_ds.tasks.mlm import MaskedLM
+from ctcd_ds.peers.reading import FEW
+from ctcd_ds.tasks import TASKS
 from ctcd_ds.training.run_directory import environment
 
 FILE = "speed.json"
@@ -63,7 +65,7 @@ class ModelSpeed(_Part):
 
     name: the shortest tail of its path that tells it from the others; path: absolute; sha256: of its weights.
     layers, hidden_size: of its config; None where the architecture does not say.
-    parameters: of the exported masked language model, tied output embeddings once. bytes_on_disk: its weight files.
+    parameters: of the exported language model, tied output embeddings once. bytes_on_disk: its weight files.
     timings: one for each size, in the order of `Speed.sizes`.
     """
 
@@ -114,21 +116,22 @@ def read_speed(directory: Path) -> Speed:
         raise UserError(f"{path} is no speed.json of `ctcd speed`: {where}: {problem.errors()[0]['msg']}") from None
 
 
+def _auto_class(path: Path, config: Any) -> Any:
+    """The Auto class that makes what was exported, with its head for words. Raises UserError where it has none."""
+    for auto in (task.auto_class() for task in TASKS.values()):
+        if (made := auto._model_mapping.get(type(config), None)) and made.__name__ in (config.architectures or ()):
+            return auto
+    raise UserError(f"--model: {path} is no language model ({', '.join(config.architectures or ())})")
+
+
 class _Candidate:
     """A model in memory, ready to be timed."""
 
     def __init__(self, path: Path, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForSequenceClassification
-
         self.checkpoint = open_checkpoint(path, name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+        model, _ = load(SENTENCES, path, self.checkpoint.tokenizer, dtype=dtype)
         self.model, self.device = model.to(device).eval(), device
-        try:
-            self.parameters = cost(model.config, self.checkpoint.positions, 1.0, MaskedLM.auto_class()).parameters
-        except ValueError:
-            raise UserError(f"--model: {path} is no masked language model ({model.config.model_type})") from None
+        self.parameters = cost(model.config, FEW, 1.0, _auto_class(path, model.config)).parameters
         self.weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     def step(self, batch_size: int, sequence_length: int) -> Step:

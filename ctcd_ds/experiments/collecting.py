@@ -87,7 +87,7 @@ def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict
             "lowest_loss": min(losses) if len(losses) >= MANY_LOOKS else None,
             "valid_accuracy": whole.get("accuracy"),
             "valid_losses": {of: values["loss"] for of, values in held_out.items() if "loss" in values},
-            "glue": _glue_scores(run / "glue" / "results.json", place),
+            "glue": task_scores(run, place),
             "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
         }
         peers[name] = peer.model_copy(update=left)
@@ -98,19 +98,24 @@ def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict
     }
 
 
-def _glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
-    """This model's scores from `ctcd glue`'s results.json, each under the name that it may have."""
-    content = read_json(path)
-    for entry in content.get("models", {}).values():
-        if Path(entry["path"]).resolve() == model.resolve():
-            return {
-                called(task, content["tasks"][task], content["settings"]): GlueScore(
-                    median=scores["median"], seeds={seed: done["score"] for seed, done in scores["seeds"].items()}
-                )
-                for task, scores in entry["tasks"].items()
-                if "median" in scores
-            }
-    return {}
+def task_scores(run: Path, model: Path) -> dict[str, GlueScore]:
+    """This model's scores from `ctcd glue` and `ctcd lm-eval`, each under the name that it may have."""
+    found = {}
+    for content in _scored(run):
+        for entry in content["models"].values():
+            if Path(entry["path"]).resolve() == model.resolve():
+                for task, scores in entry["tasks"].items():
+                    if "median" in scores:
+                        seeds = {seed: done["score"] for seed, done in scores["seeds"].items()}
+                        name = called(task, content["tasks"][task], content["settings"])
+                        found[name] = GlueScore(median=scores["median"], seeds=seeds)
+    return found
+
+
+def _scored(run: Path) -> list[dict[str, Any]]:
+    """What the commands that score a run's exports have written."""
+    contents = (read_json(run / room / "results.json") for room in ("glue", "lm_eval"))
+    return [content for content in contents if content]
 
 
 def reservations(runs: Iterable[Path]) -> list[str]:
@@ -121,10 +126,10 @@ def reservations(runs: Iterable[Path]) -> list[str]:
         ends = {key.split("/")[1]: v for key, v in summary.items() if re.fullmatch("valid/[^/]+/loss", key) and v}
         if nothing := at_word_frequencies(ends, summary.get("unigram_loss")):
             said[f"{run.name}: {nothing}."] = None
-        content = read_json(run / "glue" / "results.json")
-        for task, known in content.get("tasks", {}).items():
-            if why := reservation(task, known, content["settings"]):
-                said[f"{called(task, known, content['settings'])}: {why}."] = None
+        for content in _scored(run):
+            for task, known in content["tasks"].items():
+                if why := reservation(task, known, content["settings"]):
+                    said[f"{called(task, known, content['settings'])}: {why}."] = None
     return list(said)
 
 

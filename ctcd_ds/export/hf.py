@@ -17,6 +17,7 @@ from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import built
 from ctcd_ds.peers.build import TOLERANCE, difference, one_line, save_and_reload, with_state
 from ctcd_ds.peers.reading import as_inputs, fit_tokenizer
+from ctcd_ds.peers.vocabulary import KEPT
 from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, valid_batches
@@ -106,12 +107,16 @@ def _let_generate(model: Any, tokenizer: Any) -> None:
 def peer_model(
     run: RunDirectory, name: str, state: Mapping[str, Tensor], auto: Any, vocab_size: int | None = None
 ) -> Any:
-    """The peer with these weights; with `vocab_size` its vocabulary is cut to that, else padded as in training."""
+    """The peer with these weights, its vocabulary padded as in training.
+
+    With `vocab_size` it is cut to that, or to as many rows as the checkpoint had that it began from, if these are more.
+    """
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(run.peers / name, trust_remote_code=False)
-        return with_state(config, state, auto, vocab_size)
+        rows = vars(config).pop(KEPT, vocab_size)
+        return with_state(config, state, auto, vocab_size and rows)
     except Exception as problem:  # transformers has no common base for what it raises
         raise Damage(f"{run.peers / name / 'config.json'} does not fit the weights: {one_line(problem)}") from None
 

@@ -23,7 +23,7 @@ from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory
 
 FILE, CURVES = "README.md", "curves.png"
-_BEGIN, _END = "<!-- scores: `ctcd glue` writes them here -->", "<!-- end of scores -->"
+_BEGIN, _END = "<!-- scores: `ctcd glue` and `ctcd lm-eval` write them here -->", "<!-- end of scores -->"
 _BODY = """
 # {name}
 
@@ -63,7 +63,8 @@ The recipe that repeats it:
 - {limit}, and its facts are not to be relied on.
 - Held-out values are measured with fixed masks, on held-out documents of the same corpus where no other set is named;
   they say nothing of other text.
-- Scores of tasks are those of fine-tuned copies; a difference within the spread of a few seeds is none.
+- Scores of tasks are those of fine-tuned copies (but for N-shot ones); a difference within the spread of a few seeds
+  is none.
 """
 
 
@@ -91,7 +92,7 @@ def write_card(
         example=task.words.example,
         limit=task.words.limit,
         layers=next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?"),
-        origin=f"`{section.pretrained}`" if section.pretrained else "scratch",
+        origin=f"`{section.origin}`" if section.origin else "scratch",
         version=__version__,
         how=", ".join(terms),
         scores=_scores(results),
@@ -151,8 +152,10 @@ def _words(result: EvalResult) -> str:
 
 def _shown(result: EvalResult) -> str:
     """A value as people read it; the card's metadata has fractions, as the hub wants them."""
-    unit = {"loss": "nats", "bits_per_byte": "bits"}.get(result.metric_type)
-    return f"{result.metric_value} {unit}" if unit else f"{100 * result.metric_value:.2f} %"
+    unit = {"loss": " nats", "bits_per_byte": " bits"}.get(result.metric_type)
+    if unit is not None or "perplexity" in result.metric_type:
+        return f"{result.metric_value}{unit or ''}"
+    return f"{100 * result.metric_value:.2f} %"
 
 
 def _scores(results: Sequence[EvalResult]) -> str:

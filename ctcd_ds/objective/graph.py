@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ctcd_ds.objective.course import Course
+from ctcd_ds.objective.divergences import KL, Divergence
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class DistillationGraph:
     `hard[i]` weighs the hard loss of peer i; `soft[i][j]` weighs what peer i learns from peer j.
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
     `courses[i][j]`: how the weight of edge i ← j changes over the run, if it does; `soft` then has the most it ever is.
+    `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
     """
 
     names: tuple[str, ...]
@@ -22,6 +24,7 @@ class DistillationGraph:
     soft: tuple[tuple[float, ...], ...]
     trained: tuple[bool, ...]
     courses: tuple[tuple[Course | None, ...], ...] = ()
+    divergences: tuple[tuple[Divergence, ...], ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -63,6 +66,10 @@ class DistillationGraph:
         """(learner i, taught by j, weight) for every soft loss."""
         return ((i, j, w) for i, row in enumerate(self.soft) for j, w in enumerate(row) if w)
 
+    def divergence(self, i: int, j: int) -> Divergence:
+        """In what peer i is to come near to peer j."""
+        return self.divergences[i][j] if self.divergences else KL
+
     def distilling(self) -> set[str]:
         """The peers that teach another or learn from one."""
         return {self.names[k] for i, j, _ in self.edges() for k in (i, j)}
@@ -88,4 +95,5 @@ class DistillationGraph:
     def said(self, i: int, j: int) -> str:
         """The weight of edge i ← j in words."""
         course = self.courses[i][j] if self.courses else None
-        return str(course) if course else f"{self.soft[i][j]:g}"
+        kind = "" if (divergence := self.divergence(i, j)) == KL else f" ({divergence})"
+        return (str(course) if course else f"{self.soft[i][j]:g}") + kind

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctcd_ds.objective.batch import Batch
-from ctcd_ds.objective.fused import chunks, project
+from ctcd_ds.objective.projection import chunks, project
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.tasks.loader import Cut, valid_batches

@@ -61,6 +61,11 @@ class RunDirectory:
         """Whether a run was started here."""
         return self.recipe.exists() or self.metrics.exists() or any(self.checkpoints.glob("step-*"))
 
+    @property
+    def saved_configs(self) -> Path | None:
+        """Where its peers' configs are, once it has a checkpoint: then nobody asks any more what they began from."""
+        return self.peers if any(self.checkpoints.glob("step-*")) else None
+
     def logged(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl in the order of steps; of a step that was run again the later row counts.
 

@@ -21,7 +21,7 @@ from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.hf import peer_model
 from ctcd_ds.objective.batch import View
-from ctcd_ds.objective.fused import chunks, project
+from ctcd_ds.objective.projection import chunks, project
 from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS

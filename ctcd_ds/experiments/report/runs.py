@@ -168,7 +168,7 @@ def _conditions_of(run: LoggedRun, peer: str) -> dict[str, Any]:
         **{f"schedule.{key}": value for key, value in recipe.schedule.model_dump().items()},
         **{f"optimizer.{key}": value for key, value in recipe.optimizer_of(peer).model_dump().items()},
         **{f"its {key}": value for key, value in own.items()},
-        "model": {**read_json(run.directory.peers / peer / "config.json"), "pretrained": section.pretrained},
+        "model": {**read_json(run.directory.peers / peer / "config.json"), "pretrained": section.origin},
     }
 
 
