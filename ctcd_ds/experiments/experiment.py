@@ -43,8 +43,8 @@ class Request:
     """What a command asks for.
 
     overrides: KEY=VALUE for the base recipe. data_dir, cells, seeds, max_parallel: None leaves them to the experiment
-    and the machine. slurm: the cells are queued, and nothing is waited for. only_collect: nothing is run,
-    results.json is written from what is there.
+    and the machine. slurm: the cells are queued, and nothing is waited for. only_collect: nothing is run, results.json
+    is written from what is there.
     """
 
     path: Path
