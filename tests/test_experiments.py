@@ -49,7 +49,7 @@ EXPERIMENT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chain_corpus(tmp_path_factory.mktemp("experiments") / "corpus")
+    return chain_corpus(tmp_path_factory.mktemp("experiments") / "corpus", sentinels=16)
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
@@ -99,7 +99,7 @@ def test_the_experiments_of_the_plan_are_shipped() -> None:
     names = {path.stem for path in SHIPPED}
     assert names == {
         *("baselines", "weights", "length", "size_ratio", "negative_transfer", "community", "augmentation", "paper"),
-        "paper_cpu",
+        *("paper_cpu", "causal_baselines", "cross_architecture"),
     }
 
 

@@ -27,7 +27,7 @@ from ctcd_ds.evaluation.glue import model_names
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.measuring import Step, interleaved, peak_bytes, ratio, synchronise
 from ctcd_ds.peers.accounting import cost
-from ctcd_ds.tasks.mlm import MaskedLM
+from ctcd_ds.tasks import TASKS
 from ctcd_ds.training.run_directory import environment
 
 FILE = "speed.json"
@@ -63,7 +63,7 @@ class ModelSpeed(_Part):
 
     name: the shortest tail of its path that tells it from the others; path: absolute; sha256: of its weights.
     layers, hidden_size: of its config; None where the architecture does not say.
-    parameters: of the exported masked language model, tied output embeddings once. bytes_on_disk: its weight files.
+    parameters: of the exported language model, tied output embeddings once. bytes_on_disk: its weight files.
     timings: one for each size, in the order of `Speed.sizes`.
     """
 
@@ -114,6 +114,13 @@ def read_speed(directory: Path) -> Speed:
         raise UserError(f"{path} is no speed.json of `ctcd speed`: {where}: {problem.errors()[0]['msg']}") from None
 
 
+def can_classify(path: Path) -> bool:
+    """Whether transformers has a classifier for this exported model, as which it is measured; Mamba has none."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    return type(AutoConfig.from_pretrained(path)) in AutoModelForSequenceClassification._model_mapping
+
+
 class _Candidate:
     """A model in memory, ready to be timed."""
 
@@ -125,17 +132,23 @@ class _Candidate:
             path, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
         self.model, self.device = model.to(device).eval(), device
-        try:
-            self.parameters = cost(model.config, self.checkpoint.positions, 1.0, MaskedLM.auto_class()).parameters
-        except ValueError:
-            raise UserError(f"--model: {path} is no masked language model ({model.config.model_type})") from None
+        autos = [task.auto_class() for task in TASKS.values()]
+        if (auto := next((auto for auto in autos if type(model.config) in auto._model_mapping), None)) is None:
+            raise UserError(f"--model: {path} is no language model ({model.config.model_type})")
+        self.parameters = cost(model.config, min(128, self.checkpoint.positions), 1.0, auto).parameters
+        if model.config.pad_token_id is None:  # causal models classify at the last token that is no padding
+            model.config.pad_token_id = model.config.eos_token_id
         self.weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     def step(self, batch_size: int, sequence_length: int) -> Step:
         """One batch through the model."""
         random = torch.Generator().manual_seed(0)
         size = (batch_size, sequence_length)
-        ids = torch.randint(self.model.config.vocab_size, size, generator=random).to(self.device)
+        ids = torch.randint(self.model.config.vocab_size, size, generator=random)
+        if (end := self.model.config.eos_token_id) is not None:  # where BART and T5 classify, once a row
+            ids[ids == end] -= 1
+            ids[:, -1] = end
+        ids = ids.to(self.device)
         mask = torch.ones_like(ids)
 
         def forward() -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import ABSENT, Corpus, SpecialIds
 from ctcd_ds.kinds import instead
+from ctcd_ds.peers.reading import uncached
 from ctcd_ds.recipe import PeerSection
 
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
@@ -60,18 +61,42 @@ def peer_config(section: PeerSection, corpus: Corpus, auto: Any) -> Any:
         else:
             values = dict(section.model or {})
             config = AutoConfig.for_model(values.pop("model_type"), **values)
+        parts = _parts(config)
     except Exception as problem:  # transformers raises whatever its config classes raise
         raise UserError(one_line(problem)) from None
-    special, own = corpus.special, config.get_text_config()
-    for part in {id(config): config, id(own): own}.values():
+    special = corpus.special
+    for part in parts:
         for role, number in _roles(special).items():
             setattr(part, f"{role}_token_id", None if number == ABSENT else number)
-        part.vocab_size = padded(corpus.vocab_size)
+    set_vocabulary(config, padded(corpus.vocab_size))
     if auto is AutoModelForCausalLM and hasattr(config, "is_decoder"):
         config.is_decoder = True
     if auto is AutoModelForSeq2SeqLM:
         config.decoder_start_token_id = special.pad
     return config
+
+
+def set_vocabulary(config: Any, size: int) -> None:
+    """Makes the vocabulary that large wherever a config says its size: in its text part, encoder and decoder, and by
+    other names (Marian's decoder_vocab_size, FSMT's src_vocab_size, Gemma's vocab_size_per_layer_input).
+    """
+    parts, old = _parts(config), config.get_text_config().vocab_size
+    for part in parts:
+        for name in [name for name, value in vars(part).items() if "vocab_size" in name and value == old]:
+            setattr(part, name, size)
+        part.vocab_size = size
+
+
+def _parts(config: Any) -> list[Any]:
+    """The config, its text part, and all configs inside that have the text's vocabulary."""
+    own = config.get_text_config()
+    parts = {id(part): part for part in (config, own)}
+    waiting = [config]
+    while waiting:
+        inside = [part for part in vars(waiting.pop()).values() if hasattr(part, "to_dict")]
+        parts |= {id(part): part for part in inside if getattr(part, "vocab_size", None) == own.vocab_size}
+        waiting += inside
+    return list(parts.values())
 
 
 def _roles(special: SpecialIds) -> dict[str, int]:
@@ -111,7 +136,7 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, 
         yield f"model.num_attention_heads = {heads}: does not divide hidden_size = {width}"
         return
     places = getattr(config, "max_position_embeddings", None)
-    if isinstance(places, int) and sequence_length > places:
+    if isinstance(places, int) and 0 < places < sequence_length:
         yield (
             f"max_position_embeddings = {places}: less than corpus.sequence_length = {sequence_length}; "
             "raise it or shorten the rows"
@@ -249,7 +274,7 @@ def with_state(config: Any, state: Mapping[str, Tensor], auto: Any, vocab_size: 
     """A model of this config with these weights, fp32; with `vocab_size` its vocabulary is cut to that."""
     config = copy.deepcopy(config)
     if vocab_size is not None:
-        config.get_text_config().vocab_size = config.vocab_size = vocab_size
+        set_vocabulary(config, vocab_size)
     model = auto.from_config(config, dtype=torch.float32)
     load_fitted(model, state)
     return model
@@ -277,7 +302,7 @@ def difference(exported: Any, inside: Any, inputs: Mapping[str, Tensor]) -> tupl
     for model in (exported, inside):
         torch.manual_seed(0)  # Reformer hashes by random numbers
         with torch.no_grad():
-            logits.append(model.eval()(**inputs).logits)
+            logits.append(model.eval()(**inputs, **uncached(model)).logits)
     found, expected = logits[0], logits[1][..., : logits[0].shape[-1]]
     return float((found - expected).abs().max()), float(expected.abs().max())
 

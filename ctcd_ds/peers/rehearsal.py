@@ -24,6 +24,7 @@ from ctcd_ds.peers.build import (
     padded,
     quiet_transformers,
     save_and_reload,
+    set_vocabulary,
     with_state,
 )
 from ctcd_ds.peers.heads import project_positions
@@ -62,7 +63,7 @@ def _twins(config: Any) -> Iterator[Any]:
     for layers in (LAYERS, None):
         twin = copy.deepcopy(config)
         own = twin.get_text_config()
-        twin.vocab_size = own.vocab_size = max(_special_ids(twin), default=0) + WORDS
+        set_vocabulary(twin, max(_special_ids(twin), default=0) + WORDS)
         depth = getattr(own, "num_hidden_layers", None)
         if layers is not None:
             if not isinstance(depth, int) or depth <= layers:
@@ -85,7 +86,7 @@ def _rehearse(
 ) -> str | None:
     kind, words = type(config).__name__.removesuffix("Config"), config.get_text_config().vocab_size
     inside = copy.deepcopy(config)
-    inside.vocab_size = inside.get_text_config().vocab_size = padded(words)
+    set_vocabulary(inside, padded(words))
     try:
         model = auto.from_config(inside, dtype=torch.float32)
         hold_fixed(model)

@@ -115,7 +115,14 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
     configs = {name: peer_config(section, corpus, auto) for name, section in recipe.peers.items()}
-    costs = {name: cost(c, length, task.asked(recipe, name) / length, auto) for name, c in configs.items()}
+    costs: dict[str, Cost] = {}
+    for name, peer in configs.items():
+        try:
+            costs[name] = cost(peer, length, task.asked(recipe, name) / length, auto)
+        except UserError as mistake:
+            mistakes.append(f"peers.{name}: {mistake}")
+    if mistakes:
+        raise Mistakes("this run", mistakes)
     return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, begun)
 
 
