@@ -49,8 +49,8 @@ logits with those of the plain model.
 **logits**: how those at the asked positions are had ([architecture.md](architecture.md#any-architecture)). *cut*: the
 head runs at the positions only; *tap*: the output embedding is left to the objective, which works in tiles of the
 vocabulary (and knows the *scale*, soft *cap* or *bias* that the model puts after it); *all*: all logits are made, and
-then gathered. **apart**: whether `corpus.documents: apart` can be had. Routers of experts learn from the objective alone:
-losses that balance them are no part of it.
+then gathered. **apart**: whether `corpus.documents: apart` can be had. Routers of experts learn from the objective
+alone: losses that balance them are no part of it.
 """
 
 

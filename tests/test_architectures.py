@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from architectures import LENGTH, REFUSED, tiny
@@ -82,23 +83,30 @@ def cost_is_the_profilers(config: Any, auto: Any) -> None:
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.largest == max(p.numel() for p in model.parameters())
     inputs = as_inputs(model.config, torch.full((1, LENGTH), 200))
-    one_dimensional = convolutions(model)  # the profiler leaves them out
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
+    with (
+        torch.no_grad(),
+        Convolutions() as others,
+        profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled,
+    ):
         model(**inputs, **uncached(model))
     products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::conv2d")
     expected = sum(event.flops for event in profiled.key_averages() if event.key in products)
     if config.model_type == "perceiver":  # its own head runs at all positions that it has, and is cut afterwards
         expected -= 2 * (config.max_position_embeddings - LENGTH) * config.d_model * config.vocab_size
-    assert found.forward_flops * LENGTH == pytest.approx(expected + sum(one_dimensional), rel=1e-6)
+    assert found.forward_flops * LENGTH == pytest.approx(expected + others.flops, rel=1e-6)
 
 
-def convolutions(model: Any) -> list[int]:
-    """Grows by the FLOPs of each one-dimensional convolution that runs."""
-    flops: list[int] = []
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Conv1d):
-            layer.register_forward_hook(lambda conv, _, out: flops.append(2 * out.numel() * conv.weight[0].numel()))
-    return flops
+class Convolutions(TorchFunctionMode):
+    """Counts those over one dimension, which the profiler leaves out."""
+
+    flops = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function is torch.conv1d:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self.flops += 2 * output.numel() * weight[0].numel()
+        return output
 
 
 @pytest.mark.parametrize(("task", "kinds"), together())
