@@ -21,9 +21,11 @@ from ctcd_ds import cli
 from ctcd_ds.manifest import write_atomic
 
 THREE = ["--peers", "6x768,4x768,4x768", "--ways", "ours,alone"]
+CAUSAL = ["--peers", "6x512,4x512", "--sequence_length", "512", "--rows", "2", "--vocab_size", "32000"]
 COMMANDS: dict[str, list[str]] = {
     "two peers": ["step.py", "--ways", "naive,naive_kept,naive_selected,ours,alone"],
     "three peers": ["step.py", *THREE],
+    "two causal peers": ["step.py", "--task", "clm", *CAUSAL, "--ways", "naive,naive_kept,ours,alone"],
     "objective": ["objective.py"],
     "loader": ["loader.py"],
     "overhead": ["overhead.py"],

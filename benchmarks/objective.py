@@ -22,8 +22,9 @@ from workload import Shape, Size
 
 from ctcd_ds import cli
 from ctcd_ds.objective.batch import Batch
-from ctcd_ds.objective.fused import Projection, fused_objective, project
+from ctcd_ds.objective.fused import fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.projection import Projection, project
 from ctcd_ds.objective.reference import reference_objective
 
 ROW = 128  # tokens in a row: decides how many of them are targets

@@ -26,8 +26,10 @@ from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, padded
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import PeerSection
+from ctcd_ds.tasks.clm import CausalLM
 from ctcd_ds.tasks.masking import Masking
 from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
+from ctcd_ds.tasks.task import Task
 
 SPECIAL = SpecialIds(cls=2, sep=3, mask=4, pad=0, unk=1)
 FIRST_WORD = 5  # the first id that is no special token
@@ -36,15 +38,15 @@ MASK_FRACTION = 0.15
 
 @dataclass(frozen=True)
 class Size:
-    """A BERT by layers × width; heads of 64, feed-forward of four widths, as in BERT itself."""
+    """A BERT or a Llama by layers × width; heads of 64, feed-forward of four widths, as in BERT itself."""
 
     layers: int
     width: int
 
-    def model(self, length: int) -> dict[str, Any]:
+    def model(self, length: int, task: str) -> dict[str, Any]:
         """The recipe's `model` section for rows of `length`."""
         return {
-            "model_type": "bert",
+            "model_type": {"mlm": "bert", "clm": "llama"}[task],
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
             "num_attention_heads": max(1, self.width // 64),
@@ -63,6 +65,7 @@ def sizes(text: str) -> list[Size]:
 def add_shape_options(parser: argparse.ArgumentParser, peers: str = "6x768,4x768") -> None:
     """The options that say how large the measured step is."""
     parser.add_argument("--peers", type=sizes, default=peers, help="LAYERSxWIDTH of each peer")
+    parser.add_argument("--task", choices=("mlm", "clm"), default="mlm", help="BERTs, or Llamas asked at all positions")
     parser.add_argument("--sequence_length", type=cli.positive, default=128)
     parser.add_argument("--rows", type=cli.positive, default=16, help="rows in a step")
     parser.add_argument("--vocab_size", type=cli.positive, default=30522, help="rounded up to a multiple of 64")
@@ -77,12 +80,13 @@ class Shape:
     length: int
     rows: int
     vocab_size: int
+    task_name: str = "mlm"
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Shape:
         """The shape that the options ask for."""
         vocabulary = padded(arguments.vocab_size)
-        return cls(tuple(arguments.peers), arguments.sequence_length, arguments.rows, vocabulary)
+        return cls(tuple(arguments.peers), arguments.sequence_length, arguments.rows, vocabulary, arguments.task)
 
     @property
     def masking(self) -> Masking:
@@ -95,8 +99,10 @@ class Shape:
         return Corpus(Path(), "", SPECIAL, self.vocab_size, "", "", "uint16", {}, ((), ()))
 
     @property
-    def task(self) -> MaskedLM:
-        """Masked language modelling, the same for all peers."""
+    def task(self) -> Task:
+        """The same for all peers."""
+        if self.task_name == "clm":
+            return CausalLM(self.corpus, self.length, dict.fromkeys(self.names), False, True)
         masks = dict.fromkeys(self.names, PeerMasks(self.masking))
         return MaskedLM(self.corpus, self.length, self.masking, masks)
 
@@ -107,8 +113,8 @@ class Shape:
 
     def flops(self) -> float:
         """What one training step must do: matrix products only, heads at the targets only."""
-        share = self.masking.count(self.length) / self.length
-        costs = (cost(peer.config, self.length, share, MaskedLM.auto_class()) for peer in meta_models(self))
+        share = 1.0 if self.task_name == "clm" else self.masking.count(self.length) / self.length
+        costs = (cost(peer.config, self.length, share, self.task.auto_class()) for peer in meta_models(self))
         return sum(3 * c.forward_flops for c in costs) * self.rows * self.length
 
 
@@ -120,9 +126,9 @@ def meta_models(shape: Shape) -> list[Any]:
 
 def build_models(shape: Shape) -> dict[str, Any]:
     """The peers as Hugging Face models, fp32, by name."""
-    sections = [PeerSection(model=size.model(shape.length)) for size in shape.peers]
+    sections = [PeerSection(model=size.model(shape.length, shape.task_name)) for size in shape.peers]
     return {
-        name: build_peer(name, s, shape.corpus, 1, MaskedLM.auto_class())
+        name: build_peer(name, s, shape.corpus, 1, shape.task.auto_class())
         for name, s in zip(shape.names, sections, strict=True)
     }
 
@@ -141,8 +147,13 @@ def co_training(models: Mapping[str, Any], graph: DistillationGraph, vocab_size:
 
 
 def random_batch(shape: Shape, device: torch.device) -> tuple[Batch, dict[str, Tensor]]:
-    """The same random masked rows twice: as our Batch, and as DataCollatorForLanguageModeling gives them."""
+    """The same random rows twice: as our Batch, and as a collator of transformers gives them, labels in place."""
     random, numbers = np.random.default_rng(0), np.arange(shape.rows)
+    if shape.task_name == "clm":
+        tokens = random.integers(FIRST_WORD, shape.vocab_size, (shape.rows, shape.length + 1), dtype=np.int32)
+        [batch] = shape.task.batches(tokens, 1, np.zeros_like(numbers), numbers, shape.rows)
+        rows = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        return batch.to(device), {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
     tokens = random.integers(FIRST_WORD, shape.vocab_size, (shape.rows, shape.length), dtype=np.int32)
     tokens[:, 0], tokens[:, -1] = SPECIAL.cls, SPECIAL.sep
     ids, places, originals = shape.masking.apply(tokens, 1, np.zeros_like(numbers), numbers)
@@ -186,7 +197,7 @@ def write_corpus(folder: Path, vocab_size: int, rows: int, length: int) -> Path:
 def _tokenizer(vocab_size: int) -> Any:
     from transformers import BertTokenizer
 
-    special = {getattr(SPECIAL, name): f"[{name.upper()}]" for name in SpecialIds.__dataclass_fields__}
+    special = {number: f"[{role.upper()}]" for role, number in SPECIAL.present.items()}
     return BertTokenizer(vocab={special.get(number, f"w{number}"): number for number in range(vocab_size)})
 
 
@@ -203,7 +214,7 @@ def recipe(folder: Path, shape: Shape, corpus: Path, steps: int, **training: Any
     """Writes a recipe that co-trains the shape's peers on `corpus`, the full graph; gives its path."""
     graph = full_graph(shape.names)
     peers = {
-        name: {"model": size.model(shape.length), "soft": dict(zip(graph.names, weights, strict=True))}
+        name: {"model": size.model(shape.length, shape.task_name), "soft": dict(zip(graph.names, weights, strict=True))}
         for name, size, weights in zip(shape.names, shape.peers, graph.soft, strict=True)
     }
     for name in shape.names:

@@ -24,7 +24,7 @@ _TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
 _FOLDERS = {
     "run": ("a run directory", "`ctcd pretrain` makes one"),
     "experiment": ("an experiment's directory", "`ctcd experiment` makes one"),
-    "GLUE results": ("a directory of GLUE results", "`ctcd glue` makes one"),
+    "GLUE results": ("a directory of scores", "`ctcd glue` and `ctcd lm-eval` make one"),
     "corpus": ("a corpus", "`ctcd corpus` makes one"),
     "checkpoint": ("a checkpoint of a run", "`ctcd pretrain` makes one"),
     "model": ("a Hugging Face model", "`ctcd export` makes models of a run"),

@@ -13,12 +13,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.kinds import other_file
+from ctcd_ds.objective.course import Course
+from ctcd_ds.objective.divergences import KL, Divergence, Kind
 from ctcd_ds.objective.graph import DistillationGraph
 
 
@@ -43,21 +45,42 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists only
 Count = Annotated[int, Field(ge=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]  # YAML has lists only
+NAME = r"[A-Za-z][A-Za-z0-9_-]*"  # of a peer, a source or a held-out set: a part of keys
+
+
+class SourceSection(Section):
+    """One corpus of a mixture; `weight`: its part of the rows that are trained on, against those of the others."""
+
+    path: str
+    weight: Positive | None = None
 
 
 class CorpusSection(Section):
-    """Which rows are read and what is asked in them. The directory is what `ctcd corpus` made.
+    """Which rows are read and what is asked in them. Exactly one of `path`, a directory that `ctcd corpus` made, and
+    `sources`, several of them by name, all of one tokenizer.
 
+    `sampling_alpha`: in place of weights, a source's is its number of tokens to this power: 1 is as large as they are,
+    0 all alike, 0.3 what multilingual models take.
+    `train_rows`: a reduced corpus, so many of its training rows evenly spread over the text; null is all.
     `documents`: what a causal model sees of the documents before the one it is in: all that is in the row (joined) or
     nothing (apart). `mean_span`: tokens of a span that is cut out, on average.
     """
 
-    path: str
+    path: str | None = None
+    sources: dict[str, SourceSection] | None = None
+    sampling_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     sequence_length: Annotated[int, Field(ge=4)] = 128
+    train_rows: Count | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     whole_word_masking: bool = False
     documents: Literal["joined", "apart"] = "joined"
     mean_span: Annotated[float, Field(ge=1)] = 3.0
+
+    @property
+    def title(self) -> str:
+        """What cards and reports call the text: the directory's own name, or the sources' names."""
+        return Path(self.path).name if self.path is not None else " + ".join(self.sources or ())
 
 
 Task = Literal["mlm", "clm", "span"]  # masked and causal language modelling, span corruption
@@ -93,39 +116,107 @@ class OptimizerOverride(Section):
     max_grad_norm: NotNegative | None = None
 
 
-class PeerSection(Section):
-    """One model of the run: a Hugging Face config (`model`) or a checkpoint (`pretrained`), and what it learns from.
+class CourseSection(Section):
+    """A weight that changes: `first` until the share `after` of the steps, then on a line to `then` over a share."""
 
-    `soft_start_fraction`: other peer → the share of the run's steps before which nothing is learned from it yet.
+    first: NotNegative = 0.0
+    then: NotNegative
+    after: Fraction = 0.0
+    over: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def course(self) -> Course:
+        """The same as the graph knows it."""
+        return Course(**self.model_dump())
+
+
+# Tags are left out of messages, as all parts of a place with a bracket are.
+Weight = Annotated[
+    Annotated[CourseSection, Tag("[course]")] | Annotated[NotNegative, Tag("[number]")],
+    Discriminator(lambda value: "[course]" if isinstance(value, dict | CourseSection) else "[number]"),
+]
+
+
+class InitFrom(Section):
+    """Which layers of which model a peer begins as: those of `pretrained` (as a peer's own), or of another `peer`.
+
+    `layers` count from 0, in their order; a model with an encoder and a decoder takes these of both. Everything else is
+    the source's: widths, embeddings, head. A peer of the run gives what it begins with itself.
+    """
+
+    peer: str | None = None
+    pretrained: str | None = None
+    layers: Layers
+
+
+class PeerSection(Section):
+    """One model of the run, and what it learns from.
+
+    It begins as a Hugging Face config (`model`) with random weights, as a checkpoint (`pretrained`), or as some layers
+    of a model (`init_from`), whose settings `model` may then repeat.
+    `divergence`: other peer → how far from it this one is, where that is not what `objective.divergence` says.
     `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
     `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
     """
 
     model: dict[str, Any] | None = None
     pretrained: str | None = None
+    init_from: InitFrom | None = None
     frozen: bool = False
     hard: NotNegative | None = None
-    soft: dict[str, NotNegative] = {}
-    soft_start_fraction: dict[str, Fraction] = {}
+    soft: dict[str, Weight] = {}
+    divergence: dict[str, Kind] = {}
     label_noise: Annotated[float, Field(ge=0, le=1)] | None = None
     mask_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     optimizer: OptimizerOverride = OptimizerOverride()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written_before(cls, raw: Any) -> Any:
+        """Run directories of earlier versions say `soft_start_fraction: {other: share}`: a course from 0."""
+        starts = raw.get("soft_start_fraction") if isinstance(raw, dict) else None
+        soft = raw.get("soft") or {} if isinstance(raw, dict) else None
+        if not isinstance(starts, dict) or not isinstance(soft, dict) or not starts.keys() <= soft.keys():
+            return raw
+        late = {other: {"then": soft[other], "after": share} for other, share in starts.items() if share}
+        return {key: value for key, value in raw.items() if key != "soft_start_fraction"} | {"soft": {**soft, **late}}
 
     @property
     def hard_weight(self) -> float:
         """1 unless stated; a frozen peer learns nothing."""
         return 0.0 if self.frozen else 1.0 if self.hard is None else self.hard
 
+    @property
+    def checkpoint(self) -> str | None:
+        """The finished model that its weights are read from, all of them or some layers."""
+        return self.pretrained if self.init_from is None else self.init_from.pretrained
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The key that says it."""
+        return "pretrained" if self.init_from is None else "init_from.pretrained"
+
+    @property
+    def origin(self) -> str | None:
+        """What it begins as, in words; None: random weights."""
+        if self.init_from is None:
+            return self.pretrained
+        return f"layers {', '.join(map(str, self.init_from.layers))} of {self.init_from.peer or self.checkpoint}"
+
 
 class ObjectiveSection(Section):
     """`soft_positions`: distil at the target positions, or at all that are not special tokens.
 
+    `divergence`: what the soft losses are, KL(teaching ‖ learning), KL(learning ‖ teaching) (reverse_kl), or
+    Jensen-Shannon's (jsd), to whose mixture the teaching peer gives the share `jsd_beta`.
     Where peers have masks of their own, target positions are those that are masked for all peers that distil.
     """
 
     task: Task = "mlm"
     temperature: Positive = 1.0
+    divergence: Kind = "kl"
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     soft_positions: Literal["targets", "all"] = "targets"
 
 
@@ -142,6 +233,7 @@ class TrainingSection(Section):
     `time_limit_minutes`: saves and stops then, exit code 85. `step_timeout_s`: a step that takes longer ends the run
     and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`: the
     encoders go through torch.compile with static shapes (the first step then takes minutes).
+    `activation_checkpointing`: of each layer only the input is kept; backward runs it again, to the same numbers.
     The newest `keep_checkpoints` are kept; with `keep_every` also those of every so many steps; with `keep_best` also
     the one of each peer's lowest held-out loss (then each improvement is saved). `on_nonfinite`: a step with a loss or
     a gradient that is not finite moves nothing; the run stops there, or skips it.
@@ -161,6 +253,7 @@ class TrainingSection(Section):
     time_limit_minutes: Positive | None = None
     step_timeout_s: Positive = 600.0
     compile: bool = False
+    activation_checkpointing: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     @property
@@ -189,17 +282,18 @@ class Recipe(Section):
 
     def graph(self) -> DistillationGraph:
         """The distillation graph, peers in the recipe's order."""
-        names = tuple(self.peers)
-        late = any(peer.soft_start_fraction for peer in self.peers.values())
-        starts = tuple(
-            tuple(peer.soft_start_fraction.get(other, 0.0) for other in names) for peer in self.peers.values()
-        )
+        weights = [[peer.soft.get(other, 0.0) for other in self.peers] for peer in self.peers.values()]
+        courses = tuple(tuple(w.course if isinstance(w, CourseSection) else None for w in row) for row in weights)
+        usual, jsd = self.objective.divergence, Divergence("jsd", self.objective.jsd_beta)
+        kinds = [[peer.divergence.get(other, usual) for other in self.peers] for peer in self.peers.values()]
+        divergences = tuple(tuple(jsd if kind == "jsd" else Divergence(kind) for kind in row) for row in kinds)
         return DistillationGraph(
-            names=names,
+            names=tuple(self.peers),
             hard=tuple(peer.hard_weight for peer in self.peers.values()),
-            soft=tuple(tuple(peer.soft.get(other, 0.0) for other in names) for peer in self.peers.values()),
+            soft=tuple(tuple(w.course.largest if isinstance(w, CourseSection) else w for w in row) for row in weights),
             trained=tuple(not peer.frozen for peer in self.peers.values()),
-            starts=starts if late else (),
+            courses=courses if any(map(any, courses)) else (),
+            divergences=divergences if any(d != KL for row in divergences for d in row) else (),
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -226,31 +320,50 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
     """
     raw = read_file(path, "recipe")
-    known = dict(peers) if isinstance(raw, dict) and isinstance(peers := raw.get("peers"), dict) else {}
+    peers, sources = dict(_named(raw, "peers")), dict(_named(raw, "corpus", "sources"))
     mistakes = [m for override in overrides if (m := apply_override(raw, override))]
-    mistakes += _take_away(raw, known)
+    mistakes += _take_away(raw, peers)
+    mistakes += _take_sources_away(raw, sources)
     mistakes += recipe_mistakes(raw)
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
-    for section, key in [(raw["corpus"], "path"), *((peer, "pretrained") for peer in raw["peers"].values())]:
+    corpora = [raw["corpus"], *_named(raw, "corpus", "sources").values()]
+    starts = [*raw["peers"].values(), *map(_init_from, raw["peers"].values())]
+    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in starts)]:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
 
 
+def _named(raw: Any, *keys: str) -> dict[str, Any]:
+    """The mapping at a place of a raw recipe; empty where there is none."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw if isinstance(raw, dict) else {}
+
+
+def _take_sources_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    """Removes the sources that an override made null; says which are not `known`, those without a path too."""
+    sources = _named(raw, "corpus", "sources")
+    for name, source in list(sources.items()):
+        new = name not in known
+        if (source is None and (new or known[name])) or (new and isinstance(source, dict) and "path" not in source):
+            del sources[name]
+            if new:
+                near = did_you_mean(name, known)
+                yield f"corpus.sources.{name}: no source has this name; {near} (a new one needs a path)"
+
+
 def _take_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
     """Removes the peers that an override made null, and what others learn from them; says which are not `known`."""
-    peers = raw.get("peers") if isinstance(raw, dict) else None
-    if not isinstance(peers, dict):
-        return
+    peers = _named(raw, "peers")
     for name in [name for name, peer in peers.items() if peer is None and (known.get(name) or name not in known)]:
         del peers[name]
         if name not in known:
             yield f"peers.{name} = null: no peer has this name; {did_you_mean(name, known)}"
         for peer in peers.values():
-            for key in ("soft", "soft_start_fraction"):
-                if isinstance(peer, dict) and isinstance(edges := peer.get(key), dict):
-                    edges.pop(name, None)
+            if isinstance(peer, dict) and isinstance(edges := peer.get("soft"), dict):
+                edges.pop(name, None)
 
 
 def recipe_mistakes(raw: Any) -> list[str]:
@@ -262,7 +375,55 @@ def recipe_mistakes(raw: Any) -> list[str]:
         Recipe.model_validate(raw)
     except ValidationError as problem:
         mistakes = [explain(error, Recipe) for error in problem.errors()]
-    return mistakes + list(_peer_mistakes(raw)) + list(_training_mistakes(raw)) + list(_task_mistakes(raw))
+    for more in (_corpus_mistakes, _peer_mistakes, _training_mistakes, _task_mistakes):
+        mistakes += more(raw)
+    return mistakes
+
+
+def _corpus_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    corpus = raw.get("corpus")
+    if not isinstance(corpus, dict):
+        return
+    path, sources, alpha = (corpus.get(key) for key in ("path", "sources", "sampling_alpha"))
+    if (path is None) == (sources is None):
+        both = "both are given" if path is not None else "neither is given"
+        yield (
+            f"corpus: exactly one of path (a corpus) and sources (several); {both} "
+            "(with --set, null takes one away: corpus.path=null)"
+        )
+    if sources is None and alpha is not None:
+        yield f"corpus.sampling_alpha = {alpha}: is for several corpora; give corpus.sources, or remove it"
+    if sources is not None and (fewer := corpus.get("train_rows")) is not None:
+        yield f"corpus.train_rows = {fewer}: reduces one corpus; with corpus.sources remove it"
+    if not isinstance(sources, dict):
+        return
+    if not sources:
+        yield "corpus.sources = {}: at least one source, NAME: {path: DIR, weight: W}"
+    for name in sources:
+        if said := set_name_mistake(str(name)):
+            yield f"corpus.sources.{name}: {said}"
+    given = [name for name, source in sources.items() if isinstance(source, dict) and source.get("weight") is not None]
+    if alpha is not None and given:
+        yield f"corpus.sampling_alpha = {alpha}: is in place of weights, and {', '.join(given)} has one; remove either"
+    if alpha is None and (without := [name for name in sources if name not in given]):
+        yield (
+            f"corpus.sources: {', '.join(map(str, without))} without weight; give every source one, or none and "
+            "corpus.sampling_alpha"
+        )
+    if isinstance(training := raw.get("training"), dict) and (epochs := training.get("epochs")) is not None:
+        yield f"training.epochs = {epochs}: the corpora of a mixture end at different times; give training.steps"
+
+
+def set_name_mistake(name: str) -> str:
+    """What is wrong with the name of a source or a held-out set (valid/NAME/PEER/loss); "" where nothing is."""
+    if not re.fullmatch(NAME, name):
+        return "a name is letters, digits, _ and -, and begins with a letter"
+    return "this name is taken: valid/agreement is what peers answer alike" if name == "agreement" else ""
+
+
+def is_corpus_place(key: str) -> bool:
+    """Whether a key (see `flat`) says where a corpus lies: it may be moved, what it holds has a fingerprint."""
+    return re.fullmatch(r"corpus\.(sources\.[^.]+\.)?path", key) is not None
 
 
 def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
@@ -274,11 +435,12 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         yield "peers = {}: a run needs at least one peer"
     for name, peer in peers.items():
         here = f"peers.{name}"
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+        if not re.fullmatch(NAME, str(name)):
             yield f"{here}: a peer's name is letters, digits, _ and -, and begins with a letter"
         if not isinstance(peer, dict):
             continue
         yield from _source_mistakes(here, peer)
+        yield from _layer_mistakes(here, name, peers)
         soft = peer.get("soft") or {}
         hard, frozen = peer.get("hard"), peer.get("frozen") is True
         for other, weight in soft.items() if isinstance(soft, dict) else ():
@@ -288,7 +450,11 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
                 others = did_you_mean(other, set(peers) - {name})
                 yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
         weighted = any(soft.values()) if isinstance(soft, dict) else True
-        yield from _late_mistakes(here, peer, soft)
+        yield from _course_mistakes(here, peer)
+        of = peer.get("divergence") or {}
+        for other in of.keys() - soft.keys() if isinstance(of, dict) and isinstance(soft, dict) else ():
+            near = did_you_mean(other, soft)
+            yield f"{here}.divergence.{other} = {of[other]}: {here}.soft has no weight for it; {near}"
         if peer.get("label_noise") and (frozen or hard == 0):
             yield f"{here}.label_noise = {peer['label_noise']}: the peer has no hard loss that noise could harm"
         if frozen:
@@ -304,31 +470,71 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         yield "peers: all are frozen, so there is nothing to train"
 
 
-def _late_mistakes(here: str, peer: dict[str, Any], soft: Any) -> Iterator[str]:
-    starts = peer.get("soft_start_fraction") or {}
-    if not isinstance(starts, dict) or not isinstance(soft, dict):
-        return
-    for other, start in starts.items():
-        if other not in soft:
+def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:
+    try:
+        peer = PeerSection.model_validate(raw)
+    except ValidationError:
+        return  # said already
+    weights = list(peer.soft.values())
+    courses = [weight for weight in weights if isinstance(weight, CourseSection)]
+    for other, weight in peer.soft.items():
+        if isinstance(weight, CourseSection) and round(weight.after + weight.over, 9) > 1:
             yield (
-                f"{here}.soft_start_fraction.{other} = {start}: {here}.soft has no weight for it that could start; "
-                f"{did_you_mean(other, soft)}"
+                f"{here}.soft.{other}: after {weight.after:g} and over {weight.over:g} make more than the whole run, "
+                "which is 1: lower one of them"
             )
-    learns_late = [other for other, weight in soft.items() if weight]
-    if peer.get("hard") == 0 and learns_late and all(starts.get(other) for other in learns_late):
-        yield f"{here}.hard = 0: before its soft losses start, the peer learns from nothing; give it a hard weight"
+    # Between two such moments weights are on lines and not below 0: a sum that is 0 anywhere is 0 at one of them.
+    moments = sorted({0.0, *(c.after for c in courses), *(c.after + c.over for c in courses)})
+    for done in moments if courses and peer.hard == 0 else ():
+        if done < 1 and not any(w.course.at(done) if isinstance(w, CourseSection) else w for w in weights):
+            yield (
+                f"{here}.hard = {peer.hard:g}: when {done:.0%} of the steps are done its soft weights are 0 too, and "
+                "the peer learns from nothing; give it a hard weight"
+            )
+            return
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:
-    model, pretrained = peer.get("model"), peer.get("pretrained")
-    if (model is None) == (pretrained is None):
-        both = "both are given" if model is not None else "neither is given"
-        yield f"{here}: exactly one of model (a Hugging Face config) and pretrained (a checkpoint); {both}"
+    model = peer.get("model")
+    given = [key for key in ("model", "pretrained", "init_from") if peer.get(key) is not None]
+    if given != ["model", "init_from"] and len(given) != 1:
+        yield (
+            f"{here}: exactly one of model (a Hugging Face config), pretrained (a checkpoint) and init_from (layers of "
+            f"a model, whose config model may repeat); given: {' and '.join(given) or 'none'}"
+        )
     if isinstance(model, dict):
         if not isinstance(kind := model.get("model_type"), str):
             yield f"{here}.model.model_type = {kind!r}: name an architecture of transformers, e.g. bert"
         if "vocab_size" in model:
             yield f"{here}.model.vocab_size = {model['vocab_size']}: comes from the corpus's tokenizer; remove it"
+
+
+def _layer_mistakes(here: str, name: str, peers: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a peer's init_from, as far as the recipe alone can tell."""
+    init_from = _init_from(peers[name])
+    layers, other = init_from.get("layers"), init_from.get("peer")
+    if not init_from:
+        return
+    if (other is None) == (init_from.get("pretrained") is None):
+        yield f"{here}.init_from: exactly one of peer (of this run) and pretrained (a checkpoint)"
+    elif isinstance(other, str) and other not in peers:
+        yield f"{here}.init_from.peer = {other!r}: no peer has this name; {did_you_mean(other, set(peers) - {name})}"
+    elif other is not None:
+        chain = [name]
+        while isinstance(other, str) and other in peers and other not in chain:
+            chain.append(other)
+            other = _init_from(peers[other]).get("peer")
+        if other == name == min(chain):
+            yield f"{here}.init_from.peer = {(*chain, name)[1]!r}: a circle ({' from '.join([*chain, name])})"
+    if layers == []:
+        yield f"{here}.init_from.layers = []: name at least one layer, from 0"
+    elif isinstance(layers, list) and all(isinstance(layer, int) for layer in layers) and layers != sorted(set(layers)):
+        yield f"{here}.init_from.layers = {layers}: name each layer once, from the first to the last"
+
+
+def _init_from(peer: Any) -> dict[str, Any]:
+    found = peer.get("init_from") if isinstance(peer, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _training_mistakes(raw: dict[str, Any]) -> Iterator[str]:
@@ -383,13 +589,17 @@ def _keys_beside(location: Sequence[str], root: type[BaseModel]) -> list[str]:
     """The keys that are known at the place of an unknown one."""
     section: Any = root
     for part in location[:-1]:
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if _is_section(section):
             section = section.model_fields[part].annotation
-            if get_origin(section) in (Union, UnionType):
-                section = next(arg for arg in get_args(section) if arg is not type(None))
         elif get_origin(section) is dict:
             section = get_args(section)[1]
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        while get_origin(section) in (Union, UnionType, Annotated):
+            section = next((arg for arg in get_args(section) if _is_section(arg)), get_args(section)[0])
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def read_yaml(text: str) -> Any:

@@ -24,8 +24,9 @@ def write_corpus(
     valid: Documents | Sequence[Documents] = (),
     vocab_size: int = 1000,
     special: SpecialIds = SPECIAL,
+    **sets: Documents | Sequence[Documents],
 ) -> Path:
-    """A finished corpus at `directory`.
+    """A finished corpus at `directory`; `sets` are held out beside `valid`.
 
     A split is a list of documents (lists of ids, their [SEP] is added here) or, for several shards, a list of
     such lists; an empty list is an empty split.
@@ -34,10 +35,10 @@ def write_corpus(
     _write_tokenizer(directory / "tokenizer", vocab_size, special)
     splits = {
         split: [
-            write_shard(directory, f"{split}-{number:05}", documents, vocab_size, special.sep)
+            write_shard(directory, f"{split.replace('.', '-')}-{number:05}", documents, vocab_size, special.sep)
             for number, documents in enumerate(_shards(shards))
         ]
-        for split, shards in {"train": train, "valid": valid}.items()
+        for split, shards in {"train": train, "valid": valid, **{f"valid.{n}": s for n, s in sets.items()}}.items()
     }
     write_preparation(directory, {}, directory / "tokenizer")
     write_corpus_manifest(directory, splits, vocab_size, special)

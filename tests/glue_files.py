@@ -33,6 +33,37 @@ def write_model(folder: Path, seed: int = 1, model_type: str = "bert") -> Path:
     return folder
 
 
+def write_causal(folder: Path, model_type: str, seed: int = 1) -> Path:
+    """A tiny random causal LM, or T5, with the byte-level BPE of its like: one special token that is put nowhere."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    draw = random.Random(0)
+    backend.train_from_iterator((sentence(draw, n % 2) for n in range(500)), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    if model_type == "t5":
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 64, "decoder_start_token_id": 0}
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40}
+        sizes |= {"intermediate_size": 64} if model_type != "gpt2" else {}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": tokenizer.pad_token_id}
+    config = AutoConfig.for_model(model_type, **sizes, **ids, vocab_size=len(tokenizer))
+    auto = AutoModelForSeq2SeqLM if model_type == "t5" else AutoModelForCausalLM
+    torch.manual_seed(seed)
+    auto.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def sentence(draw: random.Random, kind: int) -> str:
     return f'It was "{draw.choice(GOOD if kind else BAD)} a {draw.choice(GOOD if kind else BAD)}.'
 

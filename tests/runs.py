@@ -66,14 +66,14 @@ def chain_documents(number: int, vocab_size: int, seed: int = 0) -> list[list[in
     return documents
 
 
-def chain_corpus(directory: Path, vocab_size: int = 300, sentinels: int = 0) -> Path:
+def chain_corpus(directory: Path, vocab_size: int = 300, sentinels: int = 0, documents: int = 300) -> Path:
     """A small corpus that a model can learn, with the identity of its own tokenizer in the manifest.
 
     `sentinels`: how many tokens more are <extra_id_0>, …
     """
     write_corpus(
         directory,
-        chain_documents(300, vocab_size, seed=1),
+        chain_documents(documents, vocab_size, seed=1),
         chain_documents(40, vocab_size, seed=2),
         vocab_size=vocab_size + sentinels,
         special=replace(SPECIAL, sentinels=tuple(range(vocab_size, vocab_size + sentinels))),
@@ -170,7 +170,8 @@ def _main() -> None:
         ):  # DeepSpeed refuses fp16 on the CPU, where torch can do it: enough for loss scaling
             get_accelerator().is_fp16_supported = lambda: True
             device = "any"
-        plan = make_plan(recipe, job["deepspeed"], ranks.world, device, path)
+        saved = run.saved_configs if job["resume"] else None
+        plan = make_plan(recipe, job["deepspeed"], ranks.world, device, path, saved)
         run.refuse_or_resume(plan, job["resume"])
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # rank 0 writes when all have looked (the first start waits by itself)

@@ -68,14 +68,15 @@ def test_step_with_three_peers_and_in_bf16(row: Any) -> None:
     assert "naive_s" not in found
 
 
-def test_different_maths_is_not_timed() -> None:
+@pytest.mark.parametrize("task", ["mlm", "clm"])
+def test_different_maths_is_not_timed(task: str) -> None:
     """The check sees a wrong weight (in the loss) and a target that is not detached (in the gradients only)."""
     import step
     import workload
 
     from ctcd_ds.cli import RunFailure
 
-    shape = workload.Shape((workload.Size(2, 32), workload.Size(1, 32)), 32, 4, 512)
+    shape = workload.Shape((workload.Size(2, 32), workload.Size(1, 32)), 32, 4, 512, task)
     graph = workload.full_graph(shape.names)
     module = workload.co_training(workload.build_models(shape), graph, shape.vocab_size)
     batch, collated = workload.random_batch(shape, torch.device("cpu"))

@@ -16,6 +16,7 @@ from commands import run
 from corpora import SPECIAL, random_documents, write_corpus
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.shards import ShardWriter, open_pair
 from ctcd_ds.corpus.tokenizer import bring_tokenizer, load_tokenizer, special_ids
 from ctcd_ds.peers.build import build_peer, peer_config
 from ctcd_ds.peers.reading import keeps_apart, sees_the_future, uncached
@@ -191,6 +192,21 @@ def test_keys_of_another_task_are_refused_and_not_written(corpus: Path, tmp_path
     assert load_recipe(tmp_path / "again.yaml") == good and "mask_fraction" not in good.to_yaml()
 
 
+def test_a_model_of_another_task_is_told_which_one(corpus: Path, tmp_path: Path) -> None:
+    masked = {**recipe(corpus), "objective": {"task": "mlm"}}
+    causal = recipe(corpus)
+    causal["peers"]["a"]["model"] = {"model_type": "t5"}
+    causal["corpus"]["sequence_length"] = 128
+    said = []
+    for raw in (masked, causal):
+        with pytest.raises(Mistakes) as mistakes:
+            make_plan(Recipe.model_validate(raw), {"zero_optimization": {"stage": 2}}, 1, "cpu", tmp_path / "no")
+        said.append(mistakes.value.mistakes)
+    assert "'llama' has no head for this task" in said[0][0] and said[0][0].endswith("has one for objective.task: clm")
+    assert "'t5' has no head for this task" in said[1][0] and said[1][0].endswith("has one for objective.task: span")
+    assert "n_positions = 64" in said[1][1] or "max_position_embeddings = 64" in said[1][1]
+
+
 # ---- tokenizers
 
 
@@ -269,6 +285,28 @@ def test_the_corpus_has_each_document_and_its_end_and_knows_its_bytes(causal_cor
         assert shard.text_bytes == sum(len(text.encode()) for text in texts)
         documents += texts
     assert sorted(documents) == sorted(LINES) and corpus.frame == ((), ())
+
+
+def test_megatrons_gpt_corpora_are_adopted(causal_corpus: Path, byte_bpe: Path, tmp_path: Path) -> None:
+    """Made with --append-eod: a copy of the bytes; without: every document gets its end."""
+    corpus = Corpus.open(causal_corpus)
+    [shard] = corpus.splits["train"]
+    made = open_pair(str(causal_corpus / shard.name))
+    bare = ShardWriter(tmp_path, "bare", corpus.dtype)
+    for number in range(len(made)):
+        bare.add(made.document(number)[:-1], 0)
+    bare.finish()
+    for name, prefix in (("with", causal_corpus / shard.name), ("without", tmp_path / "bare")):
+        run_tool("corpus", "--adopt", prefix, "--tokenizer", byte_bpe, "--output_dir", tmp_path / name,
+                 "--valid_fraction", 0)  # fmt: skip
+        [adopted] = Corpus.open(tmp_path / name).splits["train"]
+        found = (tmp_path / name / f"{adopted.name}.bin").read_bytes()
+        assert found == (causal_corpus / f"{shard.name}.bin").read_bytes()
+    run_tool("corpus", "--adopt", tmp_path / "bare", "--tokenizer", byte_bpe, "--output_dir", tmp_path / "parts",
+             "--valid_fraction", 0.2)  # fmt: skip
+    parts = Corpus.open(tmp_path / "parts")
+    texts = sum(part.text_bytes or 0 for split in parts.splits.values() for part in split)
+    assert texts == shard.text_bytes, "what its documents decode to"
 
 
 def test_text_becomes_a_model_that_writes(causal_corpus: Path, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from commands import ROOT, command, environment, run
+from ctcd_ds.experiments.collecting import outcome
 from ctcd_ds.experiments.experiment import with_data
 from ctcd_ds.experiments.grid import CellPlan, expand
 from ctcd_ds.experiments.planning import PlannedCell, plan_cells
-from ctcd_ds.experiments.results import read_results, write_results
+from ctcd_ds.experiments.results import PeerResult, read_results, write_results
 from ctcd_ds.experiments.running import failure_message, places
 from ctcd_ds.experiments.specification import base_recipe, load_experiment
 from ctcd_ds.recipe import Mistakes
@@ -52,6 +53,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chain_corpus(tmp_path_factory.mktemp("experiments") / "corpus", sentinels=16)
 
 
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many rows as the shipped experiments ask for."""
+    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1700)
+
+
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
     """An experiment file with its base recipe beside it; `changes` are laid over, dotted keys inside."""
     experiment = copy.deepcopy(EXPERIMENT)
@@ -79,17 +86,17 @@ def planned_of(path: Path, size: str = "full", overrides: tuple[str, ...] = ()) 
 
 @pytest.mark.parametrize("size", ["full", "tiny"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_experiment_builds(path: Path, size: str, corpus: Path, tmp_path: Path) -> None:
+def test_every_shipped_experiment_builds(path: Path, size: str, tmp_path: Path, large_corpus: Path) -> None:
     """All cells' recipes, models and costs; at least three seeds, and a question that stands in the report."""
     experiment = load_experiment(path, size)
     seeds = experiment.seeds[:1]
     one_seed = experiment.model_copy(update={"seeds": seeds, "deepspeed_config": str(ROOT / "ds_configs" / "cpu.json")})
-    cells = expand(one_seed, base_recipe(one_seed, [f"corpus.path={corpus}"]), tmp_path)
+    cells = expand(one_seed, base_recipe(one_seed, [f"corpus.path={large_corpus}"]), tmp_path)
     planned = plan_cells(one_seed, cells, tmp_path, 1, "cpu")
     assert len(planned) == len(cells) and all(cell.steps >= 1 and cell.flops > 0 for cell in planned)
     assert len(experiment.seeds) >= (2 if size == "tiny" else 3)
     assert experiment.question.endswith("?") and experiment.compare
-    small = size == "tiny" or path.stem == "paper_cpu"
+    small = size == "tiny" or path.stem in ("paper_cpu", "regime", "regime_masked")
     assert bool(experiment.note) == small, "results of a small size say so"
     if size == "tiny":
         assert (experiment.ranks, experiment.demo_data) == (1, True)
@@ -99,7 +106,7 @@ def test_the_experiments_of_the_plan_are_shipped() -> None:
     names = {path.stem for path in SHIPPED}
     assert names == {
         *("baselines", "weights", "length", "size_ratio", "negative_transfer", "community", "augmentation", "paper"),
-        *("paper_cpu", "causal_baselines", "cross_architecture"),
+        *("paper_cpu", "regime", "regime_masked", "causal_baselines", "cross_architecture"),
     }
 
 
@@ -237,6 +244,18 @@ def test_demo_data_gives_way_to_a_corpus_of_ones_own(tmp_path: Path) -> None:
     assert overrides == ["corpus.path=mine"] and not theirs.demo_data and theirs.glue is None
     scored, _ = with_data(baselines, tmp_path, ["corpus.path=mine"], "glue_data")
     assert scored.glue is not None and scored.glue.data_dir == str(Path("glue_data").resolve())
+
+
+def test_a_run_with_several_looks_at_the_held_out_rows_has_a_lowest_one(tmp_path: Path) -> None:
+    for name, losses in (("several", [3.0, 2.5, 2.0, 2.25]), ("few", [3.0, 2.0])):
+        rows = [{"step": 10 * n, "loss/a/hard": 1.0, "valid/a/loss": loss} for n, loss in enumerate(losses, 1)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        (tmp_path / name / "summary.json").write_text(json.dumps({"valid/a/loss": losses[-1]}))
+    known = {"a": PeerResult()}
+    several, few = (outcome(tmp_path / name, known, tmp_path)["peers"]["a"] for name in ("several", "few"))
+    assert (several.valid_loss, several.lowest_loss) == (2.25, 2.0)
+    assert (few.valid_loss, few.lowest_loss) == (2.0, None)
 
 
 def test_the_last_words_of_a_log_are_its_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -349,6 +350,27 @@ def test_an_output_directory_keeps_its_models_data_and_settings(home: Path, fini
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/results.json").write_text("{}")
     refuse(home, "not the results of a GLUE run", tmp_path / "foreign")
+
+
+def test_a_model_is_named_as_on_the_hub_where_it_is_no_directory(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here from the hub's cache, as without a network; its files are links there, and stay as they are."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(home)
+    place = tmp_path / "cache/models--someone--small"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("0" * 40)
+    shutil.copytree(home / "hf/teacher", place / "snapshots" / ("0" * 40))
+    models = ["hf/student", "someone/small"]
+    assert glue.model_names(models) == [(home / "hf/student", "student"), (place / "snapshots" / ("0" * 40), models[1])]
+    content = glue.run(models, ("rte",), home / "data", tmp_path / "out", (1,), FAST)
+    assert set(content["models"]) == {"student", "someone/small"} and (tmp_path / "out/submissions").is_dir()
+    said = r"--model: someone/else is neither a directory here nor a model that the hub gives: "
+    refuse(home, said, tmp_path / "other", models=["someone/else"])
+    refuse(home, r"--model: hf/teachr is no Hugging Face model .*: no such", tmp_path / "other", models=["hf/teachr"])
 
 
 def test_a_hub_that_cannot_be_reached_is_said(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.objective.fused import project
+from ctcd_ds.objective.projection import project
 from ctcd_ds.peers.heads import Way, compilable, project_positions, way_of
 
 V, E = 300, 32

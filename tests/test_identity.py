@@ -47,6 +47,7 @@ def plan_of(folder: Path, *overrides: str, deepspeed: dict[str, Any] = FP32, wor
         ((), ("optimizer.betas=[0.9, 0.99]",), "optimizer.betas"),
         ((), ("training.global_batch_rows=16",), "training.global_batch_rows: the run has 8, now 16"),
         ((), ("training.compile=true",), "training.compile"),
+        ((), ("corpus.train_rows=8",), "corpus.train_rows: the run has none, now 8"),
         ((), ("training.steps=10",), "training.steps: the run has 20, now 10 (the learning rate of the 12 steps done"),
         (("schedule.type=linear",), ("schedule.type=linear", "training.steps=30"), "training.steps"),
         ((), ("schedule.warmup_fraction=0.5",), "schedule.warmup_fraction"),
@@ -55,8 +56,8 @@ def plan_of(folder: Path, *overrides: str, deepspeed: dict[str, Any] = FP32, wor
         ((), ("peers.student.mask_seed=3",), "peers.student.mask_seed"),
         ((), ("peers.student.mask_fraction=0.2",), "peers.student.mask_fraction"),
         (
-            ("peers.student.soft_start_fraction.teacher=0.5",),
-            ("peers.student.soft_start_fraction.teacher=0.5", "training.steps=30"),
+            ("peers.student.soft.teacher={then: 4, over: 0.5}",),
+            ("peers.student.soft.teacher={then: 4, over: 0.5}", "training.steps=30"),
             "training.steps: the run has 20, now 30",
         ),
     ],

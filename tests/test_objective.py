@@ -11,11 +11,15 @@ from torch import Tensor
 
 import ctcd_ds.objective.fused as fused
 from ctcd_ds.objective.batch import Batch, View
-from ctcd_ds.objective.fused import Losses, Projection, fused_objective
+from ctcd_ds.objective.course import Course
+from ctcd_ds.objective.divergences import KL, Divergence
+from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.projection import Projection
 from ctcd_ds.objective.reference import reference_objective
 
 V, PADDED = 150, 192
+KINDS = (KL, Divergence("reverse_kl"), Divergence("jsd"), Divergence("jsd", 0.1))
 
 
 def random_graph(n: int, seed: int) -> DistillationGraph:
@@ -26,11 +30,22 @@ def random_graph(n: int, seed: int) -> DistillationGraph:
     hard = [float(weights[i, n]) if trained[i] else 0.0 for i in range(n)]
     hard[0] = hard[0] or 1.0
     soft = [[float(weights[i, j]) if i != j and trained[i] else 0.0 for j in range(n)] for i in range(n)]
-    return DistillationGraph(tuple(f"peer{i}" for i in range(n)), tuple(hard), tuple(map(tuple, soft)), tuple(trained))
+    kinds = [[KINDS[int(k)] for k in row] for row in torch.randint(len(KINDS), (n, n), generator=g)]
+    return DistillationGraph(
+        names=tuple(f"peer{i}" for i in range(n)),
+        hard=tuple(hard),
+        soft=tuple(map(tuple, soft)),
+        trained=tuple(trained),
+        divergences=tuple(map(tuple, kinds)),
+    )
 
 
-def pair(hard: tuple[float, float] = (1, 1), soft: tuple[float, float] = (1, 4)) -> DistillationGraph:
-    return DistillationGraph(("teacher", "student"), hard, ((0, soft[0]), (soft[1], 0)), (True, True))
+def pair(
+    hard: tuple[float, float] = (1, 1), soft: tuple[float, float] = (1, 4), kind: Divergence = KL
+) -> DistillationGraph:
+    return DistillationGraph(
+        ("teacher", "student"), hard, ((0, soft[0]), (soft[1], 0)), (True, True), divergences=((kind, kind),) * 2
+    )
 
 
 def asked(targets: list[Tensor], shared: int | None = None) -> Batch:
@@ -81,6 +96,8 @@ def assert_agrees(logits: list[Tensor], targets: Tensor, graph: DistillationGrap
         true = torch.zeros_like(exact[i]) if true is None else true  # a peer without any loss of its own
         assert (found[:, V:] == 0).all()
         scale = (graph.hard[i] + sum(graph.soft[i])) * torch.softmax(logits[i].double(), -1).norm() / len(targets)
+        if any(graph.divergence(i, j) != KL for _, j, _ in graph.edges()):  # theirs grow with the logits
+            scale = torch.maximum(scale, true.norm())
         assert (found.double() - true).norm() <= 1e-5 * scale
 
 
@@ -103,7 +120,8 @@ def test_nearly_equal_peers(tau: float, apart: float) -> None:
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 8.0])
 @pytest.mark.parametrize("kind", ["plus", "minus", "mixed", "equal", "one_hot_apart"])
-def test_extreme_logits(tau: float, kind: str) -> None:
+@pytest.mark.parametrize("divergence", KINDS[:3], ids=str)
+def test_extreme_logits(tau: float, kind: str, divergence: Divergence) -> None:
     torch.manual_seed(1)
     a, b = torch.randn(16, PADDED), torch.randn(16, PADDED)
     if kind == "plus":
@@ -116,7 +134,7 @@ def test_extreme_logits(tau: float, kind: str) -> None:
         a, b = torch.zeros_like(a), torch.full_like(b, 7.0)
     else:
         a[:, 3], b[:, 4] = 1e4, 1e4
-    assert_agrees([padded(a), padded(b)], torch.randint(V, (16,)), pair(), tau)
+    assert_agrees([padded(a), padded(b)], torch.randint(V, (16,)), pair(kind=divergence), tau)
 
 
 def test_positions_without_a_target_have_a_soft_loss_only() -> None:
@@ -138,10 +156,10 @@ def projections(seed: int, dtype: torch.dtype = torch.float32) -> list[Projectio
     return made
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("cap", "kind"), [(None, KL), (3.0, KL), (3.0, KINDS[1]), (3.0, KINDS[2])], ids=str)
 @pytest.mark.parametrize(("tiles", "kept"), [(1, True), (3, True), (1, False), (3, False)])
 def test_through_the_projection_in_tiles_of_the_vocabulary(
-    monkeypatch: pytest.MonkeyPatch, tiles: int, kept: bool, cap: float | None
+    monkeypatch: pytest.MonkeyPatch, tiles: int, kept: bool, cap: float | None, kind: Divergence
 ) -> None:
     """Gradients of hidden states, output embedding and bias equal autograd's through the oracle."""
     monkeypatch.setattr(fused, "TILE_BYTES", 4 * 50 * PADDED // tiles)
@@ -150,12 +168,12 @@ def test_through_the_projection_in_tiles_of_the_vocabulary(
     scale = 1.0 if cap is None else 0.7
     targets, ours = torch.randint(V, (50,)), [p._replace(scale=scale, cap=cap) for p in projections(5)]
     exact = [[t.detach().double().requires_grad_() for t in p[:3] if t is not None] for p in ours]
-    losses = objective(ours, targets, pair(), 2.0)
+    losses = objective(ours, targets, pair(kind=kind), 2.0)
     losses.total.backward()
     logits = [scale * (h @ w.t()) for h, w, _ in exact]
     capped = [x if cap is None else cap * torch.tanh(x / cap) for x in logits]
     total, *_ = reference_objective(
-        [(x + e[2])[:, :V] for x, e in zip(capped, exact, strict=True)], targets, pair(), 2.0
+        [(x + e[2])[:, :V] for x, e in zip(capped, exact, strict=True)], targets, pair(kind=kind), 2.0
     )
     total.backward()
     torch.testing.assert_close(losses.total.double(), total, rtol=1e-5, atol=1e-5)
@@ -249,10 +267,27 @@ def test_peers_with_targets_of_their_own_agree_with_the_oracle(
 
 
 def test_an_edge_that_begins_late_is_no_edge_before() -> None:
-    late = DistillationGraph(("a", "b"), (1, 1), ((0, 1), (4, 0)), (True, True), ((0, 0.25), (0.5, 0)))
+    starts = ((None, Course(0, 1, 0.25)), (Course(0, 4, 0.5), None))
+    late = DistillationGraph(("a", "b"), (1, 1), ((0, 1), (4, 0)), (True, True), starts)
     assert [list(late.at(done).edges()) for done in (0.0, 0.2, 0.25, 0.49, 0.5, 1.0)] == [
         *([[]] * 2),
         *([[(0, 1, 1)]] * 2),
         *([[(0, 1, 1), (1, 0, 4)]] * 2),
     ]
     assert pair().at(0.0) == pair()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_every_divergence_has_the_gradient_that_autograd_finds(kind: Divergence, tau: float) -> None:
+    """τ (u − p Σ u) in fp64; and no divergence is negative, nor anything but 0 between equals."""
+    torch.manual_seed(7)
+    z = (3 * torch.randn(20, V, dtype=torch.float64)).requires_grad_()
+    log_q = torch.log_softmax(3 * torch.randn(20, V, dtype=torch.float64) / tau, -1)
+    log_p = torch.log_softmax(z / tau, -1)
+    lost, u = kind.summands(log_p, log_q)
+    assert (lost.sum(-1) > 0).all()
+    (tau**2 * lost.sum()).backward()
+    found = tau * (u - log_p.exp() * u.sum(-1, keepdim=True))
+    torch.testing.assert_close(found, z.grad, rtol=1e-12, atol=1e-13)
+    assert kind.summands(log_q, log_q)[0].sum(-1).abs().max() < 1e-13

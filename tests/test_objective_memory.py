@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ctcd_ds.objective.batch import Batch, View
-from ctcd_ds.objective.fused import Projection, fused_objective
+from ctcd_ds.objective.fused import fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.projection import Projection
 
 VOCABULARY, WIDTH, MIB = 151_936, 896, 2**20
 

@@ -359,7 +359,16 @@ def test_the_documented_task_file_is_one(home: Path, tmp_path: Path) -> None:
     assert blocks
     for number, block in enumerate(blocks):
         path = tmp_path / f"{number}.yaml"
-        for name in re.findall(r"[\w./]+\.(?:tsv|jsonl)", block):
+        for name in re.findall(r"[\w./-]+\.(?:tsv|jsonl|json|conll)\b", block):
             (tmp_path / name).touch()
         path.write_text(block)
         own_tasks([path], [tasks.SST2, tasks.MNLI])
+
+
+def test_documented_commands_have_these_options(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    text = (ROOT / "docs/evaluation.md").read_text().replace("\\\n", "")
+    lines = re.findall(r"^python (tools/.*)$", text, re.MULTILINE)
+    assert len(lines) > 5
+    for line in lines:
+        code, _, err = command(monkeypatch, capsys, *line.split(), "--help")
+        assert code == 0, f"{line}: {err}"

@@ -27,6 +27,8 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.commands import verify
+from ctcd_ds.commands.corpus import held_out_sets
 from ctcd_ds.corpus.adopt import adopt
 from ctcd_ds.corpus.prepare import Settings, dtype_for, prepare, share
 from ctcd_ds.corpus.sources import Reading
@@ -234,6 +236,42 @@ def test_a_finished_corpus_is_left_as_it_is(
     assert before == {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
 
 
+def test_held_out_sets_are_their_files_whole_and_move_nothing_else(
+    make: Callable[..., Path], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ctcd_ds.corpus import prepare as module
+
+    (tmp_path / "law.txt").write_text("\n\n".join(DOCUMENTS[40:60]))
+    (tmp_path / "news.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[60:64]))
+    sets = {"law": [str(tmp_path / "law.txt")], "news": [str(tmp_path / "news.jsonl")]}
+    settings = Settings(valid_fraction=0.1, shard_megabytes=0.02)
+    plain = make(DOCUMENTS[:40], settings, "plain")
+    corpus = make(DOCUMENTS[:40], settings, "corpus", valid_inputs=sets)
+    splits, before = (read_manifest(place / "manifest.json")["splits"] for place in (corpus, plain))
+    assert list(splits) == ["train", "valid", "valid.law", "valid.news"]
+    assert {split: splits[split] for split in before} == before
+    words = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    for split, texts in {"valid.law": DOCUMENTS[40:60], "valid.news": DOCUMENTS[60:64]}.items():
+        assert stored(corpus, split) == [[*words(text).input_ids[1:-1], words.sep_token_id] for text in texts]
+    assert list(verify.problems(corpus)) == []
+    with (corpus / "valid-law-00000.bin").open("r+b") as file:
+        file.write(b"\7\7")
+    assert any("valid-law-00000.bin" in problem for problem in verify.problems(corpus))
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "_tokenise", killed)
+        make([tmp_path / "text.txt"], settings, "again", valid_inputs=sets)
+    law = (tmp_path / "again" / ".unfinished" / "valid-law-00000.bin").stat()
+    again = make([tmp_path / "text.txt"], settings, "again", valid_inputs=sets)
+    assert (again / "valid-law-00000.bin").stat().st_ino == law.st_ino
+    assert read_manifest(again / "manifest.json") == read_manifest(corpus / "manifest.json")
+    with pytest.raises(UserError, match="valid_sources is"):
+        make([tmp_path / "text.txt"], settings, "again")
+
+
 def test_a_foreign_directory_is_not_touched(make: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/thesis.tex").write_text("years of work")
@@ -295,7 +333,8 @@ def test_every_bad_input_is_named_and_leaves_nothing(make: Callable[..., Path], 
 
 def test_mistakes_of_options_are_named_and_leave_nothing(make: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("one\n\ntwo")
-    good, absent = tmp_path / "good.txt", tmp_path / "absent"
+    (tmp_path / "empty.txt").write_text(" \n")
+    good, absent, empty = (tmp_path / name for name in ("good.txt", "absent", "empty.txt"))
     for inputs, settings, options, message in (
         ([good, good], ALL, {}, "twice"),
         ([tmp_path / "g*.txt", good], ALL, {}, "twice"),
@@ -307,6 +346,9 @@ def test_mistakes_of_options_are_named_and_leave_nothing(make: Callable[..., Pat
         ([good], ALL, {"workers": 0}, "--workers 0"),
         ([good], ALL, {"tokenizer": absent}, "no such file or directory"),
         ([good], ALL, {"lowercase": False}, "contradicts"),
+        ([good], ALL, {"valid_inputs": {"law": [str(absent)]}}, "--valid_input law: .*absent does not exist"),
+        ([good], ALL, {"valid_inputs": {"law": [str(good)]}}, "--valid_input law: holds a file of --input"),
+        ([good], ALL, {"valid_inputs": {"law": [str(empty)]}}, "--valid_input law: no text in any of its files"),
     ):
         with pytest.raises(UserError, match=message):
             make(inputs, settings, **options)
@@ -335,6 +377,21 @@ def test_the_command_ends_with_2_and_one_message(tokenizer: Path, tmp_path: Path
     assert done.returncode == 2
     assert done.stderr == f"error: --input {tmp_path / 'none.txt'} does not exist\n"
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["law.txt"], "--valid_input law.txt: write NAME=FILE"),
+        (["law="], "--valid_input law=: write NAME=FILE"),
+        (["2=law.txt"], "--valid_input 2=law.txt: a name is letters"),
+        (["agreement=law.txt"], "this name is taken"),
+    ],
+)
+def test_held_out_sets_have_names(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        held_out_sets(words)
+    assert held_out_sets(["law=a.txt", "law=b=c.txt", "news=d.txt"]) == {"law": ["a.txt", "b=c.txt"], "news": ["d.txt"]}
 
 
 # ---- what Megatron made

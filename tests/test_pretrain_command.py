@@ -16,6 +16,7 @@ import pytest
 
 from commands import ROOT, command, deepspeed, environment, run
 from ctcd_ds.cluster.scaling_table import COLUMNS
+from ctcd_ds.recipe import read_yaml
 from runs import bert, chain_corpus, metrics
 
 Pretrain = Callable[..., tuple[int, str, str]]
@@ -132,6 +133,9 @@ def test_every_shipped_recipe_is_good(
     path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     changes = [f"corpus.path={corpus}"]
+    if sources := read_yaml(path.read_text())["corpus"].get("sources"):
+        made = {name: chain_corpus(tmp_path / name, documents=300 + k) for k, name in enumerate(sources)}
+        changes = [f"corpus.sources.{name}.path={place}" for name, place in made.items()]
     if "pretrained: " in path.read_text():
         from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
@@ -209,16 +213,19 @@ def test_mistakes_in_recipe_corpus_and_json_come_together(pretrain: Pretrain, go
 
 
 def test_a_pretrained_peer_with_another_tokenizer_is_refused(
-    pretrain: Pretrain, good: dict[str, Any], tmp_path: Path
+    pretrain: Pretrain, good: dict[str, Any], corpus: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
-    other = chain_corpus(tmp_path / "other", vocab_size=200)
+    tokenizer = json.loads((corpus / "tokenizer" / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["w7"], words["w8"] = words["w8"], words["w7"]
     AutoConfig.for_model("bert").save_pretrained(tmp_path / "finished")
-    AutoTokenizer.from_pretrained(other / "tokenizer").save_pretrained(tmp_path / "finished")
+    AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "finished")
+    (tmp_path / "finished" / "tokenizer.json").write_text(json.dumps(tokenizer))
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "finished"), "frozen": True})
     code, _, err = pretrain(recipe)
-    assert code == 2 and "its tokenizer (200 tokens) is not the corpus's (300 tokens" in err
+    assert code == 2 and "its tokenizer has 'w7' as token 8, the corpus's has 'w8'" in err
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "nowhere"), "frozen": True})
     code, _, err = pretrain(recipe)
     assert code == 2 and err.count("nowhere'") == 1 and "no such directory" in err, "the hub is not spoken of"

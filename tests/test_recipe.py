@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.objective.divergences import Divergence
 from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, read_yaml, recipe_mistakes
 
 GOOD: dict[str, Any] = {
@@ -49,6 +51,12 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
     [
         ("seed", -1, "seed = -1: must be greater than or equal to 0"),
         ("seeed", 1, "did you mean 'seed'?"),
+        (
+            "corpus",
+            {"sources": {"a": {"path": "x", "weight": 1.0}}, "train_rows": 9},
+            "train_rows = 9: reduces one corpus",
+        ),
+        ("corpus.train_rows", 0, "corpus.train_rows = 0: must be greater than or equal to 1"),
         ("corpus.sequence_length", 128.5, "corpus.sequence_length = 128.5: must be a valid integer"),
         ("corpus.mask_fraction", 1.5, "corpus.mask_fraction = 1.5: must be less than 1"),
         ("optimizer.lr", "5e-4", "optimizer.lr = '5e-4': must be a valid number"),
@@ -63,14 +71,20 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("peers.student.model", {}, "model_type = None"),
         ("peers.student.model.vocab_size", 99, "comes from the corpus's tokenizer"),
         ("peers.student.frozen", True, "a frozen peer learns nothing"),
-        ("peers.student.soft_start_fraction", {"techer": 0.5}, "has no weight for it that could start; did you mean"),
-        ("peers.student.soft_start_fraction", {"teacher": 1.0}, "must be less than 1"),
+        ("peers.student.soft.teacher", {}, "peers.student.soft.teacher.then: missing"),
+        ("peers.student.soft.teacher", "much", "peers.student.soft.teacher = 'much': must be a valid number"),
+        ("peers.student.soft.teacher", {"then": 4, "afer": 0.5}, "afer = 0.5: unknown key; did you mean 'after'?"),
+        ("peers.student.soft.teacher", {"then": 4, "after": 1.0}, "soft.teacher.after = 1.0: must be less than 1"),
+        ("peers.student.soft.teacher", {"then": -4}, "soft.teacher.then = -4: must be greater than or equal to 0"),
+        ("peers.student.soft.teacher", {"then": 4, "after": 0.6, "over": 0.5}, "after 0.6 and over 0.5 make more than"),
+        ("peers.student.soft.techer", {"then": 4}, "no peer has this name; did you mean 'teacher'?"),
+        ("peers.student.soft_start_fraction", {"techer": 0.5}, "unknown key; did you mean"),
         ("peers.student.label_noise", 1.5, "peers.student.label_noise = 1.5: must be less than or equal to 1"),
         ("peers.student.mask_fraction", 0, "peers.student.mask_fraction = 0: must be greater than 0"),
         ("peers.a/b", {"model": {"model_type": "bert"}}, "a peer's name is letters"),
         ("peers", {}, "at least one peer"),
         ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
-        ("objective.task", "clm", "causal models are not built yet"),
+        ("objective.task", "cml", "objective.task = 'cml': must be 'mlm', 'clm' or 'span'"),
         ("objective.soft_positions", "some", "must be 'targets' or 'all'"),
         ("schedule.type", "stepwise", "must be 'linear', 'cosine' or 'constant'"),
         ("training.epochs", 1, "exactly one of steps and epochs"),
@@ -107,13 +121,67 @@ def test_a_frozen_peer_with_a_hard_loss_or_without_weights_is_refused() -> None:
     assert Recipe.model_validate(raw).graph().trained == (False, True)
 
 
-def test_noise_and_late_starts_that_make_no_sense_are_refused() -> None:
+def test_noise_that_makes_no_sense_is_refused() -> None:
     frozen = {"frozen": True, "pretrained": "some/dir", "label_noise": 0.1}
     assert any("no hard loss that noise" in mistake for mistake in recipe_mistakes(changed("peers.teacher", frozen)))
-    late = {**GOOD["peers"]["student"], "hard": 0.0, "soft_start_fraction": {"teacher": 0.3}}
-    said = recipe_mistakes(changed("peers.student", late))
-    assert any("before its soft losses start, the peer learns from nothing" in mistake for mistake in said)
-    assert recipe_mistakes(changed("peers.student", {**late, "hard": 1.0})) == []
+
+
+@pytest.mark.parametrize(
+    ("course", "nothing_at"),
+    [
+        ({"then": 4, "after": 0.3}, "0%"),
+        ({"then": 4, "over": 0.3}, "0%"),
+        ({"first": 4, "then": 0, "after": 0.2, "over": 0.5}, "70%"),
+        ({"first": 1, "then": 4, "over": 0.3}, None),
+        ({"first": 4, "then": 0, "over": 1}, None),  # 0 only when all is over
+    ],
+)
+def test_a_peer_must_learn_from_something_at_every_step(course: dict[str, float], nothing_at: str | None) -> None:
+    student = {**GOOD["peers"]["student"], "hard": 0.0, "soft": {"teacher": course}}
+    said = recipe_mistakes(changed("peers.student", student))
+    assert [f"when {nothing_at} of the steps are done" in mistake for mistake in said] == [True] * bool(nothing_at)
+    assert recipe_mistakes(changed("peers.student", {**student, "hard": 1.0})) == []
+
+
+def test_a_late_start_as_earlier_versions_wrote_it_is_read() -> None:
+    peers = {name: {**peer, "soft_start_fraction": {}} for name, peer in GOOD["peers"].items()}
+    assert Recipe.model_validate({**GOOD, "peers": peers}) == Recipe.model_validate(GOOD)
+    peers["student"]["soft_start_fraction"] = {"teacher": 0.3}
+    assert recipe_mistakes({**GOOD, "peers": peers}) == []
+    now = changed("peers.student.soft.teacher", {"then": 4.0, "after": 0.3})
+    assert Recipe.model_validate({**GOOD, "peers": peers}) == Recipe.model_validate(now)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    first=st.floats(0, 9), then=st.floats(0, 9), steps=st.integers(1, 40), after=st.integers(0, 10),
+    over=st.integers(0, 10),
+)  # fmt: skip
+def test_a_weight_is_on_its_course_at_every_step(first: float, then: float, steps: int, after: int, over: int) -> None:
+    """Against numpy's line between two points; shares are tenths of the run. A weight of 0 is no edge."""
+    begins, lasts = min(after, 9) / 10, min(over, 10 - min(after, 9)) / 10
+    raw = changed("peers.student.soft.teacher", {"first": first, "then": then, "after": begins, "over": lasts})
+    assert recipe_mistakes(raw) == []
+    whole = Recipe.model_validate(raw).graph()
+    for step in range(steps):
+        done = step / steps
+        graph = whole.at(done)
+        jumps = then if done >= begins else first
+        expected = np.interp(done, [begins, begins + lasts], [first, then]) if lasts else jumps
+        assert graph.soft[1][0] == pytest.approx(expected, abs=1e-12) and graph.soft[0][1] == 1.0
+        assert ((1, 0) in [(i, j) for i, j, _ in graph.edges()]) == (graph.soft[1][0] != 0)
+        assert graph.at(0.5) == graph, "what holds at a step is a graph without courses"
+    assert whole.distilling() == {"teacher", "student"}
+
+
+def test_courses_are_said_in_words() -> None:
+    for course, said in (
+        ({"then": 4, "after": 0.25}, "weight 0 until 25% of the steps, then 4"),
+        ({"then": 4, "over": 0.3}, "weight 0 to 4 from 0% to 30% of the steps"),
+        ({"first": 4, "then": 0.5, "after": 0.1, "over": 0.9}, "weight 4 to 0.5 from 10% to 100% of the steps"),
+    ):
+        graph = Recipe.model_validate(changed("peers.student.soft.teacher", course)).graph()
+        assert graph.describe()[-1].endswith(said)
 
 
 def test_a_peer_that_learns_from_nothing_is_refused() -> None:
@@ -180,7 +248,7 @@ def test_the_resolved_recipe_reads_back_equal(
 
 
 def test_null_takes_a_peer_away_with_what_points_at_it(tmp_path: Path) -> None:
-    raw = changed("peers.student.soft_start_fraction", {"teacher": 0.5})
+    raw = changed("peers.student.soft.teacher", {"then": 4, "after": 0.5})
     (tmp_path / "r.json").write_text(json.dumps(raw))
     alone = load_recipe(tmp_path / "r.json", ["peers.teacher=null"])
     assert list(alone.peers) == ["student"] and not list(alone.graph().edges())
@@ -205,3 +273,20 @@ _ANYTHING = st.recursive(
 @given(_ANYTHING)
 def test_anything_at_all_gives_mistakes_and_never_a_crash(raw: Any) -> None:
     assert recipe_mistakes(raw)
+
+
+def test_divergences_are_the_recipes_or_an_edges_own() -> None:
+    peers = {
+        "a": {"model": {"model_type": "bert"}, "soft": {"b": 1.0}},
+        "b": {"model": {"model_type": "bert"}, "soft": {"a": 4.0}, "divergence": {"a": "jsd"}},
+    }
+    raw = {"corpus": {"path": "x"}, "peers": peers, "training": {"steps": 1}}
+    raw["objective"] = {"divergence": "reverse_kl", "jsd_beta": 0.1}
+    graph = Recipe.model_validate(raw).graph()
+    assert (graph.divergence(0, 1), graph.divergence(1, 0)) == (Divergence("reverse_kl"), Divergence("jsd", 0.1))
+    assert "b            learns from a                  weight 4 (JSD, β 0.1)" in graph.describe()
+    peers["b"]["divergence"] = {"c": "kl", "a": "hellinger"}
+    raw["objective"]["jsd_beta"] = 1.0
+    said = recipe_mistakes(raw)
+    assert len(said) == 3 and "peers.b.divergence.c = kl: peers.b.soft has no weight for it" in said[2]
+    assert "objective.jsd_beta = 1.0" in said[0] or "objective.jsd_beta = 1.0" in said[1]

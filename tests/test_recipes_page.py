@@ -46,9 +46,18 @@ def test_every_set_of_the_docs_is_taken() -> None:
         load_recipe(PAPER, words.split())
 
 
-def test_the_peers_of_the_page_make_a_recipe() -> None:
-    (peers,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    assert recipe_mistakes({"corpus": {"path": "x"}, "training": {"steps": 1}, **read_yaml(peers)}) == []
+def test_the_sections_of_the_page_make_a_recipe() -> None:
+    base: dict[str, Any] = {"training": {"steps": 1}}
+    found = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    weights, corpus = found[0], read_yaml(found[-1])
+    for peers in map(read_yaml, found[1:-1]):
+        assert list(peers) == ["peers"] and recipe_mistakes({**base, **peers, **corpus}) == []
+    model = {"model": {"model_type": "bert"}}
+    said = [read_yaml(line) for line in weights.splitlines()]
+    assert len(said) == 3 and all(list(soft) == ["soft"] for soft in said)
+    for soft in said:
+        sections = {"corpus": {"path": "x"}, "peers": {"teacher": model, "student": {**model, **soft}}}
+        assert recipe_mistakes({**base, **sections}) == []
 
 
 def test_the_deepspeed_json_of_the_page_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

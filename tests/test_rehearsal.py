@@ -107,7 +107,7 @@ DEBERTA_V3 = {
         ({**bert(32, 1), "is_decoder": True}, "model.is_decoder = True: the task decides"),
         ({**bert(32, 1), "add_cross_attention": True}, "model.add_cross_attention = True: there is no second row"),
         ({**bert(32, 1), "dtype": "bfloat16"}, "model.dtype = 'bfloat16': weights have the precision of the DeepSpeed"),
-        ({**bert(32, 1), "gradient_checkpointing": True}, "model.gradient_checkpointing = True: activations are"),
+        ({**bert(32, 1), "gradient_checkpointing": True}, "= True: training.activation_checkpointing says it"),
         ({**bert(32, 1), "hidden_act": "nosuch"}, "model.hidden_act = 'nosuch': allowed: "),
         ({**bert(32, 1), "attn_implementation": "nosuch"}, "nosuch"),
         ({**bert(32, 1), "hiden_size": 32}, "did you mean 'hidden_size'?"),

@@ -64,6 +64,18 @@ def test_rows_come_as_asked_for(tmp_path: Path) -> None:
     assert rows.read(np.array([], np.int64)).shape == (0, 16)
 
 
+def test_fewer_rows_are_spread_over_the_text_and_always_the_same(tmp_path: Path) -> None:
+    rows = framed(Corpus.open(write_corpus(tmp_path / "c", [random_documents(100)])), "train", 16)
+    every, whole = all_rows(rows), len(rows)
+    for count in (1, 7, whole - 1, whole):
+        fewer = rows.spread(count)
+        assert len(fewer) == count and len(rows) == whole
+        assert (all_rows(fewer) == every[np.arange(count) * whole // count]).all()
+        assert (fewer.read(np.array([count - 1])) == every[[(count - 1) * whole // count]]).all()
+    with pytest.raises(UserError, match=f"has {whole} rows, fewer than {whole + 1}"):
+        rows.spread(whole + 1)
+
+
 def test_the_splits_are_apart(tmp_path: Path) -> None:
     corpus = Corpus.open(write_corpus(tmp_path / "c", [[5] * 100], valid=[[6] * 50, [6] * 9]))
     assert set(all_rows(framed(corpus, "train", 12))[:, 1:-1].ravel()) == {5}

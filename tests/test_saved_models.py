@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS, bring_tokenizer, load_tokenizer, save_tokenizer
 from ctcd_ds.corpus.tokenizer_training import train_tokenizer
@@ -46,9 +53,17 @@ def byte_level() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
 
 
+def end_only() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|end|>"], show_progress=False)
+    backend.train_from_iterator(sentences(""), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
 def brought(kind: str, folder: Path) -> Any:
-    if kind == "byte-level":
-        return byte_level()
+    if kind in ("byte-level", "end only"):
+        return byte_level() if kind == "byte-level" else end_only()
     size = {"wordpiece": 60, "unigram": 32}[kind]
     train_tokenizer(kind, sentences, size, lowercase=True, output_dir=folder)
     if kind == "unigram":
@@ -63,6 +78,7 @@ def brought(kind: str, folder: Path) -> Any:
         ("unigram", "bert"),
         ("byte-level", "bert"),
         ("byte-level", "roberta"),
+        ("end only", "gpt2"),
     ],
 )
 def test_a_kept_model_answers_in_a_pipeline_as_it_was_scored(kind: str, model_type: str, tmp_path: Path) -> None:
@@ -75,11 +91,12 @@ def test_a_kept_model_answers_in_a_pipeline_as_it_was_scored(kind: str, model_ty
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=40,
-        pad_token_id=0,
+        pad_token_id=tokenizer.pad_token_id,
         **({"type_vocab_size": 1} if model_type == "roberta" else {}),
     )
     torch.manual_seed(0)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    auto = AutoModelForCausalLM if model_type == "gpt2" else AutoModelForMaskedLM
+    auto.from_config(config).save_pretrained(tmp_path / "model")
     save_tokenizer(tokenizer, tmp_path / "model")
     for name, rows in (("train", pairs(96, 2)), ("dev", pairs(60, 3))):
         lines = ["first\tsecond\tlabel", *("\t".join(row) for row in rows)]
@@ -93,7 +110,7 @@ def test_a_kept_model_answers_in_a_pipeline_as_it_was_scored(kind: str, model_ty
     scored = content["models"]["model"]["tasks"]["order"]["seeds"]["1"]["metrics"]["accuracy"]
     kept = tmp_path / "out/models/model/order/seed-1"
     saved = AutoTokenizer.from_pretrained(kept)
-    assert ("token_type_ids" in saved("a", "b")) == (model_type == "bert")
+    assert saved.pad_token_id is not None and ("token_type_ids" in saved("a", "b")) == (model_type == "bert")
     assert saved.model_max_length == 16
     answer = pipeline("text-classification", str(kept))
     found = [answer({"text": a, "text_pair": b}, truncation=True)["label"] == label for a, b, label in pairs(60, 3)]

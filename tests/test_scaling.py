@@ -43,6 +43,7 @@ def test_memory_of_the_states_is_zeros_own() -> None:
     paper = replace(WORK, trained=7_500_000_000)
     assert state_bytes(replace(paper, stage=1), 64) / 1e9 == pytest.approx(31.4, abs=0.05)
     assert state_bytes(replace(paper, stage=2), 64) / 1e9 == pytest.approx(16.6, abs=0.05)
+    assert state_bytes(replace(paper, stage=2), 8) / paper.trained == 3.75, "what the refusal of stage 3 says"
 
 
 @pytest.mark.parametrize("stage", [1, 2])

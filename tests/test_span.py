@@ -89,9 +89,8 @@ def test_a_tokenizer_without_enough_sentinels_is_refused(tmp_path: Path) -> None
         "peers": {"a": {"model": T5}},
         "training": {"steps": 1},
     }
-    made = SpanCorruption.of(Recipe.model_validate(raw), Corpus.open(corpus))
     with pytest.raises(UserError, match=r"3 spans of a row need as many sentinels .*has 0: train one with"):
-        made.rows("train")
+        SpanCorruption.of(Recipe.model_validate(raw), Corpus.open(corpus))
 
 
 def test_text_becomes_a_model_that_fills_spans(tmp_path: Path) -> None:
@@ -100,7 +99,8 @@ def test_text_becomes_a_model_that_fills_spans(tmp_path: Path) -> None:
         run_tool("tokenizer", "--input", tmp_path / "text.txt", "--type", kind, "--vocab_size", 320, "--sentinels", 20,
                  "--output_dir", tmp_path / kind)  # fmt: skip
         tokenizer = load_tokenizer(tmp_path / kind)
-        assert len(tokenizer) == 320 and special_ids(tokenizer).sentinels == tuple(range(300, 320))
+        special = special_ids(tokenizer)
+        assert len(tokenizer) == 320 and special.sentinels == tuple(range(300, 320)) and special.pad >= 0
     run_tool("corpus", "--input", tmp_path / "text.txt", "--tokenizer", tmp_path / "unigram", "--output_dir",
              tmp_path / "corpus", "--valid_fraction", 0.1)  # fmt: skip
     raw = {

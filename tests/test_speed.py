@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from commands import command
 from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation import speed
+from glue_files import write_causal
 from runs import bert
 
 CPU = torch.device("cpu")
@@ -107,3 +109,9 @@ def test_the_command_prints_a_table_and_names_mistakes(
         code, _, err = command(monkeypatch, capsys, *line, *wrong, "--output_dir", tmp_path / "other")
         assert code == 2 and said in err, err
         assert not (tmp_path / "other").exists()
+
+
+def test_a_causal_model_is_measured_too(tmp_path: Path) -> None:
+    path = write_causal(tmp_path / "gpt2", "gpt2")
+    [model] = speed.measure_speed([path], [2], [16], CPU, seconds=0.1).models
+    assert model.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(path).parameters())

@@ -247,7 +247,7 @@ def test_a_sentencepiece_model_that_disagrees_is_refused_with_the_line_and_both_
         bring_tokenizer(str(tmp_path / "odd.model"), sample=lambda: LINES)
 
 
-def test_tokenizers_that_cannot_serve_are_refused_by_name(tmp_path: Path) -> None:
+def test_tokenizers_that_cannot_serve_are_refused_by_name(trained: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "raw").mkdir()
     vocabulary(tmp_path / "raw", "a")
@@ -257,7 +257,6 @@ def test_tokenizers_that_cannot_serve_are_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "twice.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na\n")
     (tmp_path / "maskless.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
     for name, message in {
-        "unmasked": "no mask_token",
         "empty": "a directory that holds no tokenizer: no tokenizer.json",
         "raw": "give the file itself: .*raw/vocab.txt",
         "hollow": "vocabulary file is missing",

@@ -230,22 +230,33 @@ def test_a_run_goes_on_with_any_number_of_ranks(corpus: Path, tmp_path: Path) ->
     assert not list((tmp_path / "cut" / "checkpoints").glob(".*")), "the converted checkpoint is gone after use"
 
 
-def test_edges_that_begin_late_are_off_until_then_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
-    late = {
-        "teacher": {**PEERS["teacher"], "soft_start_fraction": {"student": 0.5}},
-        "student": {**PEERS["student"], "soft_start_fraction": {"teacher": 0.25}},
+def test_weights_that_change_are_no_edge_where_they_are_0_and_resume_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
+    """One edge begins late and ends early, the other rises from 0: before, each peer is as without soft losses."""
+    courses = {
+        "teacher": {**PEERS["teacher"], "soft": {"student": {"first": 1, "then": 0, "after": 0.75}}},
+        "student": {**PEERS["student"], "soft": {"teacher": {"then": 4, "after": 0.125, "over": 0.5}}},
+        "second": {**PEERS["student"], "soft": {"teacher": {"then": 4, "after": 0.5}}},
     }
-    jobs = [Job(recipe(corpus, late), tmp_path / "late"), Job(recipe(corpus, without_soft(PEERS)), tmp_path / "never")]
-    run_jobs(jobs, 2, tmp_path)
-    ours, theirs = metrics(tmp_path / "late"), metrics(tmp_path / "never")
-    seen = {
-        key: [s for s in ours if key in ours[s]] for key in ("loss/teacher/soft/student", "loss/student/soft/teacher")
-    }
-    assert seen == {"loss/teacher/soft/student": [5, 6, 7, 8], "loss/student/soft/teacher": [3, 4, 5, 6, 7, 8]}
-    for peer, last in (("teacher", 4), ("student", 2)):
-        for step in range(1, 9):
-            same = ours[step][f"grad_norm/{peer}"] == theirs[step][f"grad_norm/{peer}"]
-            assert same == (step <= last), (peer, step)
+    plan = recipe(corpus, courses, checkpoint_every=3)
+    alone = {name: peer for name, peer in without_soft(courses).items() if name != "teacher"}
+    run_jobs([Job(plan, tmp_path / "run"), Job(recipe(corpus, alone), tmp_path / "never")], 2, tmp_path)
+    ours, never, weights = metrics(tmp_path / "run"), metrics(tmp_path / "never"), final_weights(tmp_path / "run")
+    seen = {(one, other): [step for step in ours if f"loss/{one}/soft/{other}" in ours[step]]
+            for one, other in (("teacher", "student"), ("student", "teacher"), ("second", "teacher"))}  # fmt: skip
+    assert list(seen.values()) == [[1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8], [5, 6, 7, 8]]
+    for peer, last in (("student", 2), ("second", 4)):
+        same = [step for step in ours if ours[step][f"grad_norm/{peer}"] == never[step][f"grad_norm/{peer}"]]
+        assert same == list(range(1, last + 1)), peer
+
+    for step in (6, 8):
+        drop_checkpoint(tmp_path / "run", step)
+    run_jobs([Job(plan, tmp_path / "run", resume=True)], 2, tmp_path)
+    again = metrics(tmp_path / "run")
+    for step, row in ours.items():
+        for key in (k for k in row if k.startswith(("loss/", "grad_norm/", "valid/"))):
+            assert again[step][key] == row[key], (step, key)
+    for peer, state in final_weights(tmp_path / "run").items():
+        assert equal_states(state, weights[peer])
 
 
 @pytest.fixture(scope="module")

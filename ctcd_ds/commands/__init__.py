@@ -12,17 +12,18 @@ import ctcd_ds
 from ctcd_ds import cli
 
 # In the order in which they are met.
-NAMES = ("demo", "tokenizer", "corpus", "recipes", "pretrain", "verify", "export", "glue", "speed", "experiment",
-         "report", "preflight", "submit", "demo-data")  # fmt: skip
+NAMES = ("demo", "tokenizer", "corpus", "recipes", "pretrain", "verify", "export", "glue", "lm-eval", "speed",
+         "experiment", "report", "preflight", "submit", "demo-data")  # fmt: skip
 
 
 def main() -> NoReturn:
     """The program `ctcd`: runs the command that is its first word."""
-    name, *words = sys.argv[1:] or ["--help"]
+    word, *words = sys.argv[1:] or ["--help"]
+    name = word.replace("_", "-")
     if name in NAMES:
         sys.argv = [f"ctcd {name}", *words]
         cli.run(lambda: importlib.import_module(f"ctcd_ds.commands.{name.replace('-', '_')}").main())
-    cli.run(lambda: _about(name))
+    cli.run(lambda: _about(word))
 
 
 def _about(word: str) -> None:

@@ -6,11 +6,13 @@ With --adopt in place of --input, it takes over .bin/.idx pairs that Megatron's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ctcd_ds import cli
 from ctcd_ds.corpus import options, sources
 from ctcd_ds.corpus.prepare import Settings, cores, prepare
+from ctcd_ds.recipe import set_name_mistake
 
 
 def main() -> None:
@@ -39,6 +41,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=cores(), help="threads that tokenise")
     parser.add_argument("--fraction", type=float, default=default.fraction, help="share of the documents to take")
     parser.add_argument("--valid_fraction", type=float, default=default.valid_fraction, help="share of those held out")
+    parser.add_argument(
+        "--valid_input",
+        nargs="+",
+        default=[],
+        metavar="NAME=F",
+        help="held-out sets of other text, measured as valid/NAME/PEER/loss; a NAME may come several times",
+    )
     parser.add_argument("--seed", type=int, default=default.seed, help="decides which documents these are")
     parser.add_argument(
         "--shard_megabytes", type=float, default=default.shard_megabytes, help="2**20 characters of text in a shard"
@@ -51,7 +60,10 @@ def main() -> None:
         valid_fraction=arguments.valid_fraction,
         shard_megabytes=arguments.shard_megabytes,
     )
+    sets = held_out_sets(arguments.valid_input)
     if arguments.adopt:
+        if sets:
+            raise cli.UserError("--valid_input is text for --input; with --adopt it cannot be read")
         from ctcd_ds.corpus.adopt import adopt
 
         adopt(
@@ -72,9 +84,23 @@ def main() -> None:
             lowercase=arguments.lowercase,
             workers=arguments.workers,
             add_special_tokens=arguments.add_special_tokens,
+            valid_inputs=sets,
         )
     files = ["--recipe", "R.yaml", "--deepspeed_config", "D.json", "--output_dir", "RUN", "--dry_run"]
     print(cli.next_command("pretrain", *files, "--set", f"corpus.path={arguments.output_dir}"))
+
+
+def held_out_sets(given: Sequence[str]) -> dict[str, list[str]]:
+    """NAME → what is to be read, of words NAME=F. Raises UserError."""
+    sets: dict[str, list[str]] = {}
+    for word in given:
+        name, equals, source = word.partition("=")
+        if not equals or not source:
+            raise cli.UserError(f"--valid_input {word}: write NAME=FILE, e.g. news=news.txt")
+        if said := set_name_mistake(name):
+            raise cli.UserError(f"--valid_input {word}: {said}")
+        sets.setdefault(name, []).append(source)
+    return sets
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ like AdvGLUE's, is scored by the models fine-tuned on that task. Scores also go 
 that `ctcd export` wrote.
 
 Every model, task and seed is done once: the same command goes on where it was cut off; tasks and seeds may be
-added later. Nothing is downloaded unless --data_dir is 'hub'.
+added later. Nothing is downloaded unless --data_dir is 'hub' or a model is named that is no directory here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ def main() -> int:
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add(
-        "--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model directories; the first is the base"
+        "--model",
+        nargs="+",
+        required=True,
+        metavar="DIR|NAME",
+        help="directories of Hugging Face models, or their names on the hub; the first is the base",
     )
     add(
         "--tasks",
@@ -43,6 +47,13 @@ def main() -> int:
     add("--learning_rate", type=float, default=5e-5, help="the peak, after 10 %% of the steps; then linear to 0")
     add("--batch_size", type=int, default=32, help="training rows of a step")
     add("--max_length", type=int, default=128, help="tokens of a row, at most what the model has positions for")
+    add(
+        "--train_examples",
+        type=cli.whole_numbers,
+        default=[],
+        metavar="N,N",
+        help="fine-tune on N rows, once for each N: drawn by the seed, evenly by label, the same for every model",
+    )
     add("--max_train_samples", type=int, metavar="N", help="train on N rows drawn at random (the same for all)")
     add("--max_eval_samples", type=int, metavar="N", help="measure on N dev rows; then no submission is written")
     add("--keep_models", action="store_true", help="keep the fine-tuned models in OUTPUT_DIR/models")
@@ -53,7 +64,7 @@ def main() -> int:
     from ctcd_ds.evaluation.finetune import FinetuneSettings
 
     content = glue.run(
-        models=[Path(model) for model in options.model],
+        models=options.model,
         tasks=tuple(options.tasks),
         data_dir=options.data_dir,
         output_dir=Path(options.output_dir),
@@ -69,6 +80,7 @@ def main() -> int:
         keep_models=options.keep_models,
         task_files=[Path(path) for path in options.task_files],
         no_finetune_on=options.no_finetune_on,
+        train_examples=options.train_examples,
     )
     print(results.score_table(content))
     print(f"\nresults in {options.output_dir}/results.json")

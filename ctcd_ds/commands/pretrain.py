@@ -59,7 +59,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
         if ranks.first:
             print(forecast(arguments, cluster, recipe, deepspeed_json))
         return cli.EXIT_DONE
-    plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path)
+    saved = run.saved_configs if arguments.resume else None
+    plan = make_plan(recipe, deepspeed_json, ranks.world, device_type(), run.path, saved)
     if arguments.dry_run:
         if ranks.first:
             rehearse_peers(plan, device_type())
@@ -74,7 +75,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
             run.write_exit("finished", plan.steps, f"all {plan.steps} steps are done")  # this start says so too
         return cli.EXIT_DONE
     if ranks.local_rank == 0:  # each machine may have a copy of its own
-        refuse_damage(plan.corpus.path)
+        for corpus in plan.corpus.parts.values():
+            refuse_damage(corpus.path)
         rehearse_peers(plan, device_type())
     libraries_write_to(run.path, ranks.rank)
     if ranks.first:

@@ -60,7 +60,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, native: Native | None, dtype: str) -> None:
-        special = special_ids(tokenizer)
+        self.dtype, special = dtype, special_ids(tokenizer)
         begin = [] if begin_role(tokenizer) is None else [special.bos]
         self._begin, self._end = np.array(begin, dtype), np.array([special.end], dtype)
         self._unk = special.unk

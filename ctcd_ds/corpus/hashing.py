@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 # What a number is for. Streams of equal seeds with different purposes have nothing in common.
-ROW_ORDER, TARGET_CHOICE, TARGET_CHANGE, OWN_MASKS, LABEL_NOISE, SPAN_CUTS, SPAN_TURNS = 1, 2, 3, 4, 5, 6, 100
+ROW_ORDER, TARGET_CHOICE, TARGET_CHANGE, OWN_MASKS, LABEL_NOISE, SPAN_CUTS, SOURCE_ORDER = 1, 2, 3, 4, 5, 6, 7
+SPAN_TURNS = 100  # and those behind it
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: neighbouring counters end far apart
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

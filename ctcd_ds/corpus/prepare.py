@@ -11,20 +11,22 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 from tqdm import tqdm
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.encode import Block, Encoder, encode_in_order
+from ctcd_ds.corpus.encode import Block, Encoded, Encoder, encode_in_order
 from ctcd_ds.corpus.frequencies import unigram_loss
 from ctcd_ds.corpus.rows import FORMAT, VERSION
 from ctcd_ds.corpus.sentencepiece_model import native_beside
-from ctcd_ds.corpus.shards import Step
+from ctcd_ds.corpus.shards import ShardWriter, Step
 from ctcd_ds.corpus.sources import Reading, Source, documents, find_sources, sample_lines
 from ctcd_ds.corpus.tokenizer import (
     bring_tokenizer,
@@ -104,31 +106,41 @@ def prepare(
     lowercase: bool | None = None,
     workers: int = 1,
     add_special_tokens: bool = True,
+    valid_inputs: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> None:
     """Makes the corpus directory `output_dir` of `inputs`, or goes on with one that was begun by the same call.
 
-    Raises UserError for a mistake in any argument or in the text; then nothing is left behind.
+    `valid_inputs`: held-out sets of other text, by name; all their documents are taken. Raises UserError for a mistake
+    in any argument or in the text; then nothing is left behind.
     """
     settings.validate()
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
     sources = find_sources(inputs, reading.format)
+    sets = {name: find_sources(own, reading.format, f"--valid_input {name}:") for name, own in valid_inputs.items()}
     tokenizer = bring_tokenizer(
         tokenizer_source, lowercase, lambda: sample_lines(sources, reading, SAMPLE), add_special_tokens
     )
-    plan = {
+    plan: dict[str, Any] = {
         "sources": _identities(sources),
         "reading": asdict(reading),
         "tokenizer": tokenizer_identity(tokenizer),
         "settings": asdict(settings),
     }
+    if sets:
+        plan["valid_sources"] = {name: _identities(own) for name, own in sets.items()}
+        _refuse_trained(plan["sources"], plan["valid_sources"])
     with workplace(output_dir, plan) as place:
         if place is None:
             print(f"{output_dir}: this corpus is finished already")
             return
         start, before = time.monotonic(), _tokens(place)
         if not place.complete:
-            _tokenise(place, sources, reading, settings, tokenizer, tokenizer_source, workers)
+            encoder = _encoder(tokenizer, tokenizer_source)
+            for name, own in sets.items():
+                if f"valid.{name}" not in place.shards:
+                    _tokenise_set(place, name, own, reading, encoder, workers)
+            _tokenise(place, sources, reading, settings, encoder, workers)
         speed = (_tokens(place) - before) / (time.monotonic() - start)
         finish(place, tokenizer, {**asdict(settings), "lowercase": lowercases(tokenizer)}, f"{speed:,.0f} tokens/s")
         _warn(place, tokenizer, sources, reading)
@@ -169,19 +181,15 @@ def _tokenise(
     sources: Sequence[Source],
     reading: Reading,
     settings: Settings,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizer_source: str,
+    encoder: Encoder,
     workers: int,
 ) -> None:
     """Reads what `place` has not got yet, and records a step (one shard a split) whenever its text is long enough."""
-    dtype = dtype_for(len(tokenizer))
-    native = native_beside(Path(tokenizer_source), tokenizer) if Path(tokenizer_source).suffix == ".model" else None
-    encoder = Encoder(tokenizer, native, dtype)
     shard_characters = int(settings.shard_megabytes * 2**20)
     held_out = partial(share, settings.seed, "hold out")
 
     def new_step() -> tuple[Step, Counter[str]]:
-        return Step(place.folder, dtype, place.shards, settings.valid_fraction, held_out), Counter()
+        return Step(place.folder, encoder.dtype, place.shards, settings.valid_fraction, held_out), Counter()
 
     with _bar("tokenising", sources) as bar:
         blocks = _blocks(
@@ -190,20 +198,47 @@ def _tokenise(
         step, counts = new_step()
         tokens = 0
         for block, encoded in encode_in_order(blocks, encoder, workers):
-            start = 0
-            sizes = zip(block.numbers, encoded.lengths.tolist(), encoded.text_bytes.tolist(), strict=True)
-            for number, length, text_bytes in sizes:
-                if length:  # else nothing but characters that the tokenizer drops: no document
-                    step.add(number, encoded.ids[start : start + length], text_bytes)
-                start += length
+            for number, ids, text_bytes in _documents(block, encoded):
+                step.add(number, ids, text_bytes)
             counts.update(characters=block.characters, unknown=encoded.unknown)
-            tokens += start
+            tokens += len(encoded.ids)
             bar.set_postfix_str(f"{tokens / max(1e-9, bar.format_dict['elapsed']) / 1e6:.2f} M tokens/s", refresh=False)
             if counts["characters"] >= shard_characters:
                 place.record(step.finish(), block.next, counts)
                 step, counts = new_step()
             last = block.next
         place.record(step.finish(), last, counts)
+
+
+def _tokenise_set(
+    place: Workplace, name: str, sources: Sequence[Source], reading: Reading, encoder: Encoder, workers: int
+) -> None:
+    """All documents of a held-out set, as one shard: a kill costs the whole of it."""
+    with _bar(f"tokenising {name}", sources) as bar:
+        blocks = _blocks(documents(sources, reading, bar.update), 0, Settings(), BLOCK_CHARACTERS)
+        writer, counts = ShardWriter(place.folder, f"valid-{name}-00000", encoder.dtype), Counter[str]()
+        for block, encoded in encode_in_order(blocks, encoder, workers):
+            for _, ids, text_bytes in _documents(block, encoded):
+                writer.add(ids, text_bytes)
+            counts.update(characters=block.characters, unknown=encoded.unknown)
+    if not writer.documents:
+        raise UserError(f"--valid_input {name}: no text in any of its files")
+    place.record({f"valid.{name}": [writer.finish()]}, place.documents, counts)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, source: str) -> Encoder:
+    native = native_beside(Path(source), tokenizer) if Path(source).suffix == ".model" else None
+    return Encoder(tokenizer, native, dtype_for(len(tokenizer)))
+
+
+def _documents(block: Block, encoded: Encoded) -> Iterator[tuple[int, npt.NDArray[Any], int]]:
+    """(number, ids, bytes of text) of the documents of which the tokenizer leaves something."""
+    start = 0
+    sizes = zip(block.numbers, encoded.lengths.tolist(), encoded.text_bytes.tolist(), strict=True)
+    for number, length, text_bytes in sizes:
+        if length:
+            yield number, encoded.ids[start : start + length], text_bytes
+        start += length
 
 
 def _blocks(texts: Iterator[str], first: int, settings: Settings, size: int) -> Iterator[Block]:
@@ -251,8 +286,16 @@ def _identities(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return identities
 
 
+def _refuse_trained(sources: Sequence[dict[str, Any]], sets: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Raises UserError where a held-out set has a source that is trained on."""
+    trained = {canonical_sha256(identity) for identity in sources}
+    for name, own in sets.items():
+        if any(canonical_sha256(identity) in trained for identity in own):
+            raise UserError(f"--valid_input {name}: holds a file of --input: what is trained on is not held out")
+
+
 def _tokens(place: Workplace) -> int:
-    return sum(entry["tokens"] for entries in place.shards.values() for entry in entries)
+    return sum(entry["tokens"] for entry in place.entries())
 
 
 def _bar(caption: str, sources: Sequence[Source]) -> tqdm[Any]:
@@ -295,10 +338,12 @@ def _warn(place: Workplace, tokenizer: PreTrainedTokenizerBase, sources: Sequenc
             ),
             flush=True,
         )
-    held_out = sum(entry["tokens"] for entry in place.shards["valid"]) // (ROW - 2)
-    if place.shards["valid"] and held_out < FEW_ROWS:
-        print(
-            f"warning: {held_out} held-out rows of {ROW} are few, and what is measured on them will be noisy; "
-            f"from {FEW_ROWS} on it is steady: give more text, or a larger --valid_fraction",
-            flush=True,
-        )
+    for split, entries in place.shards.items():
+        held_out, name = sum(entry["tokens"] for entry in entries) // (ROW - 2), split.partition(".")[2]
+        if split != "train" and entries and held_out < FEW_ROWS:
+            print(
+                f"warning: {held_out} held-out rows of {ROW}{f' of {name}' if name else ''} are few, and what is "
+                f"measured on them will be noisy; from {FEW_ROWS} on it is steady: give more text"
+                f"{'' if name else ', or a larger --valid_fraction'}",
+                flush=True,
+            )

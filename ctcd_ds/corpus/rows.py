@@ -6,14 +6,16 @@ A corpus is opened by looking at its manifest and at the shards' sizes only, and
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from pydantic import StringConstraints
 from typing_extensions import NotRequired, TypedDict
 
 from ctcd_ds.cli import Damage, UserError
@@ -21,6 +23,7 @@ from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
+from ctcd_ds.recipe import NAME
 
 FORMAT, VERSION = "ctcd_ds.corpus", 2
 # By roles of the tokenizer: what ends each document in the shards, and what models that want a frame see around a row.
@@ -141,6 +144,27 @@ class Corpus:
         """Number of stored ids of a split, one at the end of each document among them."""
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
+    @property
+    def parts(self) -> dict[str, Corpus]:
+        """The corpora that this one is made of, by name: itself, without a name."""
+        return {"": self}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the training rows that comes from each of `parts`."""
+        return {"": 1.0}
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """The held-out splits that hold text, each with its weight in the mean that stands for all; they add up to 1.
+
+        Sets of other text (`valid.NAME`) are looked at beside the corpus's own split, and stand for it where it has
+        none.
+        """
+        found = [split for split in self.splits if split != "train" and self.tokens(split)]
+        counted = ["valid"] if "valid" in found else found
+        return {split: (split in counted) / len(counted) for split in found}
+
     def bytes_per_token(self, split: str) -> float | None:
         """UTF-8 bytes of text that a stored id of the split stands for, on average; None where nobody counted them."""
         sizes = [shard.text_bytes for shard in self.splits.get(split, ()) if shard.text_bytes is not None]
@@ -192,6 +216,9 @@ class _ShardShape(TypedDict):
     idx: FileEntry
 
 
+_Split = Annotated[str, StringConstraints(pattern=rf"^(train|valid(\.{NAME})?)$")]
+
+
 class _TokenizerShape(TypedDict):
     fingerprint: str
     vocabulary: str
@@ -211,7 +238,7 @@ class _Shape(TypedDict):
     begin: NotRequired[Role | None]
     frame: _FrameShape
     dtype: Literal["uint16", "int32"]
-    splits: dict[Literal["train", "valid"], list[_ShardShape]]
+    splits: dict[_Split, list[_ShardShape]]
 
 
 def read_corpus_manifest(path: Path) -> dict[str, Any]:
@@ -296,9 +323,32 @@ class Rows:
         lengths = np.array([len(stream) for stream in streams], np.int64)
         self._ends = np.cumsum(lengths)
         self._begins = self._ends - lengths
+        self._whole = self._count = (int(self._ends[-1]) - lookahead) // width
 
     def __len__(self) -> int:
-        return (int(self._ends[-1]) - self._lookahead) // self._width
+        return self._count
+
+    def spread(self, count: int) -> Rows:
+        """So many of these rows, evenly spread over the split and always the same ones.
+
+        Raises UserError where the split has fewer.
+        """
+        if count > self._whole:
+            raise UserError(
+                f"corpus {self.corpus.path}: split {self.split!r} has {self._whole} rows, fewer than {count}"
+            )
+        fewer = copy.copy(self)
+        fewer._count = count
+        return fewer
+
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """The rows of each of `corpus.parts`."""
+        return {"": self}
+
+    def batch(self, seed: int, step: int, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a step trains on, (epoch int64[B], row int64[B]): a pure function of the arguments."""
+        return batch_rows(seed, len(self), step, global_batch)
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
         """The rows of these numbers (int64[n], each in [0, len(self))): int32[n, sequence_length + lookahead].
@@ -306,6 +356,8 @@ class Rows:
         Raises Damage where the stored ids are none of the tokenizer's (a damaged shard).
         """
         width, begin = self._width + self._lookahead, len(self._before)
+        if self._count < self._whole:
+            numbers = numbers * self._whole // self._count
         rows = np.empty((len(numbers), begin + width + len(self._after)), np.int32)
         rows[:, :begin], rows[:, begin + width :] = self._before, self._after
         first = np.searchsorted(self._ends, numbers * self._width, side="right")
@@ -376,5 +428,10 @@ def batch_rows(seed: int, rows: int, step: int, global_batch: int) -> tuple[np.n
     the next (or several whole ones, where it is larger than the corpus). Nothing but the arguments decides
     it.
     """
-    epoch, position = np.divmod(step * global_batch + np.arange(global_batch, dtype=np.int64), rows)
+    return endless_rows(seed, rows, step * global_batch + np.arange(global_batch, dtype=np.int64))
+
+
+def endless_rows(seed: int, rows: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(epoch int64[n], row int64[n]) at `places` (int64[n], from 0) of one epoch after another, each in its order."""
+    epoch, position = np.divmod(places, rows)
     return epoch, RowOrder(seed, rows).rows(epoch, position)

@@ -59,38 +59,38 @@ class Source:
         return file_entry(path)
 
 
-def find_sources(inputs: Iterable[str], form: str | None = None) -> list[Source]:
+def find_sources(inputs: Iterable[str], form: str | None = None, option: str = "--input") -> list[Source]:
     """The sources that `inputs` (paths, globs, dataset folders, hub names) stand for, sorted by name.
 
-    `form`: txt, jsonl or parquet for every file, whatever its name ends in. Raises UserError for what does not exist,
-    has no readable format, or is named twice.
+    `form`: txt, jsonl or parquet for every file, whatever its name ends in. Raises UserError, which speaks of `option`,
+    for what does not exist, has no readable format, or is named twice.
     """
-    names = sorted(name for given in inputs for name in _expand(given))
-    sources = [_source(name, form) for name in names]
+    names = sorted(name for given in inputs for name in _expand(given, option))
+    sources = [_source(name, form, option) for name in names]
     seen: set[Path | str] = set()
     for source in sources:
         key = source.name if source.kind == "hub" else Path(source.name).resolve()
         if key in seen:
-            raise UserError(f"--input names {source.name} twice; name every source once")
+            raise UserError(f"{option} names {source.name} twice; name every source once")
         seen.add(key)
     return sources
 
 
-def _expand(given: str) -> list[str]:
+def _expand(given: str, option: str) -> list[str]:
     if Path(given).exists() or not glob.has_magic(given):
         return [given]
     found = glob.glob(given, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     if not found:
-        raise UserError(f"--input {given}: no file matches this pattern{_seen_from(given)}")
+        raise UserError(f"{option} {given}: no file matches this pattern{_seen_from(given)}")
     return found
 
 
-def _source(name: str, form: str | None) -> Source:
+def _source(name: str, form: str | None, option: str) -> Source:
     path = Path(name)
     if path.is_dir():
         if not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
             raise UserError(
-                f"--input {name} is a folder, but not a dataset saved with save_to_disk; "
+                f"{option} {name} is a folder, but not a dataset saved with save_to_disk; "
                 f"for the files in it give a pattern such as '{name.rstrip('/')}/*.txt'"
             )
         return Source(name, "dataset", sum(file.stat().st_size for file in path.rglob("*.arrow")))
@@ -100,17 +100,17 @@ def _source(name: str, form: str | None) -> Source:
     if path.exists():
         kind = form or kind
         if kind is None or (kind == "parquet" and compression):
-            raise UserError(f"--input {name}: {_other_format(name, suffix)}")
+            raise UserError(f"{option} {name}: {_other_format(name, suffix)}")
         return Source(name, kind, path.stat().st_size)
     if path.is_symlink():
-        raise UserError(f"--input {name} is a link to {path.readlink()}, which does not exist")
+        raise UserError(f"{option} {name} is a link to {path.readlink()}, which does not exist")
     if kind is None and re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.parent.exists():
         return Source(name, "hub", 0)
     if "," in name and Path(name.split(",")[0]).exists():
-        raise UserError(f"--input {name} does not exist; set several inputs apart by spaces, not by commas")
+        raise UserError(f"{option} {name} does not exist; set several inputs apart by spaces, not by commas")
     near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise UserError(f"--input {name} does not exist{_seen_from(name)}{hint}")
+    raise UserError(f"{option} {name} does not exist{_seen_from(name)}{hint}")
 
 
 def _seen_from(name: str) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TYPES = ("wordpiece", "unigram", "bpe", "byte_bpe")
-END_OF_TEXT = "<|endoftext|>"  # the one special token of a byte-level BPE, as GPT-2 has it
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"  # a byte-level BPE's; GPT-2 has the first only
 ALPHABET = 1000  # single characters that a WordPiece vocabulary holds of an alphabet, as in BERT's own training
 COVERAGE = 0.9999  # of all characters; a script of thousands has more than ALPHABET for it, where there is room
 MINIMUM = 2  # a WordPiece that the text holds only once is not worth an embedding
@@ -69,7 +69,7 @@ def train_tokenizer(
         if kind == "wordpiece":
             tokenizer = _train_wordpiece(texts, vocab_size, lowercase)
         elif kind == "byte_bpe":
-            tokenizer = _train_byte_bpe(texts, vocab_size, lowercase, sample)
+            tokenizer = _train_byte_bpe(texts, vocab_size, lowercase, sample, pad=sentinels > 0)
         else:
             tokenizer, model = _train_sentencepiece(kind, texts, vocab_size, lowercase, sample, byte_fallback)
     except TooLarge as mistake:
@@ -190,8 +190,13 @@ class TooLarge(UserError):
 # ---- byte-level BPE
 
 
-def _train_byte_bpe(texts: Texts, vocab_size: int, lowercase: bool, sample: list[str]) -> PreTrainedTokenizerBase:
-    """GPT-2's kind: the 256 bytes and the merges that are most frequent; nothing is unknown, one special token."""
+def _train_byte_bpe(
+    texts: Texts, vocab_size: int, lowercase: bool, sample: list[str], pad: bool
+) -> PreTrainedTokenizerBase:
+    """GPT-2's kind: the 256 bytes and the merges that are most frequent; nothing is unknown, one special token.
+
+    `pad`: a second one for padding, with which the decoder of a sequence-to-sequence model begins.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -204,7 +209,7 @@ def _train_byte_bpe(texts: Texts, vocab_size: int, lowercase: bool, sample: list
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=MINIMUM,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, PAD] if pad else [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # else their ids would be those of a hash map
         show_progress=sys.stderr.isatty(),
     )
@@ -213,7 +218,7 @@ def _train_byte_bpe(texts: Texts, vocab_size: int, lowercase: bool, sample: list
         raise UserError("--input holds no text")
     if (possible := backend.get_vocab_size()) < vocab_size:
         raise TooLarge(vocab_size, possible)
-    names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    names = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT) | ({"pad_token": PAD} if pad else {})
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 

@@ -40,11 +40,15 @@ class Workplace:
     def record(self, shards: dict[str, list[Entry]], documents: int, counts: dict[str, int]) -> None:
         """Adds finished shards; from now on a kill costs nothing that came before them."""
         for split, entries in shards.items():
-            self.shards[split] += entries
+            self.shards[split] = [*self.shards.get(split, ()), *entries]
         self.documents = documents
         for name, count in counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
         self.save()
+
+    def entries(self) -> list[Entry]:
+        """The finished shards of all splits."""
+        return [entry for entries in self.shards.values() for entry in entries]
 
     def save(self) -> None:
         names = ("plan", "documents", "shards", "counts", "complete")
@@ -55,7 +59,7 @@ class Workplace:
         """Goes on from a saved progress whose plan is this one."""
         for name in ("documents", "shards", "counts", "complete"):
             setattr(self, name, progress[name])
-        for entry in self.shards["train"] + self.shards["valid"]:
+        for entry in self.entries():
             for suffix in ("bin", "idx"):
                 name = f"{entry['name']}.{suffix}"
                 places = [folder / name for folder in (self.folder, self.output_dir)]
@@ -69,8 +73,8 @@ class Workplace:
         tokenizers = (folder / "tokenizer" for folder in (self.folder, self.output_dir))
         write_preparation(self.folder, self.plan, next(place for place in tokenizers if place.exists()))
         write_manifest(self.folder / "manifest.json", manifest)
-        entries = self.shards["train"] + self.shards["valid"]
-        for name in [*(f"{e['name']}.{end}" for e in entries for end in ("bin", "idx")), "tokenizer", PLAN]:
+        shards = (f"{entry['name']}.{end}" for entry in self.entries() for end in ("bin", "idx"))
+        for name in [*shards, "tokenizer", PLAN]:
             if (self.folder / name).exists():  # else it was moved before a kill
                 (self.folder / name).replace(self.output_dir / name)
         sync_directory(self.output_dir)

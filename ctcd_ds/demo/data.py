@@ -28,7 +28,7 @@ def data_commands(data: Path, home: Path, megabytes: float = 6.0, sentinels: int
     more = ["--sentinels", sentinels] if sentinels else []
     return [
         command("demo_data", "--output_dir", data, "--size_megabytes", megabytes),
-        command("tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 4096, *more,
+        command("tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 1024, *more,
                 "--output_dir", tokenizer),
         command("corpus", "--input", text, "--tokenizer", tokenizer, "--output_dir", home / "corpus",
                 "--valid_fraction", 0.05),

@@ -26,12 +26,14 @@ def reservation(name: str, task: Mapping[str, Any], settings: Mapping[str, Any])
 
     `task` and `settings` as results.json of a GLUE run has them.
     """
-    said = []
+    said, examples, of = [], task.get("examples"), name.partition("@")[0]
     rows = (task["train_rows"], task["dev_rows"])
-    if name in _ROWS and rows != _ROWS[name]:
-        ours, theirs = ("{:,} training and {:,} dev rows".format(*counts) for counts in (rows, _ROWS[name]))
-        said.append(f"a stand-in of {ours}; GLUE's {name} has {theirs}")
-    if (limit := settings.get("max_train_samples")) and limit < rows[0]:
+    if of in _ROWS and "shots" not in task and rows != _ROWS[of]:
+        ours, theirs = ("{:,} training and {:,} dev rows".format(*counts) for counts in (rows, _ROWS[of]))
+        said.append(f"a stand-in of {ours}; GLUE's {of} has {theirs}")
+    if examples:
+        said.append(f"fine-tuned on {examples:,} of {rows[0]:,} training rows, drawn by the seed")
+    elif (limit := settings.get("max_train_samples")) and limit < rows[0]:
         said.append(f"fine-tuned on {limit:,} of {rows[0]:,} training rows")
     if (limit := settings.get("max_eval_samples")) and limit < rows[1]:
         said.append(f"scored on {limit:,} of {rows[1]:,} dev rows")
@@ -40,8 +42,10 @@ def reservation(name: str, task: Mapping[str, Any], settings: Mapping[str, Any])
 
 def called(name: str, task: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """The name under which a score may stand beside others: a stand-in or a part is not the task."""
-    said = reservation(name, task, settings)
-    return name if not said else f"{name} {'stand-in' if 'stand-in' in said else 'in part'}"
+    said, examples = reservation(name, task, settings), task.get("examples")
+    few = f" {examples} examples" if examples else f" {task['shots']}-shot" if "shots" in task else ""
+    part = " stand-in" if "stand-in" in said else " in part" if said and not examples else ""
+    return name.partition("@")[0] + part + few
 
 
 def title(name: str) -> str:

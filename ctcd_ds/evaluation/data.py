@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.evaluation.tables import TaskRows, read_table
+from ctcd_ds.evaluation.forms import form_of
+from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task
 
 HUB = "hub"
@@ -53,7 +54,7 @@ def from_folder(folder: Path, task: Task) -> TaskData:
         path = _existing(folder, table)
         if path is None:
             raise UserError(f"--data_dir: task {task.name} needs {folder / table.file}, which does not exist")
-        rows, left_out = read_table(path, table, task)
+        rows, left_out = form_of(task).read(path, table, task)
         if rows.labels is None:
             raise UserError(f"{path}: no column {table.label!r}, which task {task.name} is trained and scored on")
         return rows, left_out
@@ -61,7 +62,7 @@ def from_folder(folder: Path, task: Task) -> TaskData:
     train, left_out = required(task.train) if task.train else (None, 0)
     dev = {key: required(table)[0] for key, table in task.dev.items()}
     test = {
-        key: read_table(path, table, task)[0]
+        key: form_of(task).read(path, table, task)[0]
         for key, table in task.test.items()
         if (path := _existing(folder, table)) is not None
     }

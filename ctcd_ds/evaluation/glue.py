@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import platform
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,17 @@ from ctcd_ds.evaluation.finetune import (
     Finetuned,
     FinetuneSettings,
     encode,
-    encode_task,
+    encode_dev,
     finetune,
     open_checkpoint,
     precision,
     quiet_libraries,
     steps,
+    training_rows,
 )
-from ctcd_ds.evaluation.results import Cell, Grid, best_seed, report, resume, save
+from ctcd_ds.evaluation.forms import SENTENCES, form_of
+from ctcd_ds.evaluation.forms.form import Form
+from ctcd_ds.evaluation.results import Cell, Grid, best_seed, make_directory, report, resume, save
 from ctcd_ds.evaluation.submission import write_predictions, write_zip
 from ctcd_ds.evaluation.task_file import own_tasks
 from ctcd_ds.evaluation.tasks import GLUE, Task, named
@@ -41,10 +45,11 @@ from ctcd_ds.kinds import instead
 from ctcd_ds.peers.reading import fit_tokenizer
 
 ALL = ("all",)
+_NAME = re.compile(r"([\w.-]+/)?[\w-][\w.-]*")  # of a model on the hub
 
 
 def run(
-    models: Sequence[Path],
+    models: Sequence[str | Path],
     tasks: Sequence[str],
     data_dir: Path | str | None,
     output_dir: Path,
@@ -53,26 +58,27 @@ def run(
     keep_models: bool = False,
     task_files: Sequence[Path] = (),
     no_finetune_on: Sequence[str] = (),
+    train_examples: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Fine-tunes and measures every model on every task with every seed; returns the content of results.json.
 
     `tasks` are names or ("all",): those that `data_dir` holds; `data_dir` is a folder of official files or "hub".
     `task_files` bring further tasks (task_file.py, advglue.py), `no_finetune_on` names those of them that are scored by
-    their base's models only. Writes results.json and submissions/MODEL.zip into `output_dir`, the fine-tuned models if
-    `keep_models`, and the scores into the cards of models that `ctcd export` wrote.
+    their base's models only. `train_examples`: every task is done once for each number, fine-tuned on so many of its
+    rows. `models` are directories, or names on the hub. Writes results.json and submissions/MODEL.zip into
+    `output_dir`, the fine-tuned models if `keep_models`, and the scores into the cards of models that `ctcd export`
+    wrote.
     Raises UserError, before anything is written, for models, tasks, data or an output directory that cannot serve.
     """
     settings = settings or FinetuneSettings()
     if not seeds:
         raise UserError("--seeds names no seed")
     data = load(tasks, data_dir, task_files, no_finetune_on, settings.max_eval_samples)
+    data = in_sizes(data, train_examples, settings.max_train_samples) if train_examples else data
     with quiet_libraries():
-        checkpoints = open_checkpoints(models)
+        checkpoints = open_checkpoints(models, list({form_of(read.task): None for read in data.values()}))
         grid, cells = resume(output_dir / "results.json", _grid(checkpoints, data, settings))
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UserError(f"--output_dir: {output_dir} cannot be made: {problem.strerror}") from None
+        make_directory(output_dir)
         lanes = plan(checkpoints, data, list(dict.fromkeys(seeds)), settings, cells)
         total = sum(lane.steps * len(lane.seeds) for lane in lanes)
         often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file wants few lines
@@ -88,25 +94,70 @@ def run(
     return content
 
 
-def open_checkpoints(paths: Sequence[Path]) -> list[Checkpoint]:
-    """The models, named by `model_names`."""
-    return [open_checkpoint(path, name) for path, name in model_names(paths)]
+def in_sizes(data: dict[str, TaskData], numbers: Sequence[int], most: int | None) -> dict[str, TaskData]:
+    """Every task once for each number of training examples, sst2 as sst2@16, sst2@64; `most`: rows there may be.
 
-
-def model_names(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Absolute model directories, each with the shortest tail of its path that no other model's path has.
-
-    Raises UserError for what is no Hugging Face model directory, and for one that is given twice.
+    Raises UserError where a task has fewer.
     """
-    if not paths:
+    made = {}
+    for read in data.values():
+        for number in sorted(set(numbers)):
+            task, rows = read.task, min(len(read.train), most or len(read.train)) if read.train else number
+            if not 0 < number <= rows:
+                raise UserError(
+                    f"--train_examples: {number}: task {task.name} has {rows} training rows; give 1 to {rows}"
+                )
+            base = f"{task.base}@{number}" if task.base else None
+            task = replace(task, name=f"{task.name}@{number}", base=base, examples=number, in_average=False)
+            made[task.name] = replace(read, task=task)
+    return made
+
+
+def open_checkpoints(models: Sequence[str | Path], forms: Sequence[Form] = (SENTENCES,)) -> list[Checkpoint]:
+    """The models, named by `model_names`, seen to have the heads for these forms."""
+    return [open_checkpoint(path, name, forms) for path, name in model_names(models)]
+
+
+def model_names(models: Sequence[str | Path]) -> list[tuple[Path, str]]:
+    """Each model's absolute directory, and the shortest tail of its path that no other's has, or its name on the hub.
+
+    Models of the hub come from its cache, or over the network. Raises UserError for what is no Hugging Face model,
+    there or here, and for one that is given twice.
+    """
+    if not models:
         raise UserError("--model names no model")
-    for path in paths:
+    hub = {model: _from_hub(str(model)) for model in models if _may_be_of_the_hub(str(model))}
+    local = [Path(model) for model in models if model not in hub]
+    for path in local:
         if not (path / "config.json").is_file():
             raise UserError(f"--model: {path} is no Hugging Face model (no config.json): {instead(path, 'model')}")
-    resolved = [path.resolve() for path in paths]
+    resolved = [hub[model] if model in hub else Path(model).resolve() for model in models]
     if twice := [path for path in resolved if resolved.count(path) > 1]:
         raise UserError(f"--model: {twice[0]} is given twice")
-    return list(zip(resolved, short_names(resolved), strict=True))
+    short = iter(short_names([path.resolve() for path in local]))
+    return [(path, str(model) if model in hub else next(short)) for path, model in zip(resolved, models, strict=True)]
+
+
+def _may_be_of_the_hub(name: str) -> bool:
+    """Whether a name can only be meant so: it is nothing here, nor in a folder that is here."""
+    path = Path(name)
+    return bool(_NAME.fullmatch(name)) and not path.exists() and ("/" not in name or not path.parent.exists())
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    others = ["*.json", "*.txt", "*.model"]
+    try:
+        place = Path(snapshot_download(name, allow_patterns=[*others, "model*.safetensors"]))
+        if not list(place.glob("*.safetensors")):  # an old one
+            place = Path(snapshot_download(name, allow_patterns=[*others, "pytorch_model*.bin"]))
+        return place
+    except Exception as problem:  # huggingface_hub and httpx have many, with no common base
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise UserError(
+            f"--model: {name} is neither a directory here nor a model that the hub gives: {reason}"
+        ) from None
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -202,6 +253,7 @@ def _grid(checkpoints: Sequence[Checkpoint], data: dict[str, TaskData], settings
                 "metrics": list(read.task.metrics),
                 "base": read.task.base,
                 "of_base": list(read.task.of_base),
+                "examples": read.task.examples,
                 "train_rows": len(read.train) if read.train else 0,
                 "dev_rows": sum(len(rows) for rows in read.dev.values()),
                 "sha256": read.sha256(),
@@ -219,7 +271,7 @@ class Lane:
     data: TaskData
     diagnostics: list[TaskData]
     seeds: list[int]
-    steps: int  # of one cell
+    steps: int  # of one cell, about
 
 
 def plan(
@@ -238,7 +290,8 @@ def plan(
         names = [read.task.name, *(other.task.name for other in diagnostics)]
         for checkpoint in checkpoints:
             todo = [seed for seed in seeds if any((checkpoint.name, name, seed) not in cells for name in names)]
-            lanes.append(Lane(checkpoint, read, diagnostics, todo, steps(len(read.train), settings)))
+            rows = len(training_rows(read, 0, settings))  # as a rule: a long row of some forms is several features
+            lanes.append(Lane(checkpoint, read, diagnostics, todo, steps(rows, read.task, settings)))
     return lanes
 
 
@@ -255,24 +308,28 @@ def do_lane(
     checkpoint, task = lane.checkpoint, lane.data.task
     if not lane.seeds:
         return
-    encoded = encode_task(lane.data, checkpoint, settings)
-    encoded_others = {other.task.name: encode_task(other, checkpoint, settings) for other in lane.diagnostics}
+    whole = None if task.examples else encode(training_rows(lane.data, 0, settings), task, checkpoint, settings)
+    dev = {read.task.name: encode_dev(read, checkpoint, settings) for read in (lane.data, *lane.diagnostics)}
     gc.freeze()  # rows and libraries stay: the collections around every fine-tuning need not look at them
     for seed in lane.seeds:
         bar.set_description(f"{checkpoint.name} {task.name} seed {seed}")
-        finetuned = finetune(checkpoint, task, encoded, seed, settings, bar)
+        train = whole or encode(training_rows(lane.data, seed, settings), task, checkpoint, settings)
+        bar.total += steps(len(train.features), task, settings) - lane.steps
+        finetuned = finetune(checkpoint, task, train, seed, settings, bar)
+        measured = finetuned.measure(task, dev[task.name])
         cells[checkpoint.name, task.name, seed] = {
-            "metrics": finetuned.metrics,
-            "score": metrics.score(finetuned.metrics),
+            "metrics": measured,
+            "score": metrics.score(measured),
             "train_loss": finetuned.train_loss,
             "seconds": round(finetuned.seconds, 2),
         }
         best = best_seed(cells, checkpoint.name, task.name) == seed
-        target = submission_folder(output_dir, checkpoint) if best and settings.max_eval_samples is None else None
+        official = best and settings.max_eval_samples is None and task.examples is None
+        target = submission_folder(output_dir, checkpoint) if official else None
         if target:
             test(finetuned, lane.data, checkpoint, settings, target)
         for other in lane.diagnostics:
-            measured = finetuned.measure(other.task, encoded_others[other.task.name])
+            measured = finetuned.measure(other.task, dev[other.task.name])
             measured |= test(finetuned, other, checkpoint, settings, target)
             scored = {"score": metrics.score(measured)} if measured else {}
             cells[checkpoint.name, other.task.name, seed] = {"metrics": measured, **scored}
@@ -292,7 +349,8 @@ def test(
     """Predicts the test rows of a task, writes them into `target`; returns metrics where the rows have labels."""
     measured: dict[str, float] = {}
     for file, rows in data.test.items():
-        answers = metrics.predictions(data.task, finetuned.predict(encode(rows, checkpoint, settings.max_length)))
+        encoded = encode(rows, data.task, checkpoint, settings)
+        answers = metrics.predictions(data.task, finetuned.predict(encoded.features))
         if target:
             write_predictions(target / file, data.task, rows, answers)
         if rows.labels is not None:

@@ -3,8 +3,9 @@
 format       "ctcd-ds-glue-1"
 settings     how models were fine-tuned, with the precision (fp32 or bf16)
 versions     of the libraries when the run was begun
-tasks        NAME → {metrics, base, of_base, train_rows, dev_rows, sha256 of all rows}; a task with a base has no
-             training: its base's models were scored (of_base: the label that each class of the base means here)
+tasks        NAME → {metrics, base, of_base, examples, train_rows, dev_rows, sha256 of all rows}; a task with a base has
+             no training: its base's models were scored (of_base: the label that each class of the base means here);
+             sst2@16 is sst2 fine-tuned on examples = 16 of its rows, a point of a curve
 models       NAME → {path, sha256, max_length, tasks, average}
              tasks: NAME → {seeds: {SEED: cell}, median, min, max, best_seed, against_base}; scores are 0 to 100
              against_base: {base: its median score, difference: median over seeds of this score minus the base's}, where
@@ -18,8 +19,9 @@ rules        how scores, spread and averages are made, in words
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class Grid:
     versions: dict[str, str]
     models: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, Any]]
+    rules: dict[str, str] = field(default_factory=lambda: RULES)
 
 
 def best_seed(cells: Mapping[Cell, dict[str, Any]], model: str, task: str) -> int | None:
@@ -81,7 +84,7 @@ def report(grid: Grid, cells: Mapping[Cell, dict[str, Any]]) -> dict[str, Any]:
         "tasks": grid.tasks,
         "models": models,
         "differences": _differences(models),
-        "rules": RULES,
+        "rules": grid.rules,
     }
 
 
@@ -123,6 +126,14 @@ def _differences(models: Mapping[str, Any]) -> dict[str, Any]:
     return {"against": first, "models": found}
 
 
+def make_directory(output_dir: Path) -> None:
+    """Raises UserError where it cannot be made."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--output_dir: {output_dir} cannot be made: {problem.strerror}") from None
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes results.json whole."""
     write_atomic(path, json.dumps(content, indent=1) + "\n")
@@ -154,9 +165,11 @@ def resume(path: Path, grid: Grid) -> tuple[Grid, dict[Cell, dict[str, Any]]]:
         for seed, cell in scores["seeds"].items()
     }
     both = {**earlier["tasks"], **grid.tasks}
-    names = [task.name for task in GLUE if task.name in both]
-    ordered = {name: both[name] for name in [*names, *(name for name in both if name not in names)]}
-    return Grid(grid.settings, earlier["versions"], grid.models, ordered), cells
+    plain = [name.partition("@")[0] for name in both]
+    order = list(dict.fromkeys([*(task.name for task in GLUE), *plain]))
+    names = sorted(both, key=lambda name: (order.index(name.partition("@")[0]), both[name].get("examples") or math.inf))
+    ordered = {name: both[name] for name in names}
+    return replace(grid, versions=earlier["versions"], tasks=ordered), cells
 
 
 def _compare(path: Path, what: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

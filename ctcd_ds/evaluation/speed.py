@@ -22,11 +22,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ctcd_ds.cli import UserError, aligned, count
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.evaluation.finetune import open_checkpoint, quiet_libraries
+from ctcd_ds.evaluation.finetune import load, open_checkpoint, quiet_libraries
+from ctcd_ds.evaluation.forms import SENTENCES
 from ctcd_ds.evaluation.glue import model_names
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.measuring import Step, interleaved, peak_bytes, ratio, synchronise
 from ctcd_ds.peers.accounting import cost
+from ctcd_ds.peers.reading import FEW
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.training.run_directory import environment
 
@@ -121,23 +123,22 @@ def can_classify(path: Path) -> bool:
     return type(AutoConfig.from_pretrained(path)) in AutoModelForSequenceClassification._model_mapping
 
 
+def _auto_class(path: Path, config: Any) -> Any:
+    """The Auto class that makes what was exported, with its head for words. Raises UserError where it has none."""
+    for auto in (task.auto_class() for task in TASKS.values()):
+        if (made := auto._model_mapping.get(type(config), None)) and made.__name__ in (config.architectures or ()):
+            return auto
+    raise UserError(f"--model: {path} is no language model ({', '.join(config.architectures or ())})")
+
+
 class _Candidate:
     """A model in memory, ready to be timed."""
 
     def __init__(self, path: Path, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForSequenceClassification
-
         self.checkpoint = open_checkpoint(path, name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+        model, _ = load(SENTENCES, path, self.checkpoint.tokenizer, dtype=dtype)
         self.model, self.device = model.to(device).eval(), device
-        autos = [task.auto_class() for task in TASKS.values()]
-        if (auto := next((auto for auto in autos if type(model.config) in auto._model_mapping), None)) is None:
-            raise UserError(f"--model: {path} is no language model ({model.config.model_type})")
-        self.parameters = cost(model.config, min(128, self.checkpoint.positions), 1.0, auto).parameters
-        if model.config.pad_token_id is None:  # causal models classify at the last token that is no padding
-            model.config.pad_token_id = model.config.eos_token_id
+        self.parameters = cost(model.config, FEW, 1.0, _auto_class(path, model.config)).parameters
         self.weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     def step(self, batch_size: int, sequence_length: int) -> Step:
@@ -145,7 +146,7 @@ class _Candidate:
         random = torch.Generator().manual_seed(0)
         size = (batch_size, sequence_length)
         ids = torch.randint(self.model.config.vocab_size, size, generator=random)
-        if (end := self.model.config.eos_token_id) is not None:  # where BART and T5 classify, once a row
+        if isinstance(end := self.model.config.eos_token_id, int):  # where BART and T5 classify, once a row
             ids[ids == end] -= 1
             ids[:, -1] = end
         ids = ids.to(self.device)

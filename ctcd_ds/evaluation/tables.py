@@ -13,13 +13,13 @@ from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.sources import unicode_text
 from ctcd_ds.evaluation.tasks import Table, Task
 
-Label = int | float
+Label = int | float | tuple[Any, ...]  # a label's id; a number; what stands for each word; the answers to a question
 SUFFIXES = (".tsv", ".jsonl", ".json")
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """Rows of one table. `labels` are label ids, or scores in the task's range; None where the table has none."""
+    """Rows of one table: its texts, and their labels, None where the table has none."""
 
     texts: list[tuple[str, ...]]
     labels: list[Label] | None
@@ -50,7 +50,7 @@ def read_table(path: Path, table: Table, task: Task) -> tuple[TaskRows, int]:
     labels = None
     if table.label is not None and table.label in columns.cells:
         written = zip(columns.cells[table.label], columns.places, strict=True)
-        labels = [_label(text, task, f"{columns.place}{number}") for text, number in written]
+        labels = [label_id(text, task, f"{columns.place}{number}") for text, number in written]
     index = columns.cells.get(table.index) if table.index else None
     return TaskRows(
         texts=list(zip(*(columns.cells[name] for name in table.text), strict=True)),
@@ -63,7 +63,8 @@ def _needed(table: Table) -> list[str]:
     return [*table.text, *(name for name in (table.label, table.index) if name is not None)]
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file. Raises UserError where it cannot be read or is no UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             return [line.removeprefix("\ufeff") for line in file.read().rstrip("\n").split("\n")]
@@ -75,7 +76,7 @@ def _lines(path: Path) -> list[str]:
 
 def _tab_separated(path: Path, table: Table) -> _Columns:
     """Quotes and carriage returns are text in GLUE's files, so the csv module is of no help."""
-    lines = [line.removesuffix("\r") for line in _lines(path)]
+    lines = [line.removesuffix("\r") for line in lines_of(path)]
     while lines and not lines[-1]:  # blank lines at the end are no rows
         lines.pop()
     if not lines:
@@ -105,10 +106,10 @@ def _tab_separated(path: Path, table: Table) -> _Columns:
 def _json(path: Path, table: Table) -> _Columns:
     """A line for each row (.jsonl), or a list of rows (.json), in an object under the table's key."""
     if path.suffix == ".jsonl":
-        place, numbered = f"{path}:", [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+        place, numbered = f"{path}:", [(number, line) for number, line in enumerate(lines_of(path), 1) if line.strip()]
         rows = [(number, parse_json(line, f"{place}{number}")) for number, line in numbered]
     else:
-        content = parse_json("\n".join(_lines(path)), str(path))
+        content = parse_json("\n".join(lines_of(path)), str(path))
         place, content = (f"{path}: {table.key} ", content[table.key]) if table.key else (f"{path}: row ", content)
         rows = list(enumerate(content))
     needed = _needed(table)
@@ -138,7 +139,8 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _label(text: str, task: Task, place: str) -> Label:
+def label_id(text: str, task: Task, place: str) -> Label:
+    """The id of a label, or the number, that stands at `place`. Raises UserError for one that the task has not."""
     if task.labels:
         if text in task.labels:
             return task.labels.index(text)

@@ -9,6 +9,9 @@
     dev: dev.tsv                   # or {seen: a.jsonl, unseen: b.jsonl}
 
 With `base: sst2` and no `train`, the rows of `dev` are scored by the models that were fine-tuned on sst2.
+
+What is measured says what is asked: entity_f1 and token_accuracy a label of each word (files in columns, as CoNLL's),
+exact_match and answer_f1 an answer found in a text (SQuAD's files).
 """
 
 from __future__ import annotations
@@ -23,8 +26,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.evaluation import advglue
-from ctcd_ds.evaluation.metrics import METRICS, OF_LABELS, OF_SCORES
-from ctcd_ds.evaluation.tables import SUFFIXES, as_text
+from ctcd_ds.evaluation.forms import ANSWERS, METRICS, SENTENCES, WORDS, form_of, form_of_metric
+from ctcd_ds.evaluation.forms.form import Form
+from ctcd_ds.evaluation.forms.words import CONLLU, MARKED
+from ctcd_ds.evaluation.metrics import OF_LABELS, OF_SCORES
+from ctcd_ds.evaluation.tables import as_text
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task, plain_name
 from ctcd_ds.recipe import Mistakes, explain, read_file
 
@@ -49,14 +55,17 @@ class TaskFile(BaseModel):
     """One task.
 
     name: in tables and results.json; letters, digits, _ and -; none of GLUE's.
-    text: one column, or two for pairs of sentences. label: the column of the answer.
+    text: one column, or two for pairs of sentences; that of the words. label: the column of the answer. SQuAD's files
+        need neither.
     labels: how the files spell the labels. A list is in the order of the ids (of two, the second is F1's positive; with
         a base, in the order of the base's labels). With a base also a mapping, for each label of the base what it means
         here: HANS for mnli has {entailment: entailment, neutral: non-entailment, contradiction: non-entailment}.
     regression: lowest and highest number, instead of labels.
-    metrics: accuracy, f1, matthews; pearson, spearman for numbers.
-    train, dev: files relative to this one, .tsv or .jsonl (.json: one list of rows).
-    columns: the names of a .tsv's columns where it has no header line.
+    metrics: accuracy, f1, matthews; pearson, spearman for numbers; entity_f1, token_accuracy for words; exact_match,
+        answer_f1 for answers.
+    train, dev: files relative to this one, .tsv or .jsonl (.json: one list of rows); .conll, .conllu, .iob2, .bio, .tsv
+        or .txt for words; .json for answers.
+    columns: the names of a file's columns where it has no header line; files of words have none.
     base: the task, of GLUE or of another task file, whose fine-tuned models are scored here. A task that has training
         rows too is trained on them, unless --no_finetune_on names it.
     """
@@ -64,7 +73,7 @@ class TaskFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
-    text: Annotated[Names, Field(max_length=2)]
+    text: Annotated[Names, Field(max_length=2)] | None = None
     label: str = "label"
     labels: Annotated[list[str] | dict[str, str] | None, BeforeValidator(_spelt)] = None
     regression: Annotated[tuple[float, float], Field(strict=False)] | None = None
@@ -138,35 +147,69 @@ def _mistakes(path: Path, file: TaskFile) -> Iterator[str]:
         yield f"name = {file.name!r}: letters, digits, _ and - only"
     if plain_name(file.name) in {task.name for task in GLUE}:
         yield f"name = {file.name!r}: is GLUE's; take another (and base: {file.name}, if its models are scored here)"
-    if (file.labels is None) == (file.regression is None):
-        yield f"exactly one of labels and regression; {'neither is' if file.labels is None else 'both are'} given"
-    kind, fitting = ("regression", OF_SCORES) if file.regression else ("labels", OF_LABELS)
-    for metric in file.metrics:
-        if metric not in METRICS:
-            yield f"metrics: {metric!r} is none; {did_you_mean(metric, METRICS)}"
-        elif metric not in fitting:
-            yield f"metrics: {metric} does not fit {kind}; {', '.join(fitting)} do"
-    own = _own_labels(file)
-    if file.labels is not None and (len(own) < 2 or (isinstance(file.labels, list) and len(own) < len(file.labels))):
-        yield f"labels = {file.labels}: at least two different ones"
-    if "f1" in file.metrics and len(own) > 2:
-        yield "metrics: f1 is for two labels; use accuracy or matthews"
-    if file.regression and not file.regression[0] < file.regression[1]:
-        yield f"regression = {list(file.regression)}: the lowest number, then the highest"
+    if unknown := [metric for metric in file.metrics if metric not in METRICS]:
+        yield f"metrics: {unknown[0]!r} is none; {did_you_mean(unknown[0], METRICS)}"
+        return  # they say what is asked, on which the rest depends
+    form = form_of_metric(file.metrics[0])
+    yield from _wrong_answers(file, form)
     if file.base is None and file.train is None:
         yield "neither train nor base: give training rows, or the task whose fine-tuned models are scored here"
     if file.base is None and isinstance(file.labels, dict):
         yield "labels: a mapping says what a base's labels mean here, and there is no base; write a list"
     for key, name in [("train", file.train), *((f"dev.{k}" if k else "dev", n) for k, n in file.dev.items())]:
-        if name is not None and Path(name).suffix not in SUFFIXES:
-            yield f"{key} = {name!r}: a file ending in {', '.join(SUFFIXES)}"
+        if name is not None and Path(name).suffix not in form.suffixes:
+            yield f"{key} = {name!r}: a file ending in {', '.join(form.suffixes)}"
         elif name is not None and not (path.parent / name).is_file():
-            there = [f.name for f in sorted(path.parent.iterdir()) if f.suffix in SUFFIXES]
+            there = [f.name for f in sorted(path.parent.iterdir()) if f.suffix in form.suffixes]
             yield f"{key} = {name!r}: {path.parent} holds no such file; {did_you_mean(name, there)}"
-    if file.columns is not None:
-        for name in [*file.text, file.label]:
-            if name not in file.columns:
-                yield f"columns: {name!r} is not among them; {did_you_mean(name, file.columns)}"
+    yield from _wrong_columns(file, form)
+
+
+def _wrong_answers(file: TaskFile, form: Form) -> Iterator[str]:
+    """What is wrong with labels, and with metrics beside them."""
+    if form is ANSWERS:
+        if file.labels is not None or file.regression is not None:
+            yield f"labels, regression: {', '.join(form.metrics)} compare words; leave them out"
+    elif form is WORDS:
+        if file.labels is None or file.regression is not None:
+            yield f"labels: {', '.join(form.metrics)} need them, as the files spell them (and no regression)"
+    elif (file.labels is None) == (file.regression is None):
+        yield f"exactly one of labels and regression; {'neither is' if file.labels is None else 'both are'} given"
+    kind, fitting = file.metrics[0], form.metrics
+    if form is SENTENCES:
+        kind, fitting = ("regression", OF_SCORES) if file.regression else ("labels", OF_LABELS)
+    if unfit := [metric for metric in file.metrics if metric not in fitting]:
+        yield f"metrics: {unfit[0]} does not fit {kind}; {', '.join(fitting)} do"
+    own = _own_labels(file)
+    if file.labels is not None and (len(own) < 2 or (isinstance(file.labels, list) and len(own) < len(file.labels))):
+        yield f"labels = {file.labels}: at least two different ones"
+    if "f1" in file.metrics and len(own) > 2:
+        yield "metrics: f1 is for two labels; use accuracy or matthews"
+    if "entity_f1" in file.metrics and (unmarked := [label for label in own if not MARKED.fullmatch(label)]):
+        yield f"labels: {unmarked[0]!r} marks no entity, as O, B-NAME and I-NAME do; or measure token_accuracy"
+    if file.regression and not file.regression[0] < file.regression[1]:
+        yield f"regression = {list(file.regression)}: the lowest number, then the highest"
+
+
+def _wrong_columns(file: TaskFile, form: Form) -> Iterator[str]:
+    if form is ANSWERS:
+        if file.text is not None or file.columns is not None:
+            yield "text, columns: files of SQuAD have names of their own; leave them out"
+        return
+    if file.text is None or (form is WORDS and len(file.text) > 1):
+        yield f"text: say which column holds the {'words' if form is WORDS else 'text'}"
+    columns = _columns(file, form)
+    if columns is None and form is WORDS:
+        yield "columns: name the columns of the file, as in [word, pos, chunk, ner]"
+    for name in [*(file.text or ()), file.label]:
+        if columns is not None and name not in columns:
+            yield f"columns: {name!r} is not among them; {did_you_mean(name, columns)}"
+
+
+def _columns(file: TaskFile, form: Form) -> list[str] | None:
+    """The names of columns that no header line has; .conllu has its own."""
+    names = [*file.dev.values(), *([file.train] if file.train else [])]
+    return [*CONLLU] if form is WORDS and all(name.endswith(".conllu") for name in names) else file.columns
 
 
 def _own_labels(file: TaskFile) -> tuple[str, ...]:
@@ -176,8 +219,8 @@ def _own_labels(file: TaskFile) -> tuple[str, ...]:
 
 def _task(path: Path, file: TaskFile) -> Task:
     def table(name: str) -> Table:
-        columns = tuple(file.columns) if file.columns else None
-        return Table(str((path.parent / name).resolve()), tuple(file.text), label=file.label, columns=columns)
+        columns = tuple(_columns(file, form_of_metric(file.metrics[0])) or ()) or None
+        return Table(str((path.parent / name).resolve()), tuple(file.text or ()), label=file.label, columns=columns)
 
     return Task(
         name=file.name,
@@ -205,6 +248,11 @@ def _base(path: Path, file: TaskFile, trained: Mapping[str, Task]) -> Task:
 def _diagnostic(path: Path, file: TaskFile, base: Task) -> Task:
     """The task as one that is scored by the base's models, its labels set against the base's."""
     task = replace(_task(path, file), train=None, base=base.name)
+    if form_of(task) is not form_of(base):
+        asked, of_base = ", ".join(task.metrics), ", ".join(base.metrics)
+        raise UserError(
+            f"task file {path}: it measures {asked}, its base {base.name} {of_base}: another kind of answer"
+        )
     if bool(task.labels) != bool(base.labels):
         kinds = ("numbers", "labels")
         raise UserError(

@@ -35,13 +35,14 @@ class Task:
 
     name: str
     labels: tuple[str, ...]  # as the files and submissions spell them, in the order of the ids; (): a number
-    metrics: tuple[str, ...]  # names of ctcd_ds.evaluation.metrics.METRICS; a task's score is their mean
+    metrics: tuple[str, ...]  # all of one form (ctcd_ds.evaluation.forms), which they name; the score is their mean
     train: Table | None
     dev: Mapping[str, Table]
     test: Mapping[str, Table] = field(default_factory=dict)
     range: tuple[float, float] = (0.0, 5.0)  # of the numbers, where there are no labels
     base: str | None = None  # a diagnostic: no training, it is predicted by the model that was fine-tuned on that task
     of_base: tuple[int, ...] = ()  # the label that each class of the base's model means here; (): the same ones
+    examples: int | None = None  # it is fine-tuned on so many of its training rows, drawn by the seed; None: on all
     in_average: bool = True
     folder: str = ""
     hub: str | None = (

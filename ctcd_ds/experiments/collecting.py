@@ -16,7 +16,10 @@ from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
 from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
-from ctcd_ds.training.run_directory import at_word_frequencies
+from ctcd_ds.training.metrics import held_out_values
+from ctcd_ds.training.run_directory import RunDirectory, at_word_frequencies
+
+MANY_LOOKS = 4  # at the held-out rows: from so many on they are a curve, and its lowest is a place to stop
 
 
 def collect(plan: ExperimentPlan, endings: Mapping[str, Outcome], seconds: float) -> Results:
@@ -72,14 +75,19 @@ def _cell(cell: PlannedCell, ending: Outcome, directory: Path) -> Cell:
 def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict[str, Any]:
     """What a finished run left, as fields of its Cell; `known`: what its peers are. Exports are below `directory`."""
     summary, prefix = read_json(run / "summary.json"), "valid/agreement/"
+    looks = RunDirectory(run).logged()
     agreement = {key.removeprefix(prefix): value for key, value in summary.items() if key.startswith(prefix)}
     peers = {}
     for name, peer in known.items():
-        place = run / "hf" / name
+        place, held_out = run / "hf" / name, held_out_values(summary, name)
+        whole = held_out.pop("", {})
+        losses = [loss for row in looks if (loss := row.get(f"valid/{name}/loss")) is not None]
         left = {
-            "valid_loss": summary.get(f"valid/{name}/loss"),
-            "valid_accuracy": summary.get(f"valid/{name}/accuracy"),
-            "glue": _glue_scores(run / "glue" / "results.json", place),
+            "valid_loss": whole.get("loss"),
+            "lowest_loss": min(losses) if len(losses) >= MANY_LOOKS else None,
+            "valid_accuracy": whole.get("accuracy"),
+            "valid_losses": {of: values["loss"] for of, values in held_out.items() if "loss" in values},
+            "glue": task_scores(run, place),
             "export": place.relative_to(directory).as_posix() if place.is_dir() else None,
         }
         peers[name] = peer.model_copy(update=left)
@@ -90,19 +98,24 @@ def outcome(run: Path, known: Mapping[str, PeerResult], directory: Path) -> dict
     }
 
 
-def _glue_scores(path: Path, model: Path) -> dict[str, GlueScore]:
-    """This model's scores from `ctcd glue`'s results.json, each under the name that it may have."""
-    content = read_json(path)
-    for entry in content.get("models", {}).values():
-        if Path(entry["path"]).resolve() == model.resolve():
-            return {
-                called(task, content["tasks"][task], content["settings"]): GlueScore(
-                    median=scores["median"], seeds={seed: done["score"] for seed, done in scores["seeds"].items()}
-                )
-                for task, scores in entry["tasks"].items()
-                if "median" in scores
-            }
-    return {}
+def task_scores(run: Path, model: Path) -> dict[str, GlueScore]:
+    """This model's scores from `ctcd glue` and `ctcd lm-eval`, each under the name that it may have."""
+    found = {}
+    for content in _scored(run):
+        for entry in content["models"].values():
+            if Path(entry["path"]).resolve() == model.resolve():
+                for task, scores in entry["tasks"].items():
+                    if "median" in scores:
+                        seeds = {seed: done["score"] for seed, done in scores["seeds"].items()}
+                        name = called(task, content["tasks"][task], content["settings"])
+                        found[name] = GlueScore(median=scores["median"], seeds=seeds)
+    return found
+
+
+def _scored(run: Path) -> list[dict[str, Any]]:
+    """What the commands that score a run's exports have written."""
+    contents = (read_json(run / room / "results.json") for room in ("glue", "lm_eval"))
+    return [content for content in contents if content]
 
 
 def reservations(runs: Iterable[Path]) -> list[str]:
@@ -113,10 +126,10 @@ def reservations(runs: Iterable[Path]) -> list[str]:
         ends = {key.split("/")[1]: v for key, v in summary.items() if re.fullmatch("valid/[^/]+/loss", key) and v}
         if nothing := at_word_frequencies(ends, summary.get("unigram_loss")):
             said[f"{run.name}: {nothing}."] = None
-        content = read_json(run / "glue" / "results.json")
-        for task, known in content.get("tasks", {}).items():
-            if why := reservation(task, known, content["settings"]):
-                said[f"{called(task, known, content['settings'])}: {why}."] = None
+        for content in _scored(run):
+            for task, known in content["tasks"].items():
+                if why := reservation(task, known, content["settings"]):
+                    said[f"{called(task, known, content['settings'])}: {why}."] = None
     return list(said)
 
 
@@ -157,9 +170,11 @@ def spreads(cells: Sequence[Cell]) -> dict[str, dict[str, Spread]]:
 
 
 def _metrics(peer: PeerResult) -> Iterator[tuple[str, float]]:
-    for metric in ("valid_loss", "valid_accuracy"):
+    for metric in ("valid_loss", "lowest_loss", "valid_accuracy"):
         if (value := getattr(peer, metric)) is not None:
             yield metric, value
+    for of, loss in peer.valid_losses.items():
+        yield f"valid_loss/{of}", loss
     for task, score in peer.glue.items():
         yield f"glue/{task}", score.median
     average = metrics.average({task: score.median for task, score in peer.glue.items()})["without_wnli"]

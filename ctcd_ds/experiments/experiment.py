@@ -120,7 +120,7 @@ def _prepared(request: Request, gpus: int) -> ExperimentPlan:
         "experiment": request.path.stem,
         "size": request.size,
         "recipe": experiment.recipe,
-        "corpus": str(planned[0].recipe.corpus.path),
+        "corpus": planned[0].recipe.corpus.path or planned[0].recipe.corpus.title,
         "command": typed(),
         "git_commit": git_commit(),
     }

@@ -46,7 +46,9 @@ class PeerResult(_Part):
     layers, hidden_size: of its Hugging Face config; None where the architecture does not say.
     parameters: tied output embeddings count once; the vocabulary is the padded one.
     valid_loss: hard loss (nats per target position) over the held-out rows, whose masks are the same in every run.
+    lowest_loss: the lowest of all looks at them during the run, where there were several: the run stopped in time.
     valid_accuracy: share (0 to 1) of held-out target positions where the likeliest token is the right one.
+    valid_losses: that loss on each held-out set of other text and each source of a mixture, by name.
     glue: task → score; empty where the experiment asks for no GLUE.
     export: the Hugging Face model directory, relative to the experiment's directory.
     """
@@ -56,7 +58,9 @@ class PeerResult(_Part):
     hidden_size: int | None = None
     parameters: int | None = None
     valid_loss: float | None = None
+    lowest_loss: float | None = None
     valid_accuracy: float | None = None
+    valid_losses: dict[str, float] = {}
     glue: dict[str, GlueScore] = {}
     export: str | None = None
 
@@ -116,8 +120,8 @@ class Condition(_Part):
     group: its key under `cells` in the experiment file; coordinates: axis → value (both also tell the report what
         picture a group can have: one axis is a curve, two are a heat map).
     cells: their names, in the order of the seeds.
-    peers: trained peer → metric → values over the finished seeds. Metrics: valid_loss, valid_accuracy, glue/TASK, and
-        glue/average (the mean of the tasks' medians, without WNLI and AX).
+    peers: trained peer → metric → values over the finished seeds. Metrics: valid_loss, lowest_loss, valid_accuracy,
+        valid_loss/SET, glue/TASK, and glue/average (the mean of the tasks' medians, without WNLI and AX).
     """
 
     group: str
@@ -129,7 +133,7 @@ class Condition(_Part):
 class Comparison(_Part):
     """One peer of one condition against a peer of another, seed by seed (paired: same seed, same rows and masks).
 
-    metric: as in `Condition.peers`; lower_is_better: True for valid_loss.
+    metric: as in `Condition.peers`; lower_is_better: True for losses.
     seeds: those that both have finished; differences: `condition` minus `against`, in the order of seeds.
     mean: of the differences; None without any.
     interval: at `confidence`, of the mean difference; None with fewer than 3 seeds.

@@ -193,13 +193,13 @@ def _is_scored(cell: PlannedCell, glue: Glue) -> bool:
 
 def glue_request(glue: Glue) -> str:
     """The content of the file CELL/glue/asked.json, which is there when GLUE is done."""
-    return glue.model_dump_json(indent=1) + "\n"
+    return glue.model_dump_json(indent=1, exclude_none=True) + "\n"
 
 
 def glue_options(glue: Glue) -> dict[str, str]:
     """The options of `ctcd glue`, but for its models and its output."""
     given: dict[str, Any] = glue.model_dump(exclude_none=True)
-    return {key: ",".join(map(str, value)) if key == "seeds" else str(value) for key, value in given.items()}
+    return {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in given.items()}
 
 
 def recipe_place(directory: Path, cell: str) -> Path:

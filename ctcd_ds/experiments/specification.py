@@ -96,6 +96,7 @@ class Glue(Section):
     epochs: float = 3.0
     learning_rate: float = 5e-5
     batch_size: int = 32
+    train_examples: list[int] | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
 

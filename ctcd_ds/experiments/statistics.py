@@ -20,7 +20,6 @@ from ctcd_ds.experiments.wording import METRICS, judged
 
 CONFIDENCE = 0.95
 MINIMUM_PAIRS, FEW_PAIRS = 3, 5
-LOWER_IS_BETTER = ("valid_loss",)
 
 
 def spread(values: Mapping[int, float]) -> Spread:
@@ -50,7 +49,7 @@ def compare(
     differences = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
     made = interval(list(differences.values()))
     between, method = made if made is not None else (None, "")
-    lower = metric in LOWER_IS_BETTER
+    lower = METRICS[metric].lower_is_better
     verdict = "no evidence"
     if between is not None and (between[0] > 0 or between[1] < 0):
         verdict = "better" if (between[1] < 0) == lower else "worse"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from ctcd_ds.cli import count
@@ -41,6 +41,9 @@ class Metric:
 
 class _Metrics(dict[str, Metric]):
     def __missing__(self, key: str) -> Metric:
+        if key.startswith("valid_loss/"):
+            loss, of = self["valid_loss"], key.partition("/")[2]
+            return replace(loss, name=f"{loss.name} on {of}", label=f"held-out loss on {of} (nats)")
         name = title(key.removeprefix("glue/"))
         return Metric(name, name, 1, largest=100.0)
 
@@ -48,6 +51,9 @@ class _Metrics(dict[str, Metric]):
 METRICS = _Metrics(
     {
         "valid_loss": Metric("held-out loss", "held-out loss (nats)", 3, unit=" nats", lower_is_better=True),
+        "lowest_loss": Metric(
+            "lowest held-out loss", "lowest held-out loss (nats)", 3, unit=" nats", lower_is_better=True
+        ),
         "valid_accuracy": Metric("held-out accuracy", "held-out accuracy (%)", 1, 100.0, " %", largest=100.0),
         "glue/average": Metric("GLUE average", "GLUE average (without WNLI)", 1, largest=100.0),
     }

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ctcd_ds.cli import Damage, RunFailure, UserError, did_you_mean
-from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, special_ids, tokenizer_identity
 from ctcd_ds.export.model_card import write_card
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import built
 from ctcd_ds.peers.build import TOLERANCE, difference, one_line, save_and_reload, with_state
 from ctcd_ds.peers.reading import as_inputs, fit_tokenizer
+from ctcd_ds.peers.vocabulary import KEPT
 from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, valid_batches
@@ -97,7 +98,7 @@ def _export_one(
 
 def _let_generate(model: Any, tokenizer: Any) -> None:
     """Gives a model that writes text, and its tokenizer, a padding token: the end of text, where there is no other."""
-    if (settings := model.generation_config) is not None:
+    if (settings := getattr(model, "generation_config", None)) is not None:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(special_ids(tokenizer).end)
         settings.pad_token_id = tokenizer.pad_token_id
@@ -106,12 +107,16 @@ def _let_generate(model: Any, tokenizer: Any) -> None:
 def peer_model(
     run: RunDirectory, name: str, state: Mapping[str, Tensor], auto: Any, vocab_size: int | None = None
 ) -> Any:
-    """The peer with these weights; with `vocab_size` its vocabulary is cut to that, else padded as in training."""
+    """The peer with these weights, its vocabulary padded as in training.
+
+    With `vocab_size` it is cut to that, or to as many rows as the checkpoint had that it began from, if these are more.
+    """
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(run.peers / name, trust_remote_code=False)
-        return with_state(config, state, auto, vocab_size)
+        rows = vars(config).pop(KEPT, vocab_size)
+        return with_state(config, state, auto, vocab_size and rows)
     except Exception as problem:  # transformers has no common base for what it raises
         raise Damage(f"{run.peers / name / 'config.json'} does not fit the weights: {one_line(problem)}") from None
 
@@ -120,7 +125,7 @@ def _probe(recipe: Recipe, vocab_size: int) -> Mapping[str, Tensor]:
     """Four rows to compare logits on: held-out ones as peers see them, or random ids where the corpus is not there."""
     length = recipe.corpus.sequence_length
     try:
-        corpus = Corpus.open(Path(recipe.corpus.path))
+        corpus = open_corpus(recipe.corpus)
         task = TASKS[recipe.objective.task].of(recipe, corpus)
         rows = task.rows("valid" if corpus.tokens("valid") else "train")
     except UserError:

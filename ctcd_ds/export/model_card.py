@@ -19,10 +19,11 @@ from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Words
+from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory
 
 FILE, CURVES = "README.md", "curves.png"
-_BEGIN, _END = "<!-- scores: `ctcd glue` writes them here -->", "<!-- end of scores -->"
+_BEGIN, _END = "<!-- scores: `ctcd glue` and `ctcd lm-eval` write them here -->", "<!-- end of scores -->"
 _BODY = """
 # {name}
 
@@ -60,8 +61,10 @@ The recipe that repeats it:
 - It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
 - It reads rows of at most {positions} tokens; it was trained on rows of {row_length}.
 - {limit}, and its facts are not to be relied on.
-- Held-out values are measured on the same corpus's held-out documents with fixed masks; they say nothing of other text.
-- Scores of tasks are those of fine-tuned copies; a difference within the spread of a few seeds is none.
+- Held-out values are measured with fixed masks, on held-out documents of the same corpus where no other set is named;
+  they say nothing of other text.
+- Scores of tasks are those of fine-tuned copies (but for N-shot ones); a difference within the spread of a few seeds
+  is none.
 """
 
 
@@ -76,9 +79,11 @@ def write_card(
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
     section, task, unfinished = recipe.peers[name], TASKS[recipe.objective.task], manifest["step"] < manifest["steps"]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
-    terms += [f"soft loss from `{other}` with weight {weight:g}" for other, weight in section.soft.items() if weight]
+    graph = recipe.graph()
+    terms += [f"soft loss from `{graph.names[j]}` with weight {graph.said(i, j)}"
+              for i, j, _ in graph.edges() if graph.names[i] == name]  # fmt: skip
     drawn = draw(place / CURVES, rows, name, recipe.peers)
-    results = _held_out(rows, manifest["step"], name, Path(recipe.corpus.path).name, task.words)
+    results = _held_out(rows, manifest["step"], name, recipe.corpus.title, task.words)
     body = _BODY.format(
         name=name,
         model_type=config["model_type"],
@@ -87,14 +92,14 @@ def write_card(
         example=task.words.example,
         limit=task.words.limit,
         layers=next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?"),
-        origin=f"`{section.pretrained}`" if section.pretrained else "scratch",
+        origin=f"`{section.origin}`" if section.origin else "scratch",
         version=__version__,
         how=", ".join(terms),
         scores=_scores(results),
         steps=f"{manifest['step']:,} steps" + (f" of {manifest['steps']:,}; the run goes on" if unfinished else ""),
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
         length=f"rows of {recipe.corpus.sequence_length}",
-        corpus=Path(recipe.corpus.path).name,
+        corpus=recipe.corpus.title,
         fingerprint=manifest["corpus"][:16],
         curves=f"\n![Losses of {', '.join(recipe.peers)} by step]({CURVES})\n" if drawn else "",
         data_license=data_license or "not stated by whoever exported this model.",
@@ -147,8 +152,10 @@ def _words(result: EvalResult) -> str:
 
 def _shown(result: EvalResult) -> str:
     """A value as people read it; the card's metadata has fractions, as the hub wants them."""
-    unit = {"loss": "nats", "bits_per_byte": "bits"}.get(result.metric_type)
-    return f"{result.metric_value} {unit}" if unit else f"{100 * result.metric_value:.2f} %"
+    unit = {"loss": " nats", "bits_per_byte": " bits"}.get(result.metric_type)
+    if unit is not None or "perplexity" in result.metric_type:
+        return f"{result.metric_value}{unit or ''}"
+    return f"{100 * result.metric_value:.2f} %"
 
 
 def _scores(results: Sequence[EvalResult]) -> str:
@@ -159,16 +166,17 @@ def _scores(results: Sequence[EvalResult]) -> str:
 
 def _held_out(rows: LoggedRows, step: int, name: str, corpus: str, words: Words) -> list[EvalResult]:
     """The peer's held-out values as results, of the step that `rows` end with: those of another are other weights'."""
-    prefix, last = f"valid/{name}/", rows[-1] if rows and rows[-1]["step"] == step else {}
-    found = {key.removeprefix(prefix): v for key, v in last.items() if key.startswith(prefix) and v is not None}
+    last = rows[-1] if rows and rows[-1]["step"] == step else {}
     return [
         EvalResult(
             task_type=words.pipeline,
             dataset_type=corpus,
-            dataset_name=f"held-out rows of {corpus}",
+            dataset_config=of or None,
+            dataset_name=f"held-out rows of {corpus}{f', {of}' if of else ''}",
             metric_type=metric,
             metric_name=f"{metric} at {words.target}",
             metric_value=round(value, 4),
         )
+        for of, found in held_out_values(last, name).items()
         for metric, value in found.items()
     ]

@@ -12,14 +12,16 @@ backward pass; else they are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ctcd_ds.objective.batch import Batch
+from ctcd_ds.objective.divergences import KL
 from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.projection import Projection, mm, project, slope_of
 
 # fp32 numbers of one peer that are worked on at once, logits [P, T] or weight gradients [T, E]: enough columns T for a
 # GEMM at full rate. A peer that does not distil has tiles of its own, so that its sums are the same in any company.
@@ -27,26 +29,6 @@ TILE_BYTES = 16 * 2**20
 # fp32 logits of one peer that are kept from forward to backward instead of being computed again (a GEMM of four).
 KEPT_BYTES = 64 * 2**20
 _TILE_COLUMNS = 64  # widths that are no multiple of it run at a fraction of their rate
-
-
-class Projection(NamedTuple):
-    """The last map of a peer: logits = softcap(scale · hidden · weightᵀ) + bias, softcap(z) = cap · tanh(z / cap).
-
-    hidden: [P, E]; weight: [V, E]; bias: [V] or None; cap: None is no cap. `weight` is None where an architecture is
-    only known by its logits (the general path): then `hidden` holds the logits [P, V] themselves. V may exceed the
-    vocabulary.
-    """
-
-    hidden: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
-
-    @property
-    def width(self) -> int:
-        """Columns of the logits: the vocabulary with its padding."""
-        return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
 
 class Losses(NamedTuple):
@@ -74,29 +56,6 @@ def fused_objective(
     flat = [tensor for p in projections for tensor in (p.hidden, p.weight, p.bias)]
     total, *terms = _Fused.apply(question, *flat)
     return Losses(total, dict(zip(graph.terms(), terms, strict=True)))
-
-
-def project(projection: Projection, rows: slice, columns: slice = slice(None)) -> Tensor:
-    """fp32 logits [rows, columns] of some positions and tokens, always in a buffer of their own.
-
-    The GEMM accumulates in fp32 anyway and is asked to give it out: p_i − p_j is a difference of nearly
-    equal numbers, and logits rounded to bf16 put 4 to 20 % error into it.
-    """
-    hidden, weight, bias, scale, cap = projection
-    if weight is None:
-        return hidden[rows, columns].to(torch.float32, copy=True)
-    logits = _mm(hidden[rows], weight[columns].t())
-    if scale != 1.0:
-        logits.mul_(scale)
-    if cap is not None:
-        logits.div_(cap).tanh_().mul_(cap)
-    return logits if bias is None else logits.add_(bias[columns])
-
-
-def chunks(positions: int, width: int) -> Iterator[slice]:
-    """Positions to evaluate at once: their fp32 logits of `width` columns are 128 MiB at most."""
-    size = max(1, 2**27 // (4 * width))
-    return (slice(start, min(start + size, positions)) for start in range(0, positions, size))
 
 
 def logits_bytes(positions: int, vocab_size: int) -> int:
@@ -158,7 +117,9 @@ class _Fused(torch.autograd.Function):
         projections = question.projections(flat)
         learning = [t and any(ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i]) for i, t in enumerate(graph.trained)]
         seen = {i: _Seen(batch.views[i].targets, tau) for group in question.groups() for i in group}
-        cross = {(i, j): torch.zeros(batch.shared, 1, device=seen[i].largest.device) for i, j, _ in graph.edges()}
+        divergent = {(i, j): graph.divergence(i, j) for i, j, _ in graph.edges()}
+        pairs = {pair for edge, kind in divergent.items() if (pair := kind.pair(*edge)) is not None}
+        cross = {pair: torch.zeros(batch.shared, 1, device=seen[pair[0]].largest.device) for pair in sorted(pairs)}
         kept: dict[tuple[int, int], Tensor] = {}  # (peer, first column) → logits
         for group in question.groups():
             for tile in question.tiles(group):
@@ -172,15 +133,14 @@ class _Fused(torch.autograd.Function):
             s, known = seen[i], batch.views[i].targets >= 0
             surprise = s.total.log().squeeze(1) - (s.picked - s.largest.squeeze(1))
             terms.append(torch.where(known, surprise, 0.0).sum() / batch.views[i].hard_count)
-        for i, j, _ in graph.edges():
-            one, other = (seen[k].total_tau[: batch.shared] for k in (i, j))
-            divergence = (cross[i, j] / other / tau - other.log() + one.log()).sum()
-            terms.append(divergence * tau**2 / batch.soft_count)
+        apart = _apart(projections, question, seen, cross, kept)
+        terms += [apart[i, j][0].sum() * tau**2 / batch.soft_count for i, j, _ in graph.edges()]
         total = torch.zeros((), device=batch.soft_count.device)
         for weight, term in zip(graph.weights(), terms, strict=True):
             total = total + weight * term
 
         ctx.question, ctx.seen, ctx.kept, ctx.learning = question, seen, kept, learning
+        ctx.slopes = {edge: slope for edge, (_, slope) in apart.items()}
         ctx.save_for_backward(*flat)
         ctx.mark_non_differentiable(*terms)
         return total, *terms
@@ -201,8 +161,8 @@ class _Fused(torch.autograd.Function):
                 for i in group:
                     z = kept.pop((i, tile.start), None)
                     logits[i] = project(projections[i], slice(None), tile) if z is None else z
-                slopes = {i: _slope(projections[i], logits[i], tile) for i in group if i in gradients}
-                _overwrite_with_gradients(logits, tile, question, seen, gradients)
+                slopes = {i: slope_of(projections[i], logits[i], tile) for i in group if i in gradients}
+                _overwrite_with_gradients(logits, tile, question, seen, ctx.slopes, gradients)
                 for i, slope in slopes.items():
                     gradients[i].add(projections[i], tile, logits[i], slope)
         nothing = (None, None, None)
@@ -241,16 +201,54 @@ def _look(
             powers[i] = torch.exp(shifted[i] / tau)
             s.total_tau = s.total_tau * torch.exp(risen[i] / tau) + powers[i].sum(dim=1, keepdim=True)
     first = slice(0, shared)
-    for i, j in cross:
-        if i in logits:
-            both = risen[j][first] - risen[i][first]
-            old = torch.exp(risen[j][first] / tau) * (cross[i, j] + before[j][1][first] * both)
-            new = (shifted[j][first] - shifted[i][first]).mul_(powers[j][first])
-            cross[i, j] = old + new.sum(dim=1, keepdim=True)
+    for a, b in cross:  # Σ exp(z_a) (z_a − z_b)
+        if a in logits:
+            both = risen[a][first] - risen[b][first]
+            old = torch.exp(risen[a][first] / tau) * (cross[a, b] + before[a][1][first] * both)
+            new = (shifted[a][first] - shifted[b][first]).mul_(powers[a][first])
+            cross[a, b] = old + new.sum(dim=1, keepdim=True)
+
+
+def _apart(
+    projections: list[Projection],
+    question: _Question,
+    seen: dict[int, _Seen],
+    cross: dict[tuple[int, int], Tensor],
+    kept: dict[tuple[int, int], Tensor],
+) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    """Of every edge, at each shared position: how far the peers are apart, and Σ u; both fp32 [shared, 1].
+
+    Where a divergence is no KL of the two, its sums need the normalisers: the logits are gone through once more.
+    """
+    graph, tau, first = question.graph, question.temperature, slice(0, question.batch.shared)
+    found, late = {}, {}
+    for i, j, _ in graph.edges():
+        if (pair := graph.divergence(i, j).pair(i, j)) is None:
+            late[i, j] = [torch.zeros(question.batch.shared, 1, device=seen[i].largest.device) for _ in range(2)]
+            continue
+        a, b = (seen[k].total_tau[first] for k in pair)
+        divergence = cross[pair] / a / tau - a.log() + b.log()
+        found[i, j] = (divergence, divergence)
+    for tile in question.tiles(question.groups()[0]) if late else ():
+        columns = slice(0, min(tile.stop, question.vocab_size) - tile.start)
+        logs = {}
+        for k in {k for edge in late for k in edge}:
+            z = kept.get((k, tile.start))
+            z = project(projections[k], first, tile) if z is None else z[first]
+            logs[k] = (z[:, columns] - seen[k].largest[first]).div_(tau).sub_(seen[k].total_tau[first].log())
+        for (i, j), sums in late.items():
+            for total, part in zip(sums, graph.divergence(i, j).summands(logs[i], logs[j]), strict=True):
+                total.add_(part.sum(dim=1, keepdim=True))
+    return found | {edge: (sums[0], sums[1]) for edge, sums in late.items()}
 
 
 def _overwrite_with_gradients(
-    logits: dict[int, Tensor], tile: slice, question: _Question, seen: dict[int, _Seen], learning: Collection[int]
+    logits: dict[int, Tensor],
+    tile: slice,
+    question: _Question,
+    seen: dict[int, _Seen],
+    slopes: dict[tuple[int, int], Tensor],
+    learning: Collection[int],
 ) -> None:
     """One tile of the logits of learning peers (fp32 [P, T]) becomes the gradient by these logits.
 
@@ -265,6 +263,12 @@ def _overwrite_with_gradients(
         z = whole[:, :columns].sub_(seen[i].largest)
         p[i] = torch.exp(z).div_(seen[i].total)
         p_tau[i] = p[i] if tau == 1.0 else torch.exp(z.div_(tau)).div_(seen[i].total_tau)
+    others = {}  # what is no KL needs logarithms, which the gradients overwrite
+    for i, j, _ in graph.edges():
+        if i in logits and i in learning and graph.divergence(i, j) != KL:
+            log_p, log_q = (logits[k][first, :columns] - seen[k].total_tau[first].log() for k in (i, j))
+            _, u = graph.divergence(i, j).summands(log_p, log_q)
+            others[i, j] = u - p_tau[i][first] * slopes[i, j]
     for i, whole in logits.items():
         if i not in learning:
             continue
@@ -278,7 +282,8 @@ def _overwrite_with_gradients(
         ratio = batch.views[i].hard_count / batch.soft_count
         for learner, j, weight in graph.edges():
             if learner == i:
-                gradient[first].add_((p_tau[i][first] - p_tau[j][first]).mul_(ratio), alpha=weight * tau)
+                by_logits = others[i, j] if (i, j) in others else p_tau[i][first] - p_tau[j][first]
+                gradient[first].add_(by_logits.mul_(ratio), alpha=weight * tau)
 
 
 def _inside(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -307,26 +312,9 @@ class _Gradients:
         if isinstance(slope, Tensor) or slope != 1.0:
             gradient.mul_(slope)
         low = gradient.to(projection.weight.dtype)
-        self._hidden.add_(_mm(low, projection.weight[tile]))
-        self._weight[tile] = _mm(low.t(), projection.hidden).mul_(self._scale)
+        self._hidden.add_(mm(low, projection.weight[tile]))
+        self._weight[tile] = mm(low.t(), projection.hidden).mul_(self._scale)
 
     def done(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias, in their dtypes."""
         return self._hidden.mul_(self._scale).to(self._dtype), self._weight, self._bias
-
-
-def _slope(projection: Projection, logits: Tensor, tile: slice) -> float | Tensor:
-    """Derivative of a tile of the logits by hidden · weightᵀ: scale · (1 − tanh²)."""
-    if projection.cap is None:
-        return projection.scale
-    capped = logits if projection.bias is None else logits - projection.bias[tile]
-    return (1.0 - (capped / projection.cap).square_()).mul_(projection.scale)
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a · b with fp32 output, whatever the inputs' dtype (torch offers fp32 output of 16-bit GEMMs on CUDA only)."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ctcd_ds.objective.course import Course
+from ctcd_ds.objective.divergences import KL, Divergence
+
 
 @dataclass(frozen=True)
 class DistillationGraph:
@@ -12,14 +15,16 @@ class DistillationGraph:
 
     `hard[i]` weighs the hard loss of peer i; `soft[i][j]` weighs what peer i learns from peer j.
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
-    `starts[i][j]`: the share of the run that is over when edge i ← j begins; empty: every edge is there from the start.
+    `courses[i][j]`: how the weight of edge i ← j changes over the run, if it does; `soft` then has the most it ever is.
+    `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
     """
 
     names: tuple[str, ...]
     hard: tuple[float, ...]
     soft: tuple[tuple[float, ...], ...]
     trained: tuple[bool, ...]
-    starts: tuple[tuple[float, ...], ...] = ()
+    courses: tuple[tuple[Course | None, ...], ...] = ()
+    divergences: tuple[tuple[Divergence, ...], ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -46,12 +51,12 @@ class DistillationGraph:
         )
 
     def at(self, done: float) -> DistillationGraph:
-        """The graph when `done` (0 to 1) of the run is over: edges that begin later are not there yet."""
-        if not self.starts:
+        """The graph when `done` (0 to 1) of the run is over: every weight is what it is then."""
+        if not self.courses:
             return self
-        begun = zip(self.soft, self.starts, strict=True)
-        soft = tuple(tuple(w if s <= done else 0.0 for w, s in zip(*row, strict=True)) for row in begun)
-        return replace(self, soft=soft, starts=())
+        rows = zip(self.soft, self.courses, strict=True)
+        soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows)
+        return replace(self, soft=soft, courses=())
 
     def hard_peers(self) -> Iterator[int]:
         """The peers that learn from the ground truth."""
@@ -60,6 +65,10 @@ class DistillationGraph:
     def edges(self) -> Iterator[tuple[int, int, float]]:
         """(learner i, taught by j, weight) for every soft loss."""
         return ((i, j, w) for i, row in enumerate(self.soft) for j, w in enumerate(row) if w)
+
+    def divergence(self, i: int, j: int) -> Divergence:
+        """In what peer i is to come near to peer j."""
+        return self.divergences[i][j] if self.divergences else KL
 
     def distilling(self) -> set[str]:
         """The peers that teach another or learn from one."""
@@ -79,12 +88,12 @@ class DistillationGraph:
         hard = [
             f"{self.names[i]:<12} learns from the ground truth   weight {self.hard[i]:g}" for i in self.hard_peers()
         ]
-        soft = [
-            f"{self.names[i]:<12} learns from {self.names[j]:<18} weight {w:g}{self._begin(i, j)}"
-            for i, j, w in self.edges()
-        ]
+        soft = [f"{self.names[i]:<12} learns from {self.names[j]:<18} weight {self.said(i, j)}"
+                for i, j, _ in self.edges()]  # fmt: skip
         return hard + soft
 
-    def _begin(self, i: int, j: int) -> str:
-        start = self.starts[i][j] if self.starts else 0.0
-        return f", after {start:.0%} of the steps" if start else ""
+    def said(self, i: int, j: int) -> str:
+        """The weight of edge i ← j in words."""
+        course = self.courses[i][j] if self.courses else None
+        kind = "" if (divergence := self.divergence(i, j)) == KL else f" ({divergence})"
+        return (str(course) if course else f"{self.soft[i][j]:g}") + kind

@@ -29,7 +29,8 @@ def reference_objective(
         shared: the first so many positions are the same for all peers and have a soft loss; default: all.
     Returns:
         (total, hard [N], soft [N, N]) in fp64: hard[i] = CE_i over the positions with a target,
-        soft[i, j] = KL from peer j to peer i over the shared positions, τ² in; both unweighted, 0 without an edge.
+        soft[i, j] = the divergence of peer i from peer j over the shared positions, τ² in; both unweighted, 0 without
+        an edge.
     """
     n = len(logits)
     labels = [targets] * n if isinstance(targets, Tensor) else targets
@@ -48,9 +49,21 @@ def reference_objective(
         log_p = torch.log_softmax(logits[i][:shared].double() / temperature, dim=-1)
         log_q = torch.log_softmax(logits[j][:shared].detach().double() / temperature, dim=-1)
         possible = torch.isfinite(log_q) & torch.isfinite(log_p)  # 0 · log 0 = 0
-        difference = torch.where(possible, log_q, 0.0) - torch.where(possible, log_p, 0.0)
-        kl = temperature**2 * (log_q.exp() * difference).sum(dim=-1).mean()
-        soft[i, j] = kl.detach()
-        total = total + weight * kl
+        log_p, log_q = torch.where(possible, log_p, -1e4), torch.where(possible, log_q, -1e4)
+        divergence = temperature**2 * _divergence(log_p.exp(), log_q.exp(), log_p, log_q, graph, i, j).mean()
+        soft[i, j] = divergence.detach()
+        total = total + weight * divergence
 
     return total, hard, soft
+
+
+def _divergence(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, graph: DistillationGraph, i: int, j: int) -> Tensor:
+    """Of learner p from teacher q at each position, [P]."""
+    kind, beta = graph.divergence(i, j).kind, graph.divergence(i, j).beta
+    if kind == "kl":
+        return (q * (log_q - log_p)).sum(dim=-1)
+    if kind == "reverse_kl":
+        return (p * (log_p - log_q)).sum(dim=-1)
+    log_m = torch.log(beta * q + (1 - beta) * p + 1e-300)
+    parts = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
+    return torch.where(beta * q + (1 - beta) * p > 0, parts, 0.0).sum(dim=-1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.peers.build import one_line
+from ctcd_ds.peers.checkpointing import can_checkpoint, repeated_layers
 from ctcd_ds.peers.heads import Way, project_by
 from ctcd_ds.peers.reading import as_inputs
 
@@ -23,7 +24,9 @@ class Cost(NamedTuple):
     `forward_flops`: multiply-adds count two; the head at `head_fraction` of the positions (and the decoder of a
     sequence-to-sequence model, which is asked at all of its own). Training costs three times that (backward is two
     forwards), a frozen peer once. `largest`: values of the largest parameter.
-    `activations`: values per token that its layers put out, which backward needs.
+    `activations`: values per token that its layers put out, which backward needs; `checkpointed`: of these, what is
+    there at once with activation checkpointing: all inputs of layers, one layer run again, and what lies outside them
+    (None: transformers cannot).
     """
 
     parameters: int
@@ -31,6 +34,7 @@ class Cost(NamedTuple):
     forward_flops: float
     largest: int
     activations: float
+    checkpointed: float | None
 
 
 def cost(config: Any, sequence_length: int, head_fraction: float, auto: Any) -> Cost:
@@ -82,23 +86,58 @@ def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
     inputs = as_inputs(model.config, torch.full((1, length), word), torch.full((1, written), word))
     sizes = [p.numel() for p in model.parameters()]
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-    values = _values_put_out(model)
+    values = _Values(model)
     flops = _flops(model, inputs, torch.arange(positions), values)
-    return Cost(sum(sizes), sum(sizes) - embeddings, flops / length, max(sizes), sum(values) / length)
+    everything = values.outside + sum(values.inside)
+    at_once = values.outside + sum(values.entered) + max(values.inside, default=0)
+    return Cost(
+        sum(sizes),
+        sum(sizes) - embeddings,
+        flops / length,
+        max(sizes),
+        everything / length,
+        at_once / length if can_checkpoint(model) else None,
+    )
 
 
-def _values_put_out(model: Any) -> list[int]:
-    """Grows by the size of what each layer of the base model puts out as it runs."""
-    sizes: list[int] = []
-    for layer in model.base_model.modules():
-        if layer is not model.get_output_embeddings() and not list(layer.children()):
-            layer.register_forward_hook(
-                lambda _layer, _arguments, output: sizes.append(output.numel() if isinstance(output, Tensor) else 0)
-            )
-    return sizes
+class _Values:
+    """How many values the parts of a base model put out as it runs: in each of its repeated layers, and outside them.
+
+    `entered`: values of what comes into each layer.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.clear()
+        for layer in repeated_layers(model.base_model):
+            layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+            layer.register_forward_hook(self._leave)
+        for part in model.base_model.modules():
+            if part is not model.get_output_embeddings() and not list(part.children()):
+                part.register_forward_hook(self._note)
+
+    def clear(self) -> None:
+        self.outside, self._within = 0, False
+        self.inside: list[int] = []
+        self.entered: list[int] = []
+
+    def _enter(self, _layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._within = True
+        self.inside.append(0)
+        states = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
+        self.entered.append(states[0].numel() if states else 0)  # masks and positions are the same for all layers
+
+    def _leave(self, *_: Any) -> None:
+        self._within = False
+
+    def _note(self, _part: nn.Module, _arguments: Any, output: Any) -> None:
+        size = output.numel() if isinstance(output, Tensor) else 0
+        if self._within:
+            self.inside[-1] += size
+        else:
+            self.outside += size
 
 
-def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: list[int]) -> int:
+def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: _Values) -> int:
     """Of one forward with logits at `positions`; the fastest way that runs is the one that training takes."""
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from torch import Tensor
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import ABSENT, Corpus, SpecialIds
 from ctcd_ds.kinds import instead
+from ctcd_ds.peers.layers import chosen, depth_of, from_layers, with_layers
 from ctcd_ds.peers.reading import uncached
+from ctcd_ds.peers.vocabulary import KEPT, fit_tables, parts_with_vocabulary, set_vocabulary
 from ctcd_ds.recipe import PeerSection
 
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY_MULTIPLE = 64  # GEMMs with an odd inner size run at a fraction of their rate
 
 # Settings of a Hugging Face config that are not the model's to decide here: the value that changes nothing, and why.
@@ -32,7 +35,7 @@ _NOT_THE_MODELS = {
     "output_attentions": (False, "nobody reads them, and they take memory"),
     "is_decoder": (False, "the task decides which tokens a position sees"),
     "add_cross_attention": (False, "there is no second row to attend to"),
-    "gradient_checkpointing": (False, "activations are always kept"),
+    "gradient_checkpointing": (False, "training.activation_checkpointing says it, for all peers"),
 }
 
 
@@ -47,28 +50,34 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def peer_config(section: PeerSection, corpus: Corpus, auto: Any) -> Any:
+def peer_config(section: PeerSection, corpus: Corpus, auto: Any, peers: Mapping[str, PeerSection] | None = None) -> Any:
     """The peer's Hugging Face config, with the corpus's vocabulary (padded) and special ids.
 
     `auto`: the task's Auto class of transformers; BERT and its like are causal only where their config says so.
-    Raises UserError with what transformers refuses.
+    `peers`: all of the run, of which one may begin as layers of another. Raises UserError with what transformers
+    refuses.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    if section.init_from is not None:
+        return with_layers(peer_config(_source(section, peers), corpus, auto, peers), section.init_from.layers)
     try:
         if section.pretrained is not None:
             config = AutoConfig.from_pretrained(section.pretrained, trust_remote_code=False)
         else:
             values = dict(section.model or {})
             config = AutoConfig.for_model(values.pop("model_type"), **values)
-        parts = _parts(config)
+        parts = parts_with_vocabulary(config)
     except Exception as problem:  # transformers raises whatever its config classes raise
         raise UserError(one_line(problem)) from None
-    special = corpus.special
+    special, own = corpus.special, config.get_text_config()
+    rows = max(corpus.vocab_size, own.vocab_size if section.pretrained is not None else getattr(config, KEPT, 0))
+    if rows > corpus.vocab_size:
+        setattr(config, KEPT, rows)
     for part in parts:
         for role, number in _roles(special).items():
             setattr(part, f"{role}_token_id", None if number == ABSENT else number)
-    set_vocabulary(config, padded(corpus.vocab_size))
+    set_vocabulary(config, padded(rows))
     if auto is AutoModelForCausalLM and hasattr(config, "is_decoder"):
         config.is_decoder = True
     if auto is AutoModelForSeq2SeqLM:
@@ -76,27 +85,12 @@ def peer_config(section: PeerSection, corpus: Corpus, auto: Any) -> Any:
     return config
 
 
-def set_vocabulary(config: Any, size: int) -> None:
-    """Makes the vocabulary that large wherever a config says its size: in its text part, encoder and decoder, and by
-    other names (Marian's decoder_vocab_size, FSMT's src_vocab_size, Gemma's vocab_size_per_layer_input).
-    """
-    parts, old = _parts(config), config.get_text_config().vocab_size
-    for part in parts:
-        for name in [name for name, value in vars(part).items() if "vocab_size" in name and value == old]:
-            setattr(part, name, size)
-        part.vocab_size = size
-
-
-def _parts(config: Any) -> list[Any]:
-    """The config, its text part, and all configs inside that have the text's vocabulary."""
-    own = config.get_text_config()
-    parts = {id(part): part for part in (config, own)}
-    waiting = [config]
-    while waiting:
-        inside = [part for part in vars(waiting.pop()).values() if hasattr(part, "to_dict")]
-        parts |= {id(part): part for part in inside if getattr(part, "vocab_size", None) == own.vocab_size}
-        waiting += inside
-    return list(parts.values())
+def _source(section: PeerSection, peers: Mapping[str, PeerSection] | None) -> PeerSection:
+    """What a peer takes its layers from: another one, or a checkpoint as if it were one."""
+    assert section.init_from is not None
+    if section.init_from.peer is None:
+        return PeerSection(pretrained=section.init_from.pretrained)
+    return (peers or {})[section.init_from.peer]
 
 
 def _roles(special: SpecialIds) -> dict[str, int]:
@@ -105,31 +99,39 @@ def _roles(special: SpecialIds) -> dict[str, int]:
     return {"pad": special.pad, "cls": special.cls, "sep": special.sep, "bos": begin, "eos": special.end}
 
 
-def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, auto: Any) -> Iterator[str]:
-    """What is wrong with a peer's `model` or `pretrained`, as 'key = value: why' lines relative to the peer.
+def config_mistakes(
+    section: PeerSection,
+    corpus: Corpus,
+    sequence_length: int,
+    auto: Any,
+    peers: Mapping[str, PeerSection] | None = None,
+    tasks: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """What is wrong with how a peer begins, as 'key = value: why' lines relative to the peer.
 
-    `auto`: the task's Auto class of transformers.
+    `auto`: the task's Auto class of transformers. `peers`: all of the run. `tasks`: every task's Auto class.
     """
-    if section.pretrained is not None and not (Path(section.pretrained) / "config.json").is_file():
-        looks_local = section.pretrained.startswith((".", "/")) or section.pretrained.count("/") > 1
-        if Path(section.pretrained).exists():
-            found = instead(Path(section.pretrained), "model")
-            yield f"pretrained = {section.pretrained!r}: no config.json there: {found}"
-            return
-        if looks_local:
-            yield f"pretrained = {section.pretrained!r}: no such directory"
-            return
+    if section.checkpoint is not None and (place := _place_mistake(section.checkpoint)) is not None:
+        yield f"{section.checkpoint_key} = {section.checkpoint!r}: {place}"
+        return
     if section.model is not None and (said := list(_setting_mistakes(section.model))):
         yield from said
         return
+    if section.init_from is not None and (said := list(_layers_mistakes(section, corpus, auto, peers))):
+        yield from said
+        return
     try:
-        config = peer_config(section, corpus, auto)
+        config = peer_config(section, corpus, auto, peers)
     except UserError as mistake:
-        hub = f"pretrained = {section.pretrained!r}: no such directory, and no model of the hub"
-        yield f"{'model' if section.model is not None else hub}: {mistake}"
+        hub = f"{section.checkpoint_key} = {section.checkpoint!r}: no such directory, and no model of the hub"
+        yield f"{hub if section.checkpoint is not None else 'model'}: {mistake}"
         return
     if type(config) not in auto._model_mapping:
-        yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__})"
+        fits = [
+            f"objective.task: {task}" for task, other in (tasks or {}).items() if type(config) in other._model_mapping
+        ]
+        instead = f"; it has one for {' and for '.join(fits)}" if fits else ""
+        yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__}){instead}"
         return
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or width % heads):
@@ -142,6 +144,48 @@ def config_mistakes(section: PeerSection, corpus: Corpus, sequence_length: int, 
             "raise it or shorten the rows"
         )
     yield from _building_mistakes(section.model or {}, config, auto)
+
+
+def _place_mistake(checkpoint: str) -> str | None:
+    """What stands where a checkpoint should be; None where it is one, or may be one of the hub."""
+    place = Path(checkpoint)
+    if (place / "config.json").is_file():
+        return None
+    if place.exists():
+        return f"no config.json there: {instead(place, 'model')}"
+    looks_local = checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1
+    return "no such directory" if looks_local else None
+
+
+def _layers_mistakes(
+    section: PeerSection, corpus: Corpus, auto: Any, peers: Mapping[str, PeerSection] | None
+) -> Iterator[str]:
+    """What is wrong with a peer's init_from; nothing where its source cannot be built, which has its own message."""
+    assert section.init_from is not None
+    layers, source = section.init_from.layers, _source(section, peers)
+    try:
+        whole = peer_config(source, corpus, auto, peers)
+        weights = _without_memory(whole, auto)
+    except Exception:  # said of the source, or of pretrained
+        return
+    try:
+        config = with_layers(whole, layers)
+        chosen(_without_memory(config, auto), weights, layers, depth_of(whole))
+    except UserError as mistake:
+        yield f"init_from.layers = {list(layers)}: {mistake}"
+        return
+    except Exception as problem:  # whatever an architecture says about its own config
+        yield f"init_from.layers = {list(layers)}: transformers cannot build it: {one_line(problem)}"
+        return
+    for key, value in (section.model or {}).items():
+        if (theirs := getattr(config, key, None)) != value:
+            yield f"model.{key} = {value!r}: {theirs!r} where its layers come from; say the same, or remove model"
+
+
+def _without_memory(config: Any, auto: Any) -> dict[str, Tensor]:
+    """Names and shapes of a model's weights."""
+    with torch.device("meta"):
+        return auto.from_config(copy.deepcopy(config)).state_dict()
 
 
 def _setting_mistakes(model: Mapping[str, Any]) -> Iterator[str]:
@@ -213,22 +257,73 @@ def one_line(problem: Exception) -> str:
     return said if len(said) <= 300 else f"{said[:300]} …"
 
 
-def build_peer(name: str, section: PeerSection, corpus: Corpus, seed: int, auto: Any) -> Any:
-    """The peer in fp32 on the CPU, of the task's Auto class, vocabulary padded, weights tied as its config says.
+def build_peers(
+    sections: Mapping[str, PeerSection],
+    corpus: Corpus,
+    seed: int,
+    auto: Any,
+    dtype: torch.dtype = torch.float32,
+    new_tokens: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """All peers of a run, in order; each once, although another may begin as some of its layers. See `build_peer`."""
+    built: dict[str, Any] = {}
 
+    def build(name: str) -> Any:
+        if name not in built:
+            section = sections[name]
+            source = build(section.init_from.peer) if section.init_from and section.init_from.peer else None
+            new = (new_tokens or {}).get(name, ())
+            built[name] = build_peer(name, section, corpus, seed, auto, dtype, new, source)
+        return built[name]
+
+    return {name: build(name) for name in sections}
+
+
+def build_peer(
+    name: str,
+    section: PeerSection,
+    corpus: Corpus,
+    seed: int,
+    auto: Any,
+    dtype: torch.dtype = torch.float32,
+    new_tokens: Sequence[int] = (),
+    source: Any = None,
+) -> Any:
+    """The peer on the CPU, of the task's Auto class, vocabulary padded, weights tied as its config says.
+
+    It is fp32, for whoever trains it keeps fp32 weights; a frozen one is read from its checkpoint as `dtype`, once.
     Initialisation is keyed by (seed, name): it does not depend on which other peers are in the run. What does not learn
     although its model does (RoFormer's positions) is a buffer, so that every checkpoint holds it.
+
+    `new_tokens`: ids that its checkpoint does not know (`vocabulary.new_tokens`). `source`: the peer, built, of which
+    it begins as some layers.
     """
-    config = peer_config(section, corpus, auto)
     torch.manual_seed(seed_of(seed, "initialisation", name))
-    model = auto.from_config(config, dtype=torch.float32)
-    if section.pretrained is not None:
-        checkpoint = auto.from_pretrained(section.pretrained, dtype=torch.float32, trust_remote_code=False)
-        load_fitted(model, checkpoint.state_dict())
+    if section.init_from is not None:
+        whole = source
+        if section.checkpoint is not None:
+            whole = _read(PeerSection(pretrained=section.checkpoint), corpus, auto, torch.float32, new_tokens)
+        model = from_layers(whole, section.init_from.layers, auto)
+    elif section.pretrained is not None:
+        model = _read(section, corpus, auto, dtype if section.frozen else torch.float32, new_tokens)
+    else:
+        model = auto.from_config(peer_config(section, corpus, auto), dtype=torch.float32)
     if section.frozen:
         model.requires_grad_(False)
     else:
         hold_fixed(model)
+    return model
+
+
+def _read(section: PeerSection, corpus: Corpus, auto: Any, dtype: torch.dtype, new_tokens: Sequence[int]) -> Any:
+    """A checkpoint's model, its tables of the vocabulary as large as `peer_config` says."""
+    from transformers import AutoConfig
+
+    config = peer_config(section, corpus, auto)
+    inside, own = config.get_text_config().vocab_size, AutoConfig.from_pretrained(section.pretrained).get_text_config()
+    set_vocabulary(config, own.vocab_size)
+    model = auto.from_pretrained(section.pretrained, config=config, dtype=dtype, trust_remote_code=False)
+    fit_tables(model, inside, corpus.vocab_size, auto, new_tokens)
     return model
 
 

@@ -12,6 +12,7 @@ from ctcd_ds.objective.batch import Batch
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
+from ctcd_ds.peers.checkpointing import checkpoint_layers
 from ctcd_ds.peers.dropout import use_fast_dropout
 from ctcd_ds.peers.heads import compilable, project_positions, way_of
 
@@ -79,6 +80,12 @@ class CoTraining(nn.Module):
         part: Any
         for part in (part for peer in self.peers.values() for part in compilable(peer)):
             part.forward = torch.compile(part.forward, dynamic=False)
+
+    def checkpoint_activations(self) -> None:
+        """Of each layer of a trained peer only the input is kept; backward runs the layer again."""
+        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+            if trained:
+                checkpoint_layers(self.peers[name])
 
     def parameter_groups(self, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         """AdamW's groups: two a trained peer, with and without weight decay (biases and norms have none).

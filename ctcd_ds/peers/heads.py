@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.objective.fused import Projection, project
+from ctcd_ds.objective.projection import Projection, project
 from ctcd_ds.peers.reading import few_tokens, uncached
 
 TOLERANCE = 1e-4  # of the logits' own size, in fp32

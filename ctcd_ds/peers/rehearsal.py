@@ -17,6 +17,7 @@ import torch
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.peers.build import (
+    DTYPES,
     TOLERANCE,
     difference,
     hold_fixed,
@@ -24,11 +25,13 @@ from ctcd_ds.peers.build import (
     padded,
     quiet_transformers,
     save_and_reload,
-    set_vocabulary,
     with_state,
 )
+from ctcd_ds.peers.checkpointing import checkpoint_layers
 from ctcd_ds.peers.heads import project_positions
+from ctcd_ds.peers.layers import depth_of, with_layers
 from ctcd_ds.peers.reading import as_inputs, longest_row
+from ctcd_ds.peers.vocabulary import set_vocabulary
 
 LAYERS = 2
 WORDS = 8  # of the small vocabulary, beside the special ids
@@ -41,18 +44,19 @@ def rehearse(
     precision: str,
     device: str,
     unfit: Callable[[Any], str | None] = lambda model: None,
+    checkpointing: bool = False,
 ) -> str | None:
     """Why a peer of this config could not be trained and exported, in one sentence; None where it can.
 
     Args:
         config: as `peer_config` gives it. auto: the task's Auto class.
         precision: fp32, bf16 or fp16, and device, cpu or cuda: of the run.
-        unfit: why the task is nothing for a model, or None.
+        unfit: why the task is nothing for a model, or None. checkpointing: whether its layers are to run again.
     """
     said = None
     with quiet_transformers(), torch.random.fork_rng([]):
         for twin in _twins(config):
-            said = _rehearse(twin, auto, sequence_length, precision, device, unfit)
+            said = _rehearse(twin, auto, sequence_length, precision, device, unfit, checkpointing)
             if said is None:
                 return None
     return said
@@ -60,19 +64,12 @@ def rehearse(
 
 def _twins(config: Any) -> Iterator[Any]:
     """The config with a small vocabulary: first with fewer layers, then as it is."""
-    for layers in (LAYERS, None):
-        twin = copy.deepcopy(config)
-        own = twin.get_text_config()
-        set_vocabulary(twin, max(_special_ids(twin), default=0) + WORDS)
-        depth = getattr(own, "num_hidden_layers", None)
-        if layers is not None:
-            if not isinstance(depth, int) or depth <= layers:
-                continue
-            with contextlib.suppress(Exception):  # a few compute it from others
-                own.num_hidden_layers = layers
-                if getattr(own, "layer_types", None):
-                    own.layer_types = own.layer_types[:layers]
-        yield twin
+    twin = copy.deepcopy(config)
+    set_vocabulary(twin, max(_special_ids(twin), default=0) + WORDS)
+    with contextlib.suppress(UserError):  # a few compute it from others
+        if depth_of(twin) > LAYERS:
+            yield with_layers(twin, range(LAYERS))
+    yield twin
 
 
 def _special_ids(config: Any) -> list[int]:
@@ -82,7 +79,13 @@ def _special_ids(config: Any) -> list[int]:
 
 
 def _rehearse(
-    config: Any, auto: Any, length: int, precision: str, device: str, unfit: Callable[[Any], str | None]
+    config: Any,
+    auto: Any,
+    length: int,
+    precision: str,
+    device: str,
+    unfit: Callable[[Any], str | None],
+    checkpointing: bool,
 ) -> str | None:
     kind, words = type(config).__name__.removesuffix("Config"), config.get_text_config().vocab_size
     inside = copy.deepcopy(config)
@@ -91,6 +94,8 @@ def _rehearse(
         model = auto.from_config(inside, dtype=torch.float32)
         hold_fixed(model)
         limit = longest_row(model)
+        if checkpointing:
+            checkpoint_layers(model)
     except Exception as problem:
         return f"{kind} cannot be built or cannot read a row: {one_line(problem)}"
     if limit is not None and length > limit:
@@ -101,7 +106,7 @@ def _rehearse(
     inputs = as_inputs(model.config, (words - WORDS + torch.arange(length) % WORDS).unsqueeze(0))
     if (said := _learns(model, inputs, torch.float32, "cpu")) is not None:
         return f"{kind} cannot learn from a row of {length} tokens: {said}"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     usual = (dtype, device) == (torch.float32, "cpu")
     if not usual and (said := _learns(copy.deepcopy(model), inputs, dtype, device)) is not None:
         return f"{kind} cannot learn in {precision} on {device} ({said}); in fp32 on the CPU it can"

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ctcd_ds.preflight.probes import GIB, PACKAGES
+from ctcd_ds.recipe import is_corpus_place
 
 CLOCK_S = 2.0  # more than that, and logs of several hosts no longer tell what came first
 
@@ -129,7 +130,7 @@ def check_recipe(hosts: Hosts) -> Iterator[Finding]:
     """The same recipe and DeepSpeed config, key by key."""
     cure = "copy the recipe and the DeepSpeed config there again, or keep them on shared storage"
     for key in {key: None for facts in hosts.speakers for key in facts.settings or ()}:
-        if key != "recipe.corpus.path":  # it may lie elsewhere: its content has a fingerprint
+        if not is_corpus_place(key.removeprefix("recipe.")):
             for host, value, usual in hosts.odd(lambda facts: _setting(facts, key)):  # noqa: B023 - used at once
                 yield Finding(host, "recipe", f"{key} = {value}, elsewhere {usual}", cure)
     yield from _mistakes(hosts, "recipe", cure)

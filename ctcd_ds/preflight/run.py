@@ -22,7 +22,7 @@ from ClusterShell.NodeSet import NodeSet  # type: ignore[import-untyped]
 from ctcd_ds import cli
 from ctcd_ds.cluster.network import own_address
 from ctcd_ds.cluster.ranks import Ranks
-from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.preflight import probes
 from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
 from ctcd_ds.preflight.meeting import Meeting
@@ -85,7 +85,7 @@ def _understand(ranks: Ranks, asked: Namespace) -> tuple[Plan | None, dict[str, 
 
         recipe, config = load_recipe(asked.recipe, asked.set), read_config(asked.deepspeed_config)
         check = "corpus"
-        Corpus.open(Path(recipe.corpus.path))
+        open_corpus(recipe.corpus)
         check = "recipe"
         plan = make_plan(recipe, config, ranks.world, device_type(), asked.output_dir)
     except cli.UserError as mistake:

@@ -1,6 +1,6 @@
 """Batches for training, prepared one step ahead of the model, and batches of held-out rows.
 
-Which rows a step reads is decided for the global batch (`rows.batch_rows`) and only then cut: rank 0 has the
+Which rows a step reads is decided for the global batch (`Rows.batch`) and only then cut: rank 0 has the
 first global_batch / world rows, rank 1 the next, and each rank cuts its share into micro-batches in the same
 order. So every world size and every micro-batch size reads the same rows at the same step, masked the same.
 """
@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ctcd_ds.corpus.rows import Rows, batch_rows
+from ctcd_ds.corpus.rows import Rows
 from ctcd_ds.objective.batch import Batch
 from ctcd_ds.tasks.task import VALID_SEED, Task
 
@@ -43,7 +43,7 @@ class Cut:
 
     def batches(self, rows: Rows, task: Task, seed: int, step: int) -> list[Batch]:
         """This rank's micro-batches of a step."""
-        epochs, numbers = batch_rows(seed, len(rows), step, self.global_batch)
+        epochs, numbers = rows.batch(seed, step, self.global_batch)
         share = self.micro_batch * self.accumulation
         mine = slice(self.rank * share, (self.rank + 1) * share)
         return list(task.batches(rows.read(numbers[mine]), seed, epochs[mine], numbers[mine], self.micro_batch))

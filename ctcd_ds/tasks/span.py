@@ -117,8 +117,14 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
     @classmethod
     def of(cls, recipe: Recipe, corpus: Corpus) -> SpanCorruption:
         """The recipe's spans. Raises UserError where the tokenizer has too few sentinels for them."""
+        spans, there = Spans.of(recipe.corpus), len(corpus.special.sentinels)
+        if there < spans.count:
+            raise UserError(
+                f"objective.task = span: {spans.count} spans of a row need as many sentinels (<extra_id_0>, …), the "
+                f"corpus's tokenizer has {there}: train one with `ctcd tokenizer --sentinels {spans.count}`"
+            )
         noise = {name: LabelNoise.of(name, peer, corpus) for name, peer in recipe.peers.items()}
-        return cls(corpus, Spans.of(recipe.corpus), noise, bool(recipe.graph().distilling()))
+        return cls(corpus, spans, noise, bool(recipe.graph().distilling()))
 
     @staticmethod
     def auto_class() -> Any:
@@ -128,12 +134,7 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         return AutoModelForSeq2SeqLM
 
     def rows(self, split: str) -> Rows:
-        """Rows as they are stored. Raises UserError where the split has none, or the tokenizer too few sentinels."""
-        if (there := len(self.corpus.special.sentinels)) < self.spans.count:
-            raise UserError(
-                f"objective.task = span: {self.spans.count} spans of a row need as many sentinels (<extra_id_0>, …), "
-                f"the corpus's tokenizer has {there}: train one with `ctcd tokenizer --sentinels {self.spans.count}`"
-            )
+        """Rows as they are stored. Raises UserError where the split has none."""
         return self.corpus.rows(split, self.spans.row)
 
     def batches(

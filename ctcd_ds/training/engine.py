@@ -18,7 +18,7 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.network import set_interface
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.memory import keep_freed_memory
-from ctcd_ds.peers.build import build_peer
+from ctcd_ds.peers.build import DTYPES, build_peers
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.training.ops import load_collectives, settle_extensions
 from ctcd_ds.training.plan import Plan
@@ -109,9 +109,12 @@ def build_engine(plan: Plan, universal: bool = False) -> Any:
     import deepspeed
 
     recipe, auto = plan.recipe, plan.task.auto_class()
-    peers = {name: build_peer(name, section, plan.corpus, recipe.seed, auto) for name, section in recipe.peers.items()}
+    dtype = DTYPES[plan.deepspeed.precision]
+    peers = build_peers(plan.sections, plan.corpus, recipe.seed, auto, dtype, plan.new_tokens)
     module = CoTraining(peers, recipe.graph(), plan.corpus.vocab_size, recipe.objective.temperature, recipe.seed)
     module.train()
+    if recipe.training.activation_checkpointing:
+        module.checkpoint_activations()
     if recipe.training.compile:
         module.compile_encoders()
     settings = {name: recipe.optimizer_of(name) for name in recipe.peers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctcd_ds.objective.batch import Batch
-from ctcd_ds.objective.fused import chunks, project
+from ctcd_ds.objective.projection import chunks, project
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.tasks.loader import Cut, valid_batches
@@ -22,30 +23,45 @@ from ctcd_ds.training.plan import Plan
 def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     """valid/<peer>/loss, valid/<peer>/accuracy and valid/agreement/<a>/<b> over the held-out rows of all ranks.
 
-    Where the targets are the text itself, valid/<peer>/bits_per_byte too. Rows are asked the same at every call, in
-    every run. Called by all ranks; empty where the corpus holds nothing out.
+    The same of each held-out set and each source of a mixture: valid/<name>/<peer>/loss …; what has no name is their
+    mean, each with its weight in `Corpus.held_out`. Where the targets are the text itself, bits_per_byte too. Rows are
+    asked the same at every call, in every run. Called by all ranks; empty where the corpus holds nothing out.
     """
-    if plan.valid is None:
+    if not plan.valid:
         return {}
     module: CoTraining = engine.module
     names, pairs = module.graph.names, list(combinations(range(len(module.graph.names)), 2))
-    sums = torch.zeros(2 * len(names) + len(pairs) + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(plan.valid), 2 * len(names) + len(pairs) + 1, dtype=torch.float64, device=device)
     module.eval()
     cut = Cut(plan.deepspeed.micro_batch, rank=dist.get_rank(), world=dist.get_world_size())
-    for batch in valid_batches(plan.valid, plan.task, cut, plan.recipe.training.valid_rows):
-        with torch.compiler.set_stance("force_eager"):  # compiled encoders know one shape, and training mode
-            sums += _sums(module, batch.to(device), pairs)
+    for total, rows in zip(sums, plan.valid.values(), strict=True):
+        for batch in valid_batches(rows, plan.task, cut, plan.recipe.training.valid_rows):
+            with torch.compiler.set_stance("force_eager"):  # compiled encoders know one shape, and training mode
+                total += _sums(module, batch.to(device), pairs)
     module.train()
     dist.all_reduce(sums)
-    *values, count = sums.tolist()
-    if not count:
-        return {}
-    keys = [f"valid/{name}/{what}" for what in ("loss", "accuracy") for name in names]
-    keys += [f"valid/agreement/{names[a]}/{names[b]}" for a, b in pairs]
-    found = {key: value / count for key, value in zip(keys, values, strict=True)}
-    if size := plan.task.bytes_per_target("valid"):
-        found |= {f"valid/{n}/bits_per_byte": found[f"valid/{n}/loss"] / math.log(2) / size for n in names}
-    return found
+    keys = [f"{name}/{what}" for what in ("loss", "accuracy") for name in names]
+    keys += [f"agreement/{names[a]}/{names[b]}" for a, b in pairs]
+    found = {}
+    for split, (*values, count) in zip(plan.valid, sums.tolist(), strict=True):
+        if count:
+            found[split] = {key: value / count for key, value in zip(keys, values, strict=True)}
+            if size := plan.task.bytes_per_target(split):
+                bits = {f"{n}/bits_per_byte": found[split][f"{n}/loss"] / math.log(2) / size for n in names}
+                found[split] |= bits
+    return _named(found, plan.corpus.held_out)
+
+
+def _named(found: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+    """Split → key → value as valid/NAME/KEY; as valid/KEY what stands for all, or else the splits' mean by weight."""
+    named = {split.replace(".", "/", 1): values for split, values in found.items()}
+    counted = {split: weights[split] for split in found if weights[split]}
+    if counted and "valid" not in found:
+        whole = sum(counted.values())
+        common = [key for key in found[next(iter(counted))] if all(key in found[split] for split in counted)]
+        mean = {key: sum(weight * found[split][key] for split, weight in counted.items()) / whole for key in common}
+        named = {"valid": mean, **named}
+    return {f"{name}/{key}": value for name, values in named.items() for key, value in values.items()}
 
 
 def _sums(module: CoTraining, batch: Batch, pairs: list[tuple[int, int]]) -> Tensor:

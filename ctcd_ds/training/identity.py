@@ -6,9 +6,10 @@ Whatever would change a loss of the steps still to come, or would have changed o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ctcd_ds.recipe import Recipe, ScheduleSection, flat
+from ctcd_ds.recipe import Recipe, ScheduleSection, flat, is_corpus_place
 from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.schedule import lr_factor
 
@@ -25,6 +26,7 @@ _FREE = {
         "keep_every",
         "keep_best",
         "time_limit_minutes",
+        "activation_checkpointing",
         "step_timeout_s",
         "on_nonfinite",
     )
@@ -51,12 +53,13 @@ def changes(then: Mapping[str, Any], plan: Plan, step: int) -> tuple[list[str], 
     `then`: the identity of the run as it was saved; `step`: how many steps it has behind it.
     """
     now = identity(plan)
-    old, new = flat(then["recipe"]), flat(now["recipe"])
+    # As this program reads it: a key that was not there yet has its default.
+    old, new = flat(Recipe.model_validate(then["recipe"]).resolved()), flat(now["recipe"])
     refused: list[str] = []
     allowed: list[str] = []
     same_past = _same_past(then, plan, step)
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
+        if old.get(key) == new.get(key) or _same_place(key, old.get(key), new.get(key)):
             continue
         line = f"{key}: the run has {_shown(old.get(key))}, now {_shown(new.get(key))}"
         if key in _LENGTH:
@@ -86,11 +89,16 @@ def _same_past(then: Mapping[str, Any], plan: Plan, step: int) -> bool:
 
 def _proven_otherwise(key: str, recipe: Recipe) -> bool:
     """Places of files whose content has a fingerprint of its own: a corpus or a frozen peer may have moved."""
-    if key == "corpus.path":
+    if is_corpus_place(key):
         return True
     section, _, field = key.rpartition(".")
     name = section.removeprefix("peers.")
     return field == "pretrained" and name in recipe.peers and recipe.peers[name].frozen
+
+
+def _same_place(key: str, then: object, now: object) -> bool:
+    """A checkpoint's directory that has gone since the start: a relative path to what is not there stays as it is."""
+    return key.endswith(".pretrained") and isinstance(now, str) and then == str(Path(now).resolve())
 
 
 def _shown(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,16 +102,34 @@ def shown_as(key: str) -> str:
             return f"{kind.capitalize()} loss/{peer}"
         case ["loss", peer, kind, other]:
             return f"{kind.capitalize()} loss/{peer} learning from {other}"
-        case ["valid", "agreement", one, other]:
-            return f"Same answer on held-out rows/{one} and {other}"
-        case ["valid", peer, what]:
-            return f"Held-out {what}/{peer}"
+        case ["valid", *of, "agreement", one, other]:
+            return f"Same answer on held-out rows{_of(of)}/{one} and {other}"
+        case ["valid", *of, peer, what]:
+            return f"Held-out {what}{_of(of)}/{peer}"
         case ["grad_norm", peer]:
             return f"Gradient norm before clipping/{peer}"
         case ["lr", peer]:
             return f"Learning rate/{peer}"
         case _:
             return _OF_THE_RUN.get(key, "")
+
+
+def held_out_values(row: Mapping[str, Any], peer: str) -> dict[str, dict[str, float]]:
+    """What a row of metrics.jsonl, or summary.json, holds of a peer: set → loss, accuracy → value.
+
+    The set is "" for what stands for all held-out text, else the name of a held-out set or of a mixture's source.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for key, value in row.items():
+        match key.split("/"):
+            case ["valid", *of, name, what] if name == peer and "agreement" not in of and value is not None:
+                found.setdefault("".join(of), {})[what] = value
+    return found
+
+
+def _of(sets: list[str]) -> str:
+    """The name of a held-out set, where it is not what stands for all."""
+    return "".join(f" of {name}" for name in sets)
 
 
 def _forget_after(path: Path, step: int) -> float:

@@ -5,31 +5,37 @@ Making a plan starts no process group and writes nothing. `--dry_run` prints it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import Damage, UserError, count
+from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.scaling import Work, state_bytes
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Rows
+from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
 from ctcd_ds.peers.rehearsal import rehearse
-from ctcd_ds.recipe import Mistakes, Recipe
+from ctcd_ds.peers.vocabulary import KEPT, new_tokens
+from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Task
 from ctcd_ds.training.deepspeed_config import DeepSpeedConfig, resolve
 
 GIB = 2**30
+ENOUGH_EPOCHS = 4  # of one source of a mixture; beyond, the dry run warns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. `rows` are the training rows, `valid` the held-out ones (None: the corpus has none).
+    """A checked run. `rows` are the training rows, `valid` the held-out ones of each split that the corpus has.
 
+    `sections`: the recipe's peers, or how they begin again in a run that has a checkpoint (`make_plan`).
     `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
+    `new_tokens`: peer → the corpus's tokens that its checkpoint does not know, where there are any.
     """
 
     recipe: Recipe
@@ -37,12 +43,14 @@ class Plan:
     deepspeed: DeepSpeedConfig
     world: int
     rows: Rows
-    valid: Rows | None
+    valid: dict[str, Rows]
     task: Task
     configs: dict[str, Any]
     costs: dict[str, Cost]
     steps: int
+    sections: Mapping[str, PeerSection]
     begun: dict[str, list[str]]
+    new_tokens: dict[str, list[int]]
 
     @property
     def tokens_per_step(self) -> int:
@@ -52,6 +60,12 @@ class Plan:
     def flops_per_token(self) -> float:
         """Training FLOPs per token over all peers: backward is two forwards; a frozen peer has none."""
         return sum(c.forward_flops * (1 if self.recipe.peers[name].frozen else 3) for name, c in self.costs.items())
+
+    @property
+    def work_flops_per_token(self) -> float:
+        """`flops_per_token`, and the forward passes that activation checkpointing does again."""
+        again = [c.forward_flops for name, c in self.costs.items() if not self.recipe.peers[name].frozen]
+        return self.flops_per_token + self.recipe.training.activation_checkpointing * sum(again)
 
     @property
     def trained(self) -> int:
@@ -66,7 +80,7 @@ class Plan:
             micro_batch=config.micro_batch,
             accumulation=config.accumulation,
             sequence_length=self.recipe.corpus.sequence_length,
-            flops_per_token=self.flops_per_token,
+            flops_per_token=self.work_flops_per_token,
             trained=self.trained,
             frozen=sum(c.parameters for c in self.costs.values()) - self.trained,
             stage=config.stage,
@@ -80,32 +94,53 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device: str, output_dir: Path) -> Plan:
-    """Checks everything that can be known before the start. Raises Mistakes with all that is wrong."""
+def make_plan(
+    recipe: Recipe,
+    deepspeed_json: dict[str, Any],
+    world: int,
+    device: str,
+    output_dir: Path,
+    saved: Path | None = None,
+) -> Plan:
+    """Checks everything that can be known before the start. Raises Mistakes with all that is wrong.
+
+    `saved`: the peers' configs in the directory of a run that has a checkpoint. Weights come from there, so that what
+    its trained peers began from is not asked for.
+    """
     config, mistakes = resolve(deepspeed_json, recipe, world, device, output_dir)
     try:
-        corpus = Corpus.open(Path(recipe.corpus.path))
-    except Damage:
-        raise
-    except UserError as mistake:
-        raise Mistakes("this run", [*mistakes, f"corpus.path = {recipe.corpus.path!r}: {mistake}"]) from None
-    auto, length = TASKS[recipe.objective.task].auto_class(), recipe.corpus.sequence_length
+        corpus = open_corpus(recipe.corpus)
+    except Mistakes as more:
+        raise Mistakes("this run", [*mistakes, *more.mistakes]) from None
+    autos = {task: kind.auto_class() for task, kind in TASKS.items()}
+    auto, length = autos[recipe.objective.task], recipe.corpus.sequence_length
     if lacking := [role for role in TASKS[recipe.objective.task].roles if role not in corpus.special.present]:
         raise Mistakes("this run", [*mistakes, _lacking(recipe.objective.task, lacking, corpus)])
-    for name, section in recipe.peers.items():
-        said = list(config_mistakes(section, corpus, length, auto)) or list(
-            _tokenizer_mistakes(section.pretrained, corpus)
-        )
+    sections = {name: _saved(section, saved and saved / name) for name, section in recipe.peers.items()}
+    new_tokens: dict[str, list[int]] = {}
+    for name, section in sections.items():
+        known = section is not recipe.peers[name]  # it was judged when the run began
+        said = [] if known else list(config_mistakes(section, corpus, length, auto, sections, autos))
+        if not said and section.checkpoint is not None:
+            try:
+                new_tokens[name] = _new_tokens(section, corpus)
+            except UserError as mistake:
+                said = [f"{section.checkpoint_key} = {section.checkpoint!r}: its tokenizer {mistake}"]
         mistakes += [f"peers.{name}.{mistake}" for mistake in said]
     begun: dict[str, list[str]] = {}
     if not mistakes:
-        begun, mistakes = _begun_at_random(recipe, auto)
-    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, None
+        begun, mistakes = _begun_at_random(sections, auto)
+    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, {}
     try:
         rows = task.rows("train")
-        valid = task.rows("valid") if corpus.tokens("valid") else None
+        valid = {split: task.rows(split) for split in corpus.held_out}
     except UserError as mistake:
         mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
+    if rows is not None and (fewer := recipe.corpus.train_rows) is not None:
+        try:
+            rows = rows.spread(fewer)
+        except UserError as mistake:
+            mistakes.append(f"corpus.train_rows = {fewer}: {mistake}")
     steps = _steps(recipe, len(rows)) if rows is not None else 1
     if steps < 1:
         mistakes.append(
@@ -114,23 +149,43 @@ def make_plan(recipe: Recipe, deepspeed_json: dict[str, Any], world: int, device
         )
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
-    configs = {name: peer_config(section, corpus, auto) for name, section in recipe.peers.items()}
+    configs = {name: peer_config(section, corpus, auto, sections) for name, section in sections.items()}
     costs: dict[str, Cost] = {}
     for name, peer in configs.items():
         try:
             costs[name] = cost(peer, length, task.asked(recipe, name) / length, auto)
         except UserError as mistake:
             mistakes.append(f"peers.{name}: {mistake}")
+    if recipe.training.activation_checkpointing:
+        mistakes += _checkpointing_mistakes(recipe, configs, costs)
     if mistakes:
         raise Mistakes("this run", mistakes)
-    return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, begun)
+    return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, sections, begun, new_tokens)
+
+
+def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
+    return [
+        f"training.activation_checkpointing = true: peers.{name} is a {configs[name].model_type}, whose layers "
+        "transformers does not run again; write false"
+        for name, c in costs.items()
+        if c.checkpointed is None and not recipe.peers[name].frozen
+    ]
+
+
+def _saved(section: PeerSection, place: Path | None) -> PeerSection:
+    """How a peer begins in a run that has a checkpoint: with the config that is saved there, and no weights to read."""
+    if place is None or section.frozen or section.origin is None:
+        return section
+    if not (config := read_json(place / "config.json")):
+        return section
+    return section.model_copy(update={"model": config, "pretrained": None, "init_from": None})
 
 
 def _lacking(task: str, roles: Sequence[str], corpus: Corpus) -> str:
     return (
         f"objective.task = {task}: the corpus's tokenizer ({corpus.tokenizer_path}) has no "
-        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with `ctcd tokenizer`, "
-        "or train causal models (objective.task: clm)"
+        f"{' and no '.join(f'{role}_token' for role in roles)}, which the task needs; train one with "
+        f"`ctcd tokenizer{' --sentinels 100' if task == 'span' else ''}`, or train causal models (objective.task: clm)"
     )
 
 
@@ -139,13 +194,16 @@ def rehearse_peers(plan: Plan, device: str) -> None:
 
     Takes a second an architecture. Raises Mistakes with all that would not end well.
     """
-    said: dict[str, str | None] = {}
-    for config in plan.configs.values():
-        if (key := config.to_json_string()) not in said:
-            auto, length = plan.task.auto_class(), plan.recipe.corpus.sequence_length
-            said[key] = rehearse(config, auto, length, plan.deepspeed.precision, device, plan.task.unfit)
-    mistakes = [f"peers.{name}: {said[c.to_json_string()]}" for name, c in plan.configs.items()
-                if said[c.to_json_string()]]  # fmt: skip
+    recipe, precision, auto = plan.recipe, plan.deepspeed.precision, plan.task.auto_class()
+    said: dict[tuple[str, bool], str | None] = {}
+    mistakes = []
+    for name, config in plan.configs.items():
+        again = recipe.training.activation_checkpointing and not recipe.peers[name].frozen
+        if (key := (config.to_json_string(), again)) not in said:
+            length = recipe.corpus.sequence_length
+            said[key] = rehearse(config, auto, length, precision, device, plan.task.unfit, again)
+        if said[key]:
+            mistakes.append(f"peers.{name}: {said[key]}")
     if mistakes:
         raise Mistakes("this run", mistakes)
 
@@ -157,15 +215,15 @@ def _steps(recipe: Recipe, rows: int) -> int:
     return int(recipe.training.epochs * rows // recipe.training.global_batch_rows)
 
 
-def _begun_at_random(recipe: Recipe, auto: Any) -> tuple[dict[str, list[str]], list[str]]:
+def _begun_at_random(sections: Mapping[str, PeerSection], auto: Any) -> tuple[dict[str, list[str]], list[str]]:
     """(peer → the weights that its checkpoint does not hold, where there are any; what is wrong with checkpoints)."""
     missing, mistakes = {}, []
-    for name, section in recipe.peers.items():
-        if section.pretrained is None:
+    for name, section in sections.items():
+        if section.checkpoint is None:
             continue
-        here = f"peers.{name}.pretrained = {section.pretrained!r}"
+        here = f"peers.{name}.{section.checkpoint_key} = {section.checkpoint!r}"
         try:
-            weights = missing_weights(section.pretrained, auto)
+            weights = missing_weights(section.checkpoint, auto)
         except UserError as mistake:
             mistakes.append(f"{here}: {mistake}")
             continue
@@ -183,50 +241,55 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _tokenizer_mistakes(pretrained: str | None, corpus: Corpus) -> Iterator[str]:
-    if pretrained is None:
-        return
-    from ctcd_ds.corpus.tokenizer import load_tokenizer, tokenizer_identity
+def _new_tokens(section: PeerSection, corpus: Corpus) -> list[int]:
+    """The corpus's tokens that a peer's checkpoint does not know. Raises UserError where its ids mean other tokens."""
+    from transformers import AutoConfig
+
+    from ctcd_ds.corpus.tokenizer import load_tokenizer
 
     try:
-        theirs = tokenizer_identity(load_tokenizer(Path(pretrained)))
+        theirs = load_tokenizer(Path(str(section.checkpoint)))
     except UserError as mistake:
-        yield f"pretrained = {pretrained!r}: its tokenizer must be the corpus's, and cannot be read: {mistake}"
-        return
-    if theirs["vocabulary"] != corpus.vocabulary:
-        yield (
-            f"pretrained = {pretrained!r}: its tokenizer ({theirs['vocab_size']} tokens) is not the corpus's "
-            f"({corpus.vocab_size} tokens, {corpus.tokenizer_path}): all peers must read the same ids"
-        )
+        raise UserError(f"must give the corpus's ids, and cannot be read: {mistake}") from None
+    ours = load_tokenizer(corpus.tokenizer_path)
+    for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        there, here = (getattr(tokenizer, f"{role}_token_id") for tokenizer in (theirs, ours))
+        if None not in (there, here) and there != here:
+            raise UserError(f"has {there} as its {role}_token, the corpus's ({corpus.tokenizer_path}) has {here}")
+    rows = AutoConfig.from_pretrained(section.checkpoint, trust_remote_code=False).get_text_config().vocab_size
+    new = new_tokens(theirs.get_vocab(), ours.get_vocab(), rows)
+    if new and section.frozen:
+        raise UserError(f"lacks {count(len(new), 'token')} of the corpus's, and a frozen peer teaches what it knows")
+    return new
 
 
 def describe(plan: Plan) -> str:
     """The plan as text: peers, graph, cost, batch, length."""
     recipe, config = plan.recipe, plan.deepspeed
-    training, length = recipe.training, recipe.corpus.sequence_length
+    training = recipe.training
     lines = [f"{'peer':<14}{'architecture':<14}{'parameters':>12}{'w/o embed.':>12}  {'FLOPs/token':>12}  source"]
     for name, section in recipe.peers.items():
         c, model_type = plan.costs[name], plan.configs[name].model_type
         flops = c.forward_flops * (1 if section.frozen else 3)
-        source = f"{section.pretrained or 'from scratch'}{', frozen' if section.frozen else ''}"
+        source = f"{section.origin or 'from scratch'}{', frozen' if section.frozen else ''}"
         sizes = f"{c.parameters:>12,}{c.without_embeddings:>12,}  {flops / 1e6:>10.1f} M"
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
     lines += ["", "distillation graph", *(f"  {line}" for line in recipe.graph().describe())]
     lines += [f"  {name}: {said}" for name, said in plan.task.exceptions()]
     lines += [f"  {name}: not in its checkpoint, begins at random: {_some(new)}" for name, new in plan.begun.items()]
+    lines += [f"  {name}: {said}" for name, said in _vocabularies(plan)]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows
-    epochs, tokens = rows_seen / len(plan.rows), plan.steps * plan.tokens_per_step
+    tokens = plan.steps * plan.tokens_per_step
     lines += [
         "",
-        f"corpus         {plan.corpus.path}: {len(plan.rows):,} rows of {length} tokens, "
-        f"{len(plan.valid) if plan.valid else 0:,} held out; vocabulary {plan.corpus.vocab_size:,}, "
-        f"{padded(plan.corpus.vocab_size):,} inside the models",
+        *_corpora(plan),
+        f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
         f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
         f"{recipe.objective.temperature:g}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
-        f"length         {plan.steps:,} steps, {rows_seen:,} rows ({epochs:.2f} epochs), "
+        f"length         {plan.steps:,} steps, {rows_seen:,} rows, "
         f"{tokens:,} tokens, {tokens * plan.flops_per_token:.3g} FLOPs",
         f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed)",
         f"DeepSpeed      ZeRO {config.stage}, {config.precision}",
@@ -234,6 +297,33 @@ def describe(plan: Plan) -> str:
         f"memory a rank  {states / GIB:.2f} GiB model states, about {activations / GIB:.2f} GiB activations (estimate)",
     ]
     return "\n".join(lines)
+
+
+def _vocabularies(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(peer, how its checkpoint's vocabulary differs from the corpus's) where it does."""
+    for name, config in plan.configs.items():
+        if rows := getattr(config, KEPT, None):
+            yield name, f"its {rows:,} rows of the vocabulary stay, {plan.corpus.vocab_size:,} of them are tokens"
+        if new := plan.new_tokens.get(name):
+            yield name, f"{count(len(new), 'token')} its checkpoint does not know begin as the mean of the others"
+
+
+def _corpora(plan: Plan) -> Iterator[str]:
+    """A line for each corpus, with how often it is read, and one for what is held out."""
+    read, length = plan.steps * plan.recipe.training.global_batch_rows, plan.recipe.corpus.sequence_length
+    for name, corpus in plan.corpus.parts.items():
+        rows, share = len(plan.rows.parts[name]), plan.corpus.shares[name]
+        head, part = (f"source {name}", f" {share:.2%} of what is read,") if name else ("corpus", "")
+        epochs = share * read / rows
+        yield f"{head:<14} {corpus.path}: {rows:,} rows of {length} tokens,{part} {epochs:.2f} epochs"
+        if name and epochs > ENOUGH_EPOCHS:
+            yield (
+                f"  warning: {name} is small for its share: each of its rows comes {epochs:.1f} times, and beyond "
+                f"{ENOUGH_EPOCHS} times they teach little; give it less weight, or more text"
+            )
+    held_out = {split.partition(".")[2]: f"{len(rows):,} rows" for split, rows in plan.valid.items()}
+    said = [f"{rows} of {name}" if name else rows for name, rows in held_out.items()]
+    yield f"held out       {', '.join(said) or 'nothing'}"
 
 
 def checkpoint_bytes(plan: Plan) -> int:
@@ -247,10 +337,12 @@ def memory_per_rank(plan: Plan) -> tuple[float, float]:
 
 
 def _activation_bytes(plan: Plan) -> float:
-    """What the layers of trained peers put out, and the objective's fp32 logits."""
+    """What the layers of trained peers put out and is kept, and the objective's fp32 logits."""
     config, recipe = plan.deepspeed, plan.recipe
     tokens = config.micro_batch * recipe.corpus.sequence_length
-    values = sum(c.activations for name, c in plan.costs.items() if not recipe.peers[name].frozen)
+    trained = [c for name, c in plan.costs.items() if not recipe.peers[name].frozen]
+    checkpointing = recipe.training.activation_checkpointing
+    values = sum((c.checkpointed or 0.0) if checkpointing else c.activations for c in trained)
     return config.weight_bytes * tokens * values + sum(
         logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size)
         for name in plan.configs

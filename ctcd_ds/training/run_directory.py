@@ -22,6 +22,7 @@ from ctcd_ds.manifest import file_entries, file_problems, read_json, read_manife
 from ctcd_ds.recipe import Mistakes, load_recipe
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.identity import changes, identity
+from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.plan import Plan
 
 FORMAT = "ctcd_ds.run"
@@ -59,6 +60,11 @@ class RunDirectory:
     def holds_a_run(self) -> bool:
         """Whether a run was started here."""
         return self.recipe.exists() or self.metrics.exists() or any(self.checkpoints.glob("step-*"))
+
+    @property
+    def saved_configs(self) -> Path | None:
+        """Where its peers' configs are, once it has a checkpoint: then nobody asks any more what they began from."""
+        return self.peers if any(self.checkpoints.glob("step-*")) else None
 
     def logged(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl in the order of steps; of a step that was run again the later row counts.
@@ -147,12 +153,14 @@ class RunDirectory:
         summary = read_json(self.path / "summary.json")
         recipe = load_recipe(self.recipe)
         trained = [name for name, section in recipe.peers.items() if not section.frozen]
-        measured = {name: summary.get(f"valid/{name}/loss") for name in trained}
+        measured = {name: held_out_values(summary, name) for name in trained}
         lines = [f"finished: {summary['steps']:,} steps in {duration(summary['seconds'])}, {self.path}"]
-        for name in (name for name in trained if measured[name] is not None):
-            accuracy = summary.get(f"valid/{name}/accuracy")
-            lines.append(f"  {name}: held-out loss {measured[name]:.3f} nats, accuracy {accuracy:.1%}")
-        known = {name: loss for name, loss in measured.items() if loss is not None}
+        for name in trained:
+            for of, values in measured[name].items():
+                loss = f"{values['loss']:.3f} nats" if "loss" in values else "not finite"
+                on = f" on {of}" if of else ""
+                lines.append(f"  {name}{on}: held-out loss {loss}, accuracy {values['accuracy']:.1%}")
+        known = {name: values[""]["loss"] for name, values in measured.items() if "loss" in values.get("", {})}
         if said := at_word_frequencies(known, summary.get("unigram_loss")):
             lines.append(f"  {said}")
         return "\n".join([*lines, next_command("export", "--checkpoint", self.path, "--output_dir", self.path / "hf")])

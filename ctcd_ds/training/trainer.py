@@ -82,7 +82,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
         step += 1
 
         last = step == plan.steps
-        validates = plan.valid is not None and (last or step % training.valid_every == 0)
+        validates = bool(plan.valid) and (last or step % training.valid_every == 0)
         held_out, improved = {}, False
         if validates:
             watchdog.enter("validation")

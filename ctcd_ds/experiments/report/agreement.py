@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.export.hf import peer_model
 from ctcd_ds.objective.batch import View
-from ctcd_ds.objective.fused import chunks, project
+from ctcd_ds.objective.projection import chunks, project
 from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.recipe import Recipe, load_recipe
 from ctcd_ds.tasks import TASKS
@@ -77,7 +78,7 @@ def held_out_answers(run: RunDirectory, rows: int) -> Answers:
     corpus holds nothing out or is gone, or where there are no weights.
     """
     recipe = load_recipe(run.recipe)
-    corpus = Corpus.open(Path(recipe.corpus.path))
+    corpus = open_corpus(recipe.corpus)
     if not corpus.tokens("valid"):
         raise UserError(f"{corpus.path} holds no documents out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

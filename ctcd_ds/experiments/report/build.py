@@ -28,7 +28,7 @@ from ctcd_ds.experiments.results import Comparison
 from ctcd_ds.experiments.wording import METRICS
 
 PAGE = "report.html"
-_FIRST = ("valid_loss", "valid_accuracy", "glue/average")
+_FIRST = ("valid_loss", "lowest_loss", "valid_accuracy", "glue/average")
 
 
 def write_report(paths: Sequence[Path], output_dir: Path, agreement_rows: int, speed: Path | None = None) -> Path:
@@ -81,7 +81,7 @@ def render(study: Study, directory: Path, agreement_rows: int, speed: Speed | No
         pace=list(_pace(study)),
         speed=speed,
         speed_reading=speed_reading(speed) if speed else "",
-        columns=[(metric, METRICS[metric]) for metric in _metrics(study) if metric in _FIRST],
+        columns=[(m, METRICS[m]) for m in _metrics(study) if m in _FIRST or m.startswith("valid_loss/")],
         glue=[(metric, METRICS[metric]) for metric in _metrics(study) if metric.startswith("glue/")],
         glue_rows=list(_glue_rows(study)),
         rows=list(_rows(study)),

@@ -10,13 +10,13 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+from ctcd_ds.experiments.collecting import MANY_LOOKS
 from ctcd_ds.experiments.report.drawing import Look, Picture, draw, label_rows, legend_above, looks
 from ctcd_ds.experiments.report.logs import over_seeds, slug, windows
 from ctcd_ds.experiments.report.study import Study, plain
 from ctcd_ds.experiments.wording import Metric
 
 _FEW = 7  # conditions: more of them, or several of one group, are drawn thin, in the colour of their group
-_ENOUGH = 4  # held-out values along a run, to be a curve
 
 
 class Curves:
@@ -30,7 +30,7 @@ class Curves:
         """Each peer's loss in every condition that has it, by step and by compute."""
         for peer in self.study.peers:
             held_out = f"valid/{peer}/loss"
-            key = held_out if self._points(held_out) >= _ENOUGH else f"loss/{peer}/hard"
+            key = held_out if self._points(held_out) >= MANY_LOOKS else f"loss/{peer}/hard"
             label = "held-out loss (nats)" if key == held_out else "hard loss in training (nats)"
             said = (
                 "On held-out rows, the same in every run."

@@ -14,6 +14,7 @@ from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult,
 from ctcd_ds.experiments.statistics import caveats, compare
 from ctcd_ds.manifest import canonical_sha256, read_json
 from ctcd_ds.peers.accounting import Cost, cost
+from ctcd_ds.recipe import flat, is_corpus_place
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.training import checkpoint
 
@@ -47,7 +48,7 @@ def runs_as_results(runs: Sequence[LoggedRun]) -> Results:
         question=QUESTION,
         size="full",
         recipe=str(runs[0].directory.recipe),
-        corpus=runs[0].recipe.corpus.path,
+        corpus=runs[0].recipe.corpus.path or runs[0].recipe.corpus.title,
         command=first.get("command", []),
         git_commit=first.get("git_commit"),
         hardware={key: first.get(key) for key in ("device", "cores", "world", "threads_per_rank", "host")},
@@ -156,18 +157,18 @@ def _conditions_of(run: LoggedRun, peer: str) -> dict[str, Any]:
     recipe, newest = run.recipe, checkpoint.newest(run.directory.checkpoints, checkpoint.read, lambda text: None)
     section, steps = recipe.peers[peer], recipe.training.steps
     own = {key: getattr(section, key) for key in ("label_noise", "mask_seed", "mask_fraction")}
-    corpus = recipe.corpus.model_dump(exclude={"path"})
+    corpus = flat({"corpus": recipe.corpus.model_dump(exclude_none=True)})
     return {
-        "corpus": newest[1]["corpus"][:12] if newest else recipe.corpus.path,
+        "corpus": newest[1]["corpus"][:12] if newest else recipe.corpus.title,
         "training.steps": newest[1]["steps"] if newest else steps,
         "training.global_batch_rows": recipe.training.global_batch_rows,
         "objective.task": recipe.objective.task,
         "precision": newest[1]["precision"] if newest else None,
-        **{f"corpus.{key}": value for key, value in corpus.items()},
+        **{key: value for key, value in corpus.items() if not is_corpus_place(key)},
         **{f"schedule.{key}": value for key, value in recipe.schedule.model_dump().items()},
         **{f"optimizer.{key}": value for key, value in recipe.optimizer_of(peer).model_dump().items()},
         **{f"its {key}": value for key, value in own.items()},
-        "model": {**read_json(run.directory.peers / peer / "config.json"), "pretrained": section.pretrained},
+        "model": {**read_json(run.directory.peers / peer / "config.json"), "pretrained": section.origin},
     }
 
 

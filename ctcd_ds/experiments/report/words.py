@@ -101,7 +101,8 @@ def _answering(study: Study) -> list[Comparison]:
         found: dict[str, list[Comparison]] = {}
         for c in study.comparisons(metric):
             alone, run = study.example(c.against), study.example(c.condition)
-            if c.mean is not None and c.peer == c.against_peer and alone and run and len(alone.graph.names) == 1:
+            itself = c.peer == c.against_peer and alone is not None and c.peer not in alone.graph.distilling()
+            if c.mean is not None and itself and run:
                 found.setdefault(c.condition, []).append(c)
         if found:
             edges = {name: len(list(run.graph.edges())) for name in found if (run := study.example(name))}
