@@ -39,7 +39,7 @@ KINDS: dict[str, list[str]] = {
     "span": list(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
 }
 _HEADINGS = {"mlm": "Masked (`mlm`)", "clm": "Causal (`clm`)", "span": "Sequence to sequence (`span`)"}
-_PREFACE = f"""# Architectures
+PREFACE = f"""# Architectures
 
 Every type that transformers {__version__} has for the Auto class of a task, tried as a peer in small: built, rehearsed
 (it reads a row, learns, is saved, loaded and compared), counted. `make architectures` writes this page; `make
@@ -118,7 +118,7 @@ def line(task: str, kind: str, found: Found) -> str:
 
 def page(found: dict[str, dict[str, Found]]) -> str:
     """docs/architectures.md: task → type → what was found."""
-    return "\n".join([_PREFACE, *(text for task, kinds in found.items() for text in _section(task, kinds))])
+    return "\n".join([PREFACE, *(text for task, kinds in found.items() for text in _section(task, kinds))])
 
 
 def _section(task: str, kinds: dict[str, Found]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from ctcd_ds.peers.reading import as_inputs, uncached
 from ctcd_ds.recipe import PeerSection
 from ctcd_ds.tasks import TASKS
 from runs import Job, bert, chain_corpus, drop_checkpoint, final_weights, run_jobs
-from survey import KINDS, PAGE, ROOT, SENTINELS, line, look, recipe
+from survey import KINDS, PAGE, PREFACE, ROOT, SENTINELS, line, look, recipe
 
 # A dozen of each task that differ: in `make test`; the others in `make test-architectures`.
 QUICK = {
@@ -153,8 +153,9 @@ def test_positions_that_do_not_learn_are_resumed_and_exported(corpus: Path, tmp_
 
 
 def test_the_readme_states_what_the_page_counts() -> None:
-    """And the page has a line for each type of transformers, and no other."""
+    """And the page has a line for each type of this version of transformers, and no other."""
     page, readme = PAGE.read_text(), " ".join((ROOT / "README.md").read_text().split())
+    assert page.startswith(PREFACE)
     assert re.findall(r"^\| `(.+?)` \|", page, re.M) == [kind for kinds in KINDS.values() for kind in kinds]
     counts = re.findall(r"^(\d+) of (\d+) types\.$", page, re.M)
     words = ("masked", "causal", "sequence-to-sequence")

@@ -50,13 +50,13 @@ EXPERIMENT: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chain_corpus(tmp_path_factory.mktemp("experiments") / "corpus", sentinels=16)
+    return chain_corpus(tmp_path_factory.mktemp("experiments") / "corpus")
 
 
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many rows as the shipped experiments ask for."""
-    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1700)
+    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1700, sentinels=16)
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:

@@ -31,9 +31,9 @@ def uncached(model: Any) -> dict[str, Any]:
 
     Training has no use for one, and with one transformers does not look where documents begin (position_ids).
     """
-    takes = inspect.signature(model.forward).parameters
+    takes = dict(inspect.signature(model.forward).parameters)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):  # what it hands on to its base
-        takes = {**takes, **inspect.signature(model.base_model.forward).parameters}
+        takes |= inspect.signature(model.base_model.forward).parameters
     return {"use_cache": False} if "use_cache" in takes else {}
 
 
