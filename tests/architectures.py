@@ -132,7 +132,18 @@ REFUSED = {
     ("clm", "xlm"): "its positions see what comes after them",
     ("clm", "xlnet"): "its positions see what comes after them",
     ("span", "voxtral_realtime"): "exactly one of input_features or encoder_inputs_embeds",  # listens
-}
+    **{
+        ("clm", kind): "prepare the corpus with this type's own tokenizer"
+        for kind in ("qwen2", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp")
+    },
+    **{
+        ("span", kind): "it has no encoder and decoder"  # they listen, and go on with a text
+        for kind in (
+            "audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize",
+            "musicflamingo", "nemo_speechlm", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral",
+        )
+    },
+}  # fmt: skip
 
 
 def tiny(model_type: str) -> dict[str, Any]:

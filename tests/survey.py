@@ -22,7 +22,7 @@ from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, config_mistakes, peer_config, quiet_transformers
 from ctcd_ds.peers.heads import Way, way_of
-from ctcd_ds.peers.rehearsal import rehearse
+from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
 from ctcd_ds.recipe import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Task
@@ -84,7 +84,8 @@ def look(corpus: Corpus, task: str, kind: str) -> Found:
         cost(config, LENGTH, 1.0, auto)
     except UserError as mistake:
         return Found(reason=str(mistake))
-    if said := rehearse(config, auto, LENGTH, "fp32", "cpu", asked.unfit):
+    said = rehearse(config, auto, LENGTH, "fp32", "cpu", asked.unfit)
+    if said := said or tokenizer_mistake(config, corpus.tokenizer_path):
         return Found(reason=said)
     way, apart = way_of(build_peer("it", section, corpus, 1, auto)), None
     if task == "clm":

@@ -30,12 +30,12 @@ QUICK = {
         "roformer", "xlm",
     ),
     "clm": (
-        "bert", "bloom", "cohere", "gemma2", "gpt2", "gpt_neox", "llama", "mamba", "opt", "prophetnet", "qwen3_moe",
-        "rwkv", "xlnet",
+        "bert", "bloom", "cohere", "gemma2", "gpt2", "gpt_neox", "llama", "mamba", "opt", "prophetnet", "qwen2",
+        "qwen3_moe", "rwkv", "xlnet",
     ),
     "span": (
         "bart", "encoder-decoder", "fsmt", "led", "longt5", "m2m_100", "marian", "mt5", "prophetnet", "t5", "t5gemma",
-        "umt5", "voxtral_realtime",
+        "umt5", "voxtral", "voxtral_realtime",
     ),
 }  # fmt: skip
 SLOW = (pytest.mark.architectures, pytest.mark.nightly)

@@ -133,6 +133,12 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
 
         return AutoModelForSeq2SeqLM
 
+    def unfit(self, model: Any) -> str | None:
+        """Why a model that gives logits could not learn this all the same: transformers lists models of speech here."""
+        if not model.config.is_encoder_decoder:
+            return "it has no encoder and decoder, so nothing reads a question and writes an answer"
+        return None
+
     def rows(self, split: str) -> Rows:
         """Rows as they are stored. Raises UserError where the split has none."""
         return self.corpus.rows(split, self.spans.row)

@@ -18,7 +18,7 @@ from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
-from ctcd_ds.peers.rehearsal import rehearse
+from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
@@ -202,6 +202,7 @@ def rehearse_peers(plan: Plan, device: str) -> None:
         if (key := (config.to_json_string(), again)) not in said:
             length = recipe.corpus.sequence_length
             said[key] = rehearse(config, auto, length, precision, device, plan.task.unfit, again)
+            said[key] = said[key] or tokenizer_mistake(config, plan.corpus.tokenizer_path)
         if said[key]:
             mistakes.append(f"peers.{name}: {said[key]}")
     if mistakes:
