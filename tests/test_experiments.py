@@ -19,7 +19,7 @@ from ctcd_ds.experiments.grid import CellPlan, expand
 from ctcd_ds.experiments.planning import PlannedCell, plan_cells
 from ctcd_ds.experiments.results import PeerResult, read_results, write_results
 from ctcd_ds.experiments.running import failure_message, places
-from ctcd_ds.experiments.specification import base_recipe, load_experiment
+from ctcd_ds.experiments.specification import base_recipe, load_experiment, only
 from ctcd_ds.recipe import Mistakes
 from runs import bert, chain_corpus
 
@@ -144,6 +144,25 @@ def test_cells_that_others_need_come_first_and_equal_recipes_share_a_run(tmp_pat
     assert planned["frozen-seed-1"].peers["teacher"].parameters == planned["alone-seed-1"].peers["teacher"].parameters
 
 
+def test_a_student_of_a_finished_teachers_layers_is_planned_and_named_where_it_cannot_be(
+    tmp_path: Path, corpus: Path
+) -> None:
+    layers = {"init_from": {"peer": "teacher", "layers": [1]}, "soft": {"teacher": 4.0}}
+    frozen = EXPERIMENT["cells"]["frozen"]["set"]
+    groups = {
+        "alone": EXPERIMENT["cells"]["alone"],
+        "layers": {"set": {**frozen, "peers.student": layers}},
+    }
+    planned = {cell.name: cell for cell in planned_of(written(tmp_path, corpus, cells=groups, compare=[]))}
+    peers = planned["layers-seed-1"].peers
+    assert peers["student"].layers == 1 and peers["student"].hidden_size == peers["teacher"].hidden_size == 32
+    finished = {"pretrained": {"cell": "layers", "peer": "student"}, "frozen": True}
+    groups["after"] = {"set": {"peers.teacher": finished}}
+    (tmp_path / "again").mkdir()
+    with pytest.raises(Mistakes, match="layers-seed-1's student begins as layers of another peer of its own run"):
+        planned_of(written(tmp_path / "again", corpus, cells=groups, compare=[]))
+
+
 def test_equal_compute_counts_what_a_cell_needs(tmp_path: Path, corpus: Path) -> None:
     groups = {**EXPERIMENT["cells"], "equal": {**EXPERIMENT["cells"]["frozen"], "compute_of": "goal"}, "goal": {}}
     path = written(tmp_path, corpus, cells=groups)
@@ -172,6 +191,15 @@ def test_a_size_is_laid_over_the_rest(tmp_path: Path, corpus: Path) -> None:
     assert [cell.name for cell in cells_of(path, "tiny")] == ["alone-seed-5", "ctcd-seed-5"]
     assert {cell.recipe["training"]["steps"] for cell in cells_of(path, "tiny")} == {2}
     assert {cell.recipe["training"]["steps"] for cell in cells_of(path)} == {6}
+
+
+def test_some_cells_come_with_what_they_need_and_the_comparisons_among_them(tmp_path: Path, corpus: Path) -> None:
+    experiment = load_experiment(written(tmp_path, corpus))
+    some = only(experiment, ["frozen"])
+    assert list(some.cells) == ["alone", "frozen"] and [c.cells for c in some.compare] == [["alone", "frozen"]]
+    assert not only(experiment, ["ctcd"]).compare, "what they were held against is not there"
+    with pytest.raises(Mistakes, match="--cells frzen: did you mean 'frozen'"):
+        only(experiment, ["ctcd", "frzen"])
 
 
 # --- mistakes ------------------------------------------------------------------------------------------

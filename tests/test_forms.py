@@ -25,6 +25,8 @@ from ctcd_ds.evaluation.forms.form import Encoded, Form
 from ctcd_ds.evaluation.forms.words import entities, entity_f1
 from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.task_file import own_tasks
+from ctcd_ds.experiments.running import glue_options
+from ctcd_ds.experiments.specification import Glue
 from glue_files import BAD, GOOD, write_causal, write_glue, write_model
 
 HOT = FinetuneSettings(epochs=4, learning_rate=1e-2, batch_size=16, max_length=24)
@@ -251,6 +253,11 @@ def test_a_curve_is_a_row_of_the_table_for_each_number(home: Path, tmp_path: Pat
     assert called("sst2@16", content["tasks"]["sst2@16"], content["settings"]) == "sst2 stand-in 16 examples"
     with pytest.raises(UserError, match="--train_examples: 257: task sst2 has 256 training rows; give 1 to 256"):
         glue.run(models, ("sst2",), *where, (1,), HOT, train_examples=(257,))
+
+
+def test_an_experiment_asks_for_a_curve_in_the_commands_words() -> None:
+    options = glue_options(Glue(train_examples=[16, 64], seeds=[1, 2]))
+    assert (options["train_examples"], options["seeds"]) == ("16,64", "1,2")
 
 
 # ---- a user's mistakes

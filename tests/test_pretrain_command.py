@@ -136,6 +136,8 @@ def test_every_shipped_recipe_is_good(
     if sources := read_yaml(path.read_text())["corpus"].get("sources"):
         made = {name: chain_corpus(tmp_path / name, documents=300 + k) for k, name in enumerate(sources)}
         changes = [f"corpus.sources.{name}.path={place}" for name, place in made.items()]
+    if "task: span" in path.read_text() or "train_rows" in path.read_text():
+        changes = [f"corpus.path={chain_corpus(tmp_path / 'large', sentinels=32, documents=1200)}"]
     if "pretrained: " in path.read_text():
         from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
@@ -186,7 +188,7 @@ def with_change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]
         ("peers.teacher.frozen", True, "a frozen peer learns nothing"),
         ("trainning", {}, "did you mean 'training'?"),
         ("training.global_batch_rows", 100_000, None),
-        ("objective.task", "clm", "allowed now: mlm"),
+        ("objective.task", "cml", "must be 'mlm', 'clm' or 'span'"),
     ],
 )
 def test_a_mistake_is_one_message_exit_2_and_leaves_nothing(

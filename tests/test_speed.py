@@ -19,6 +19,7 @@ from runs import bert
 from test_tasks import BART, LLAMA, T5
 
 CPU = torch.device("cpu")
+SPECIAL = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
 
 
 def write_model(folder: Path, layers: int, task: str = "mlm", **model: Any) -> Path:
@@ -29,7 +30,7 @@ def write_model(folder: Path, layers: int, task: str = "mlm", **model: Any) -> P
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(95))])
     )
     BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    config = AutoConfig.for_model(**(model or bert(64, layers)), vocab_size=100, eos_token_id=3, pad_token_id=0)
+    config = AutoConfig.for_model(**(model or bert(64, layers)), vocab_size=100, **SPECIAL)
     TASKS[task].auto_class().from_config(config).save_pretrained(folder)
     return folder
 

@@ -24,6 +24,7 @@ def main() -> int:
     add("--size", default="full", help="full, or tiny: a rehearsal for 2 cores on the demo text")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change base recipe keys")
     add("--data_dir", metavar="DIR|hub", help="GLUE's files, in place of the experiment's glue.data_dir")
+    add("--cells", nargs="+", metavar="CELL", help="only these conditions, and those they need")
     add("--seeds", type=cli.whole_numbers, help="in place of the experiment's")
     add("--max_parallel", type=cli.positive, help="cells at once; left out: as many as fill GPUs or cores")
     add("--resume", action="store_true", help="go on with the experiment in --output_dir")
@@ -48,6 +49,7 @@ def main() -> int:
             size=options.size,
             overrides=options.set,
             data_dir=options.data_dir,
+            cells=options.cells,
             seeds=options.seeds and list(dict.fromkeys(options.seeds)),
             max_parallel=options.max_parallel,
             resume=options.resume,
@@ -86,6 +88,7 @@ def collecting(options: argparse.Namespace) -> list[str]:
     words += ["--output_dir", options.output_dir, "--size", options.size]
     words += ["--set", *options.set] if options.set else []
     words += ["--data_dir", options.data_dir] if options.data_dir else []
+    words += ["--cells", *options.cells] if options.cells else []
     words += ["--seeds", ",".join(map(str, options.seeds))] if options.seeds else []
     return cli.command("experiment", *words)[1:]
 

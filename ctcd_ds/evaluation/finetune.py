@@ -78,8 +78,10 @@ def open_checkpoint(path: Path, name: str, forms: Sequence[Form] = (SENTENCES,))
                 )
         tokenizer = AutoTokenizer.from_pretrained(path, **local)
         _complete(tokenizer, path)
+        missing: list[str] = []
         for form in forms:
-            model, missing = load(form, path, tokenizer)
+            model, unfit = load(form, path, tokenizer)
+            missing += unfit
     except UserError:
         raise
     except Exception as problem:  # transformers, safetensors and json have many, with no common base

@@ -22,7 +22,7 @@ from ctcd_ds.experiments.planning import ExperimentPlan, plan_cells, structural_
 from ctcd_ds.experiments.queueing import queue_cells, refuse_while_queued
 from ctcd_ds.experiments.results import write_results
 from ctcd_ds.experiments.running import places, recipe_place
-from ctcd_ds.experiments.specification import FULL, Experiment, base_recipe, load_experiment
+from ctcd_ds.experiments.specification import FULL, Experiment, base_recipe, load_experiment, only
 from ctcd_ds.manifest import write_atomic
 from ctcd_ds.recipe import Mistakes
 from ctcd_ds.training.engine import device_type
@@ -42,9 +42,9 @@ class Slurm:
 class Request:
     """What a command asks for.
 
-    overrides: KEY=VALUE for the base recipe. data_dir, seeds, max_parallel: None leaves them to the experiment and the
-    machine. slurm: the cells are queued, and nothing is waited for. only_collect: nothing is run, results.json is
-    written from what is there.
+    overrides: KEY=VALUE for the base recipe. data_dir, cells, seeds, max_parallel: None leaves them to the experiment
+    and the machine. slurm: the cells are queued, and nothing is waited for. only_collect: nothing is run, results.json
+    is written from what is there.
     """
 
     path: Path
@@ -52,6 +52,7 @@ class Request:
     size: str = FULL
     overrides: Sequence[str] = ()
     data_dir: str | None = None
+    cells: list[str] | None = None
     seeds: list[int] | None = None
     max_parallel: int | None = None
     resume: bool = False
@@ -96,6 +97,8 @@ def _run(plan: ExperimentPlan, request: Request, gpus: int, fresh: bool) -> int:
 def _prepared(request: Request, gpus: int) -> ExperimentPlan:
     """Everything checked and counted. Nothing is written but the demo's data, where the experiment is on them."""
     experiment, directory, slurm = load_experiment(request.path, request.size), request.directory, request.slurm
+    if request.cells is not None:
+        experiment = only(experiment, request.cells)
     if request.seeds is not None:
         experiment = experiment.model_copy(update={"seeds": request.seeds})
     _refuse_or_resume(directory, request.resume or request.only_collect)

@@ -206,8 +206,11 @@ def _without_exports(cell: CellPlan, cells: Mapping[str, CellPlan]) -> Recipe:
     raw = {**cell.recipe, "peers": dict(cell.recipe["peers"])}
     for name, (source, peer) in cell.sources.items():
         known = _without_exports(cells[source], cells).peers[peer]
+        if known.init_from is not None and known.init_from.peer is not None:
+            said = f"{source}'s {peer} begins as layers of another peer of its own run; give it init_from.pretrained"
+            raise Mistakes("this experiment", [f"peers.{name}.pretrained: {said}, or train it from its own config"])
         own = {key: value for key, value in raw["peers"][name].items() if key != "pretrained"}
-        raw["peers"][name] = {**own, "model": known.model, "pretrained": known.pretrained}
+        raw["peers"][name] = {**own, "model": known.model, "pretrained": known.pretrained, "init_from": known.init_from}
     return Recipe.model_validate(raw)
 
 

@@ -212,6 +212,23 @@ def prerequisites(groups: Mapping[str, Group]) -> dict[str, list[str]]:
     return {name: [*group.needed, *([group.compute_of] if group.compute_of else [])] for name, group in groups.items()}
 
 
+def only(experiment: Experiment, names: Sequence[str]) -> Experiment:
+    """These groups with those they need, and the comparisons among them. Raises Mistakes for a name that is none."""
+    groups = experiment.cells
+    if unknown := [name for name in names if name not in groups]:
+        raise Mistakes("the command", [f"--cells {name}: {did_you_mean(name, groups)}" for name in unknown])
+    kept, needs = set(names), prerequisites(groups)
+    while more := {other for name in kept for other in needs[name]} - kept:
+        kept |= more
+    compare = []
+    for wish in experiment.compare:
+        cells = [name for name in wish.cells or groups if name in kept]
+        if wish.against in kept and cells:
+            compare.append(wish.model_copy(update={"cells": cells}))
+    cells_kept = {name: group for name, group in groups.items() if name in kept}
+    return experiment.model_copy(update={"cells": cells_kept, "compare": compare})
+
+
 def base_recipe(experiment: Experiment, overrides: Sequence[str]) -> dict[str, Any]:
     """The base recipe as plain data, with the experiment's `set` and the command's --set in place."""
     raw = read_file(Path(experiment.recipe), "recipe")

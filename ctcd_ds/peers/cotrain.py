@@ -51,7 +51,7 @@ class CoTraining(nn.Module):
         self.peers = Peers(peers)
         use_fast_dropout(self)
         for peer in self.peers.values():
-            way_of(peer)  # found in fp32, before the first step
+            way_of(peer)  # found before the first step, in fp32 for whoever learns
         self.graph = graph
         self.vocab_size, self.temperature, self.seed = vocab_size, temperature, seed
 

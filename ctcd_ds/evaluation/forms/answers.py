@@ -47,8 +47,8 @@ class Answers(Form):
         rows = list(_questions(parse_json("\n".join(lines_of(path)), str(path)), path))
         if not rows:
             raise UserError(f"{path} holds no rows")
-        names, texts, answers = zip(*rows, strict=True)
-        return TaskRows(list(texts), list(answers), list(names)), 0
+        names, texts, labels = zip(*rows, strict=True)
+        return TaskRows(list(texts), list(labels), list(names)), 0
 
     def encode(self, rows: TaskRows, tokenizer: Any, length: int) -> Encoded:
         """Question, then text; `spans` are the characters of the text's tokens, None for all others."""
@@ -71,9 +71,9 @@ class Answers(Form):
             feature["spans"] = [
                 tuple(o) if side == 1 and o[1] > o[0] else None for o, side in zip(offsets, of, strict=True)
             ]
-            answers: Any = rows.labels[feature["row"]] if rows.labels else ()
+            known: Any = rows.labels[feature["row"]] if rows.labels else ()
             feature["none"] = _no_answer(feature["input_ids"], tokenizer)
-            place = _place(feature["spans"], *answers[0]) if answers else None
+            place = _place(feature["spans"], *known[0]) if known else None
             feature["start_positions"], feature["end_positions"] = place or [feature["none"]] * 2
         return Encoded(rows, features)
 
