@@ -120,7 +120,10 @@ def _last_rows_read(model: Any, tokens: int) -> dict[tuple[int, int], int]:
     was = model.training
     model.eval()
     with _Lookups() as lookups, torch.random.fork_rng([]):
-        model.base_model(**inputs, **uncached(model.base_model))  # a head may ask for more of a row (T5's for an end)
+        try:
+            model(**inputs, **uncached(model))
+        except Exception:  # a head may ask for more of a row, T5's classifier for an end token
+            model.base_model(**inputs, **uncached(model.base_model))
     model.train(was)
     return lookups.last
 
