@@ -134,7 +134,10 @@ def config_mistakes(
         yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__}){instead}"
         return
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    own = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)  # a head's width that is stated
+    try:
+        own = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)  # a head's width that is stated
+    except Exception:  # Gemma 4 states one for each layer
+        own = True
     if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or (width % heads and not own)):
         yield f"model.num_attention_heads = {heads}: does not divide hidden_size = {width}"
         return
