@@ -26,6 +26,7 @@ from ctcd_ds.training import checkpoint
 from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory
 from runs import Job, bert, drop_checkpoint, final_weights, metrics, run_jobs
+from test_tasks import GPT2
 
 STEPS = 12
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # it is drawn rank by rank
@@ -99,10 +100,12 @@ def recipe(corpus: dict[str, Any], steps: int = STEPS) -> dict[str, Any]:
 def runs(folder: Path) -> Path:
     """The mixture on one rank, on two, and begun on one and gone on with by two; a corpus alone and a mixture of it."""
     plain, path = {"path": str(folder / "english")}, {"path": str(folder / "english"), "weight": 2.0}
+    causal = {"objective": {"task": "clm"}, "peers": {"a": {"model": GPT2}}}
     jobs = [
         Job(recipe(mixture(folder)), folder / "one"),
         Job(recipe(plain, 6), folder / "plain"),
         Job(recipe({"sources": {"english": path}}, 6), folder / "alone"),
+        Job({**recipe(mixture(folder), 6), **causal}, folder / "causal"),
     ]
     run_jobs(jobs, 1, folder)
     shutil.copytree(folder / "one", folder / "resumed")
@@ -170,6 +173,18 @@ def test_a_set_beside_a_corpus_moves_nothing(runs: Path) -> None:
     plain = metrics(runs / "plain")[6]
     assert math.isfinite(plain["valid/other/student/loss"])
     assert plain["valid/student/loss"] == metrics(runs / "alone")[6]["valid/english/student/loss"]
+
+
+def test_a_causal_model_has_bits_per_byte_of_each_language(runs: Path) -> None:
+    """What a token says in bits, over the bytes of that language's text that it stands for."""
+    corpus, last = open_corpus(CorpusSection.model_validate(mixture(runs))), metrics(runs / "causal")[6]
+    bits = {name: last[f"valid/{name}/a/bits_per_byte"] for name in SOURCES}
+    for name in SOURCES:
+        [shard] = corpus.splits[f"valid.{name}"]
+        assert shard.text_bytes is not None
+        loss = last[f"valid/{name}/a/loss"]
+        assert bits[name] == pytest.approx(loss / math.log(2) * shard.tokens / shard.text_bytes, rel=1e-9)
+    assert last["valid/a/bits_per_byte"] == pytest.approx(sum(corpus.shares[name] * bits[name] for name in SOURCES))
 
 
 def test_a_card_and_a_report_say_each_language(runs: Path, tmp_path: Path) -> None:

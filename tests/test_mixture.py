@@ -259,6 +259,7 @@ def recipe(corpus: dict[str, Any], **training: Any) -> dict[str, Any]:
         ({"sources": {"a": {"path": "a"}, "b": {"path": "b", "weight": 1}}}, "corpus.sources: a without weight"),
         ({"sources": {"a": {"path": "a", "weight": 1}}, "sampling_alpha": 0.3}, "and a has one; remove either"),
         ({"sources": {"a": {"path": "a"}}, "sampling_alpha": 1.5}, "corpus.sampling_alpha = 1.5: must be less than"),
+        ({"sources": {"a": {"path": "a", "weight": 1}}, "train_rows": 9}, "corpus.train_rows = 9: reduces one corpus"),
         ({"path": "a", "sampling_alpha": 0.3}, "corpus.sampling_alpha = 0.3: is for several corpora"),
     ],
 )

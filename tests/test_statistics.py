@@ -84,6 +84,11 @@ def test_words_say_how_much_and_of_how_many() -> None:
     assert "Equal to the last digit, 3 seeds" in words
 
 
+def test_a_held_out_set_is_a_loss_under_its_own_name() -> None:
+    found = compare("a", "x", "b", "x", "valid_loss/news", seeds(2.0, 2.1, 2.2), seeds(3.0, 3.11, 3.21))
+    assert found.verdict == "better" and found.lower_is_better and "held-out loss on news: " in found.words
+
+
 def test_no_interval_of_a_share_goes_where_no_difference_can_lie() -> None:
     ours, theirs = seeds(0.0, 90.0, 10.0), seeds(95.0, 10.0, 99.0)
     found = compare("a", "x", "b", "x", "glue/rte", ours, theirs)

@@ -239,7 +239,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
 def begin_role(tokenizer: PreTrainedTokenizerBase) -> Role | None:
     """Which special token begins each document: bos, where the tokenizer itself puts one before every text (Llama)."""
     bos = special_ids(tokenizer).bos
-    ids = tokenizer("a")["input_ids"]
+    ids = tokenizer.backend_tokenizer.encode("a").ids
     return "bos" if bos != ABSENT and ids and ids[0] == bos else None
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # recipes know divergences, and are read without torch
+    from torch import Tensor
 
 Kind = Literal["kl", "reverse_kl", "jsd"]
 
@@ -41,7 +41,7 @@ class Divergence:
             lost = p * (log_p - log_q)
             return lost, lost
         # As logarithms: products of probabilities would end as 0 · ∞ where logits are sharp.
-        log_m = torch.logaddexp(log_q + math.log(self.beta), log_p + math.log1p(-self.beta))
+        log_m = (log_q + math.log(self.beta)).logaddexp(log_p + math.log1p(-self.beta))
         own = (1 - self.beta) * p * (log_p - log_m)
         return own + self.beta * log_q.exp() * (log_q - log_m), own
 
