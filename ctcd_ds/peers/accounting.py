@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.peers.build import one_line
+from ctcd_ds.peers.build import one_line, quiet_transformers
 from ctcd_ds.peers.checkpointing import can_checkpoint, repeated_layers
 from ctcd_ds.peers.heads import Way, project_by
 from ctcd_ds.peers.reading import as_inputs
@@ -56,7 +56,7 @@ def _count(config: Any, sequence_length: int, positions: int, auto: Any) -> Cost
     problem: Exception | None = None
     for place in _places():
         try:
-            with place:
+            with quiet_transformers(), place:
                 return _counted(copy.deepcopy(config), auto, sequence_length, positions)
         except Exception as found:  # its code asks for a value that is not there, or transformers has no such path
             problem = found
