@@ -31,6 +31,7 @@ class CausalLM(Task):
         example="""write = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(write("A piece of", max_new_tokens=40)[0]["generated_text"])""",
         target="next tokens",
+        aim="to say which word comes next",
         limit="It goes on with a text, token by token. What it writes need not be true",
     )
     roles: ClassVar[tuple[Role, ...]] = ()

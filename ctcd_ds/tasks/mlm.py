@@ -59,6 +59,7 @@ class MaskedLM(Task):
         example="""fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
 print(fill(f"A {tokenizer.mask_token} of text."))""",
         target="masked tokens",
+        aim="to fill in hidden words",
         limit="It fills in masked tokens. It does not write text",
     )
 

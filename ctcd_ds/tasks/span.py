@@ -105,6 +105,7 @@ class SpanCorruption(Task):
         example="""question = tokenizer("A <extra_id_0> of text.", return_tensors="pt")
 print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         target="spans",
+        aim="to fill in what was cut out",
         limit="It fills in spans that were cut out of a text. Other tasks want fine-tuning",
     )
     roles: ClassVar[tuple[Role, ...]] = ("pad",)

@@ -22,6 +22,7 @@ class Words(NamedTuple):
     pipeline: str  # the hub's name of what it does
     example: str  # program lines that show `model` and `tokenizer` at work
     target: str  # what it is scored on
+    aim: str  # what it is trained for, after "a model was trained on text"
     limit: str  # what it does, and what it does not
 
 

@@ -12,6 +12,7 @@ from ctcd_ds.experiments.report.study import Study, plain
 from ctcd_ds.experiments.results import Comparison
 from ctcd_ds.experiments.wording import METRICS, judged
 from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.tasks import TASKS
 
 _BOXES = 4  # findings on the first screen; of more comparisons, those that answer the question
 
@@ -43,17 +44,18 @@ def role_in(study: Study, condition: str, peer: str) -> str:
 
 def opening(study: Study) -> str:
     """What was done, in two sentences that need no knowledge of the project."""
-    exchange = [run.graph for run in study.runs.values() if run.graph.edges()]
+    aim = TASKS[next(iter(study.runs.values())).recipe.objective.task].words.aim
+    exchange = [run.graph for run in study.runs.values() if run.graph.distilling()]
     if not exchange:
         several = max(len(run.graph.names) for run in study.runs.values()) > 1
         what = "Language models were trained on the same text" if several else "A language model was trained on text"
-        return f"{what} to fill in hidden words. They did not learn from each other."
+        return f"{what} {aim}. They did not learn from each other."
     mutual = any({(j, i) for i, j, _ in g.edges()} & {(i, j) for i, j, _ in g.edges()} for g in exchange)
     way = (
         "each also learned from what the other predicted" if mutual else "one also learned from what another predicted"
     )
     return (
-        f"Language models were trained side by side on the same text to fill in hidden words, and {way}. "
+        f"Language models were trained side by side on the same text {aim}, and {way}. "
         "This page holds them against the same models trained otherwise."
     )
 
