@@ -26,7 +26,7 @@ def new_tokens(theirs: Mapping[str, int], ours: Mapping[str, int], rows: int) ->
     an id different tokens: one of them may have more tokens, and that is all.
     """
     names = {number: token for token, number in theirs.items()}
-    for token, number in ours.items():
+    for token, number in sorted(ours.items(), key=lambda entry: entry[1]):
         if theirs.get(token, number) != number or names.get(number, token) != token:
             raise UserError(f"has {names.get(number)!r} as token {number}, the corpus's has {token!r}")
     return sorted(number for number in ours.values() if number not in names or number >= rows)
