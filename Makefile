@@ -14,7 +14,7 @@ TWO_AT_A_TIME := -n 2 --dist loadfile
 CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin mpich iptables
 
 .PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report test-architectures all nightly check clean
-.PHONY: chromium cluster-packages
+.PHONY: architectures chromium cluster-packages
 
 setup: $(VENV)/ready
 
@@ -23,7 +23,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel ninja
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lm_eval]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lm-eval]'
 	touch $@
 
 # The whole way on this machine, no download, in a few minutes: text → corpus → three runs → export → scores.
@@ -59,9 +59,13 @@ chromium:
 	        --no-install-recommends chromium || echo "chromium could not be installed"; \
 	fi
 
-# Every architecture of transformers in small: rehearsed, counted, trained, exported, loaded.
+# Every architecture of transformers in small, by task: rehearsed, counted, trained, exported, loaded.
 test-architectures: setup
-	$(PYTEST) $(TWO_AT_A_TIME) -m architectures
+	$(PYTEST) -n 2 -m architectures
+
+# docs/architectures.md anew, for another version of transformers: what each of them is as a peer.
+architectures: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/survey.py
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup

@@ -102,7 +102,7 @@ class Shape:
     def task(self) -> Task:
         """The same for all peers."""
         if self.task_name == "clm":
-            return CausalLM(self.corpus, self.length, dict.fromkeys(self.names), False, True)
+            return CausalLM(self.corpus, dict.fromkeys(self.names), True, self.length)
         masks = dict.fromkeys(self.names, PeerMasks(self.masking))
         return MaskedLM(self.corpus, self.length, self.masking, masks)
 

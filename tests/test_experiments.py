@@ -56,7 +56,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many rows as the shipped experiments ask for."""
-    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1700)
+    return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1700, sentinels=16)
 
 
 def written(folder: Path, corpus: Path, **changes: Any) -> Path:
@@ -106,7 +106,7 @@ def test_the_experiments_of_the_plan_are_shipped() -> None:
     names = {path.stem for path in SHIPPED}
     assert names == {
         *("baselines", "weights", "length", "size_ratio", "negative_transfer", "community", "augmentation", "paper"),
-        *("paper_cpu", "regime", "regime_masked"),
+        *("paper_cpu", "regime", "regime_masked", "causal_baselines", "cross_architecture"),
     }
 
 

@@ -24,7 +24,7 @@ from glue_files import sentence, write_causal, write_model, write_tsv
 from runs import Job, chain_corpus, run_jobs
 from test_tasks import GPT2, LLAMA
 
-lm_eval = pytest.importorskip("lm_eval", reason="the extra is not installed: pip install 'ctcd-ds[lm_eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="the extra is not installed: pip install 'ctcd-ds[lm-eval]'")
 
 TASKS = ("hellaswag", "piqa", "arc_easy", "lambada", "wikitext")
 
@@ -221,4 +221,4 @@ def test_without_the_extra_it_is_said(home: Path, monkeypatch: Any, capsys: Any,
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     line = ["--model", home / "hf/gpt2", "--tasks", "piqa", "--output_dir", tmp_path / "out"]
     code, _, err = command(monkeypatch, capsys, "tools/run_lm_eval.py", *line)
-    assert (code, err) == (2, "error: lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm_eval]'\n")
+    assert (code, err) == (2, "error: lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm-eval]'\n")

@@ -229,7 +229,7 @@ def test_a_pretrained_peer_with_another_tokenizer_is_refused(
     (tmp_path / "finished" / "tokenizer.json").write_text(json.dumps(tokenizer))
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "finished"), "frozen": True})
     code, _, err = pretrain(recipe)
-    assert code == 2 and "its tokenizer has 'w7' as token 8, the corpus's has 'w8'" in err
+    assert code == 2 and "its tokenizer has 'w8' as token 7, the corpus's has 'w7'" in err
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "nowhere"), "frozen": True})
     code, _, err = pretrain(recipe)
     assert code == 2 and err.count("nowhere'") == 1 and "no such directory" in err, "the hub is not spoken of"

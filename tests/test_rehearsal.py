@@ -88,6 +88,18 @@ def test_what_fails_is_said_for_each_peer_before_the_start(path: Path, tmp_path:
     assert [line.split(":")[0] for line in found.value.mistakes] == ["peers.a", "peers.b"]
 
 
+def test_a_model_that_asks_for_more_than_tokens_is_said_with_its_peer(tmp_path: Path) -> None:
+    """Speech in, text out: transformers lists it among the sequence-to-sequence language models."""
+    raw = {
+        "corpus": {"path": str(chain_corpus(tmp_path / "corpus", sentinels=16)), "sequence_length": LENGTH},
+        "objective": {"task": "span"},
+        "peers": {"a": {"model": tiny("voxtral_realtime")}},
+        "training": {"steps": 2, "global_batch_rows": 4},
+    }
+    with pytest.raises(Mistakes, match=r"peers.a: VoxtralRealtime cannot run on a row of 32 tokens: You must specify"):
+        make_plan(Recipe.model_validate(raw), {"zero_optimization": {"stage": 2}}, 1, "cpu", tmp_path)
+
+
 DEBERTA_V3 = {
     "model_type": "deberta-v2", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
     "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 64, "max_position_embeddings": 512,

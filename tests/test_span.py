@@ -33,7 +33,7 @@ def section(length: int, **settings: Any) -> CorpusSection:
 
 def task(length: int, **settings: Any) -> SpanCorruption:
     corpus = Corpus(Path(), "", IDS, 1100, "", "", "uint16", {}, ((), ()))
-    return SpanCorruption(corpus, Spans.of(section(length, **settings)), {"a": None}, True)
+    return SpanCorruption(corpus, {"a": None}, True, Spans.of(section(length, **settings)))
 
 
 def put_back(question: np.ndarray, answer: np.ndarray) -> list[int]:

@@ -13,22 +13,25 @@ from transformers import AutoModelForCausalLM
 from commands import command
 from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation import speed
+from ctcd_ds.tasks import TASKS
 from glue_files import write_causal
 from runs import bert
+from test_tasks import BART, LLAMA, T5
 
 CPU = torch.device("cpu")
+SPECIAL = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
 
 
-def write_model(folder: Path, layers: int) -> Path:
-    from transformers import AutoConfig, AutoModelForMaskedLM, BertTokenizer
+def write_model(folder: Path, layers: int, task: str = "mlm", **model: Any) -> Path:
+    from transformers import AutoConfig, BertTokenizer
 
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(95))])
     )
     BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    config = AutoConfig.for_model(**bert(64, layers, vocab_size=100))
-    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    config = AutoConfig.for_model(**(model or bert(64, layers)), vocab_size=100, **SPECIAL)
+    TASKS[task].auto_class().from_config(config).save_pretrained(folder)
     return folder
 
 
@@ -52,6 +55,22 @@ def test_a_model_with_a_tenth_of_the_layers_is_faster_and_smaller(found: speed.S
         assert slow.speedup == 1.0 and fast.speedup > 2
         assert fast.latency_ms < slow.latency_ms
         assert fast.peak_memory_bytes < slow.peak_memory_bytes
+
+
+def test_models_of_all_tasks_are_measured_that_transformers_can_make_classifiers(tmp_path: Path) -> None:
+    """BART and T5 classify at a row's end of text, of which each row must have one; Mamba has no classifier."""
+    written = [
+        write_model(tmp_path / model["model_type"], 1, task, **model)
+        for task, model in (("clm", LLAMA), ("span", BART), ("span", T5))
+    ]
+    assert all(speed.can_classify(path) for path in written)
+    measured = speed.measure_speed(written, [4], [16], CPU, seconds=0.1).models
+    assert [model.parameters for model in measured] == [
+        sum(p.numel() for p in TASKS[task].auto_class().from_pretrained(path).parameters())
+        for task, path in zip(("clm", "span", "span"), written, strict=True)
+    ]
+    mamba = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1}
+    assert not speed.can_classify(write_model(tmp_path / "mamba", 1, "clm", **mamba))
 
 
 def test_sizes_are_those_of_the_files_and_the_weights(models: list[Path], found: speed.Speed) -> None:

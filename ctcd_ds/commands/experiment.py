@@ -65,13 +65,13 @@ def main() -> int:
 
 def show(directory: Path) -> int:
     """The speed of each size of model, once, and the report: by the commands that a user types."""
-    from ctcd_ds.evaluation.speed import read_speed
+    from ctcd_ds.evaluation.speed import can_classify, read_speed
     from ctcd_ds.experiments.collecting import shapes
     from ctcd_ds.experiments.results import read_results
 
     results, place = read_results(directory), directory / "speed"
     lines: list[list[str]] = []
-    models = [directory / export for export in shapes(results)]
+    models = [model for export in shapes(results) if can_classify(model := directory / export)]
     known = read_speed(place).models if (place / "speed.json").exists() else []
     if models and [Path(model.path) for model in known] != models:
         length = min(cell.tokens // cell.rows for cell in results.cells if cell.tokens and cell.rows)

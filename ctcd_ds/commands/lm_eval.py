@@ -1,7 +1,7 @@
 """Asks causal models the tasks of EleutherAI's lm-evaluation-harness, on files that lie here, without fine-tuning.
 
 The rows of TASK are DATA_DIR/TASK/SPLIT.jsonl, with the columns and the split names of the task's data set on the hub
-(docs/evaluation.md lists them). Needs `pip install 'ctcd-ds[lm_eval]'`. Every model and task is done once: the same
+(docs/evaluation.md lists them). Needs `pip install 'ctcd-ds[lm-eval]'`. Every model and task is done once: the same
 command goes on where it was cut off. Scores also go into the cards (README.md) of models that `ctcd export` wrote.
 """
 

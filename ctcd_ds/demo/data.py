@@ -19,12 +19,17 @@ def is_held_out(document: Document) -> bool:
     return zlib.crc32(document.name.encode()) % HELD_OUT == 0
 
 
-def data_commands(data: Path, home: Path, megabytes: float = 6.0) -> list[list[str]]:
-    """The commands that make text and task in `data`, and tokenizer and corpus of that text in `home`."""
+def data_commands(data: Path, home: Path, megabytes: float = 6.0, sentinels: int = 0) -> list[list[str]]:
+    """The commands that make text and task in `data`, and tokenizer and corpus of that text in `home`.
+
+    `sentinels`: tokens that stand for spans, where the corpus is to serve sequence-to-sequence models too.
+    """
     text, tokenizer = data / "text.txt", home / "tokenizer"
+    more = ["--sentinels", sentinels] if sentinels else []
     return [
         command("demo_data", "--output_dir", data, "--size_megabytes", megabytes),
-        command("tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 1024, "--output_dir", tokenizer),
+        command("tokenizer", "--input", text, "--type", "wordpiece", "--vocab_size", 1024, *more,
+                "--output_dir", tokenizer),
         command("corpus", "--input", text, "--tokenizer", tokenizer, "--output_dir", home / "corpus",
                 "--valid_fraction", 0.05),
     ]  # fmt: skip

@@ -74,7 +74,7 @@ def run(
     if settings.num_fewshot < 0:
         raise UserError(f"--num_fewshot: {settings.num_fewshot} is below 0")
     if find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm_eval]'")
+        raise UserError("lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm-eval]'")
     named = model_names(models)
     for path, _ in named:
         _refuse_other_than_causal(path)

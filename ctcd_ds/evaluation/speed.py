@@ -116,6 +116,13 @@ def read_speed(directory: Path) -> Speed:
         raise UserError(f"{path} is no speed.json of `ctcd speed`: {where}: {problem.errors()[0]['msg']}") from None
 
 
+def can_classify(path: Path) -> bool:
+    """Whether transformers has a classifier for this exported model, as which it is measured; Mamba has none."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    return type(AutoConfig.from_pretrained(path)) in AutoModelForSequenceClassification._model_mapping
+
+
 def _auto_class(path: Path, config: Any) -> Any:
     """The Auto class that makes what was exported, with its head for words. Raises UserError where it has none."""
     for auto in (task.auto_class() for task in TASKS.values()):
@@ -138,7 +145,11 @@ class _Candidate:
         """One batch through the model."""
         random = torch.Generator().manual_seed(0)
         size = (batch_size, sequence_length)
-        ids = torch.randint(self.model.config.vocab_size, size, generator=random).to(self.device)
+        ids = torch.randint(self.model.config.vocab_size, size, generator=random)
+        if isinstance(end := self.model.config.eos_token_id, int):  # where BART and T5 classify, once a row
+            ids[ids == end] -= 1
+            ids[:, -1] = end
+        ids = ids.to(self.device)
         mask = torch.ones_like(ids)
 
         def forward() -> Any:

@@ -115,7 +115,8 @@ def _prepared(request: Request, gpus: int) -> ExperimentPlan:
         if mistakes := structural_mistakes(cells):  # before data is made, which takes a while
             raise Mistakes("the cells' recipes", mistakes)
         if experiment.demo_data:
-            make_demo_data(place)
+            spans = any(cell.recipe.get("objective", {}).get("task") == "span" for cell in cells)
+            make_demo_data(place, sentinels=32 if spans else 0)
         planned = plan_cells(experiment, cells, directory, world, device)
         _check_glue(experiment)
     about = {
@@ -163,12 +164,12 @@ def with_data(
     return experiment.model_copy(update=changes), list(overrides)
 
 
-def make_demo_data(place: Path) -> None:
+def make_demo_data(place: Path, sentinels: int = 0) -> None:
     """The demo's text, tokenizer and corpus, by the commands that `make demo` runs; nothing where they are there."""
     if (place / "corpus" / "manifest.json").exists():
         return
     place.mkdir(parents=True, exist_ok=True)
-    for line in data_commands(place, place):
+    for line in data_commands(place, place, sentinels=sentinels):
         print(f"$ {as_typed(line)}", flush=True)
         if (code := subprocess.run(line, check=False).returncode) != 0:
             raise RunFailure(f"the demo's data could not be made: {line[2]} ended with {code}")

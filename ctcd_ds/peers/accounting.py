@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ctcd_ds.cli import UserError
+from ctcd_ds.peers.build import one_line, quiet_transformers
 from ctcd_ds.peers.checkpointing import can_checkpoint, repeated_layers
 from ctcd_ds.peers.heads import Way, project_by
 from ctcd_ds.peers.reading import as_inputs
@@ -37,7 +40,8 @@ class Cost(NamedTuple):
 def cost(config: Any, sequence_length: int, head_fraction: float, auto: Any) -> Cost:
     """The cost of a model of the Auto class `auto` with this config at this row length.
 
-    Attention counts in full, whatever its kernel. Counted once for equal configs: experiments ask for many.
+    Attention counts in full, whatever its kernel, and of experts those that a token is sent to. Counted once for equal
+    configs: experiments ask for many. Raises UserError where the model cannot run on a row of tokens.
     """
     key = config.to_json_string(use_diff=False), sequence_length, round(head_fraction * sequence_length), auto
     if key not in _COUNTED:
@@ -52,12 +56,13 @@ def _count(config: Any, sequence_length: int, positions: int, auto: Any) -> Cost
     problem: Exception | None = None
     for place in _places():
         try:
-            with place:
+            with quiet_transformers(), place:
                 return _counted(copy.deepcopy(config), auto, sequence_length, positions)
         except Exception as found:  # its code asks for a value that is not there, or transformers has no such path
             problem = found
     assert problem is not None
-    raise problem
+    kind = type(config).__name__.removesuffix("Config")
+    raise UserError(f"{kind} cannot run on a row of {sequence_length} tokens: {one_line(problem)}") from None
 
 
 def _places() -> Iterator[Any]:
@@ -65,6 +70,7 @@ def _places() -> Iterator[Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     yield torch.device("meta")
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs what it then raises
     yield FakeTensorMode()
     yield nullcontext()
 
@@ -72,8 +78,9 @@ def _places() -> Iterator[Any]:
 def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
     from transformers import AutoModelForSeq2SeqLM
 
-    # Attention as plain matrix products: a fused kernel's cost would depend on which one is chosen.
-    model = auto.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    # Attention and experts as plain matrix products: a fused kernel's cost would not be known, or depend on the kernel.
+    model = auto.from_config(config, attn_implementation="eager", experts_implementation="batched_mm")
+    model.eval().requires_grad_(False)
     word = config.get_text_config().vocab_size // 2
     written = positions if auto is AutoModelForSeq2SeqLM else length
     inputs = as_inputs(model.config, torch.full((1, length), word), torch.full((1, written), word))
@@ -134,15 +141,18 @@ def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: 
     """Of one forward with logits at `positions`; the fastest way that runs is the one that training takes."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for tap in (True, False):
+    problem: Exception | None = None
+    cut = model.base_model is not model
+    for way in (Way(cut, True), Way(cut, False), Way(False, False)):
         values.clear()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             try:
-                projection = project_by(Way(model.base_model is not model, tap), model, inputs, positions)
-            except Exception:
-                if not tap:
-                    raise
+                projection = project_by(way, model, inputs, positions)
+            except Exception as found:
+                problem = found
                 continue
-        last = 0 if projection.weight is None else 2 * len(positions) * projection.weight.numel()
-        return int(counter.get_total_flops()) + last
-    raise AssertionError("unreachable")
+        if len(projection.hidden) == len(positions):  # ProphetNet's head has more rows: of several next tokens
+            last = 0 if projection.weight is None else 2 * len(positions) * projection.weight.numel()
+            return int(counter.get_total_flops()) + last
+    assert problem is not None
+    raise problem

@@ -17,7 +17,8 @@ from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import ABSENT, Corpus, SpecialIds
 from ctcd_ds.kinds import instead
 from ctcd_ds.peers.layers import chosen, depth_of, from_layers, with_layers
-from ctcd_ds.peers.vocabulary import KEPT, fit_tables, set_vocabulary
+from ctcd_ds.peers.reading import uncached
+from ctcd_ds.peers.vocabulary import KEPT, fit_tables, parts_with_vocabulary, set_vocabulary
 from ctcd_ds.recipe import PeerSection
 
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
@@ -66,16 +67,17 @@ def peer_config(section: PeerSection, corpus: Corpus, auto: Any, peers: Mapping[
         else:
             values = dict(section.model or {})
             config = AutoConfig.for_model(values.pop("model_type"), **values)
+        parts = parts_with_vocabulary(config)
     except Exception as problem:  # transformers raises whatever its config classes raise
         raise UserError(one_line(problem)) from None
     special, own = corpus.special, config.get_text_config()
     rows = max(corpus.vocab_size, own.vocab_size if section.pretrained is not None else getattr(config, KEPT, 0))
     if rows > corpus.vocab_size:
         setattr(config, KEPT, rows)
-    for part in {id(config): config, id(own): own}.values():
+    for part in parts:
         for role, number in _roles(special).items():
             setattr(part, f"{role}_token_id", None if number == ABSENT else number)
-        part.vocab_size = padded(rows)
+    set_vocabulary(config, padded(rows))
     if auto is AutoModelForCausalLM and hasattr(config, "is_decoder"):
         config.is_decoder = True
     if auto is AutoModelForSeq2SeqLM:
@@ -132,12 +134,15 @@ def config_mistakes(
         yield f"model_type {config.model_type!r} has no head for this task in transformers ({auto.__name__}){instead}"
         return
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    own = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)  # a head's width that is stated
+    try:
+        own = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)  # a head's width that is stated
+    except Exception:  # Gemma 4 states one for each layer
+        own = True
     if isinstance(width, int) and isinstance(heads, int) and (heads < 1 or (width % heads and not own)):
         yield f"model.num_attention_heads = {heads}: does not divide hidden_size = {width}"
         return
     places = getattr(config, "max_position_embeddings", None)
-    if isinstance(places, int) and sequence_length > places:
+    if isinstance(places, int) and 0 < places < sequence_length:
         yield (
             f"max_position_embeddings = {places}: less than corpus.sequence_length = {sequence_length}; "
             "raise it or shorten the rows"
@@ -396,7 +401,7 @@ def difference(exported: Any, inside: Any, inputs: Mapping[str, Tensor]) -> tupl
     for model in (exported, inside):
         torch.manual_seed(0)  # Reformer hashes by random numbers
         with torch.no_grad():
-            logits.append(model.eval()(**inputs).logits)
+            logits.append(model.eval()(**inputs, **uncached(model)).logits)
     found, expected = logits[0], logits[1][..., : logits[0].shape[-1]]
     return float((found - expected).abs().max()), float(expected.abs().max())
 

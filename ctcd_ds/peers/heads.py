@@ -133,7 +133,7 @@ def find_way(model: Any) -> Way:
         try:
             with torch.no_grad():
                 torch.manual_seed(0)
-                expected = _logits(twin(**inputs)).flatten(0, 1)[positions].float()
+                expected = _logits(twin(**inputs, **uncached(twin))).flatten(0, 1)[positions].float()
         except Exception as problem:  # whatever an architecture says about a row of tokens
             raise UserError(f"{type(model).__name__} cannot be a peer: {' '.join(str(problem).split())}") from None
         for way in ways:
@@ -217,7 +217,7 @@ def _logits_for(model: Any, decoder: nn.Linear, inputs: Mapping[str, Tensor], co
 
     hook = decoder.register_forward_hook(replace)
     try:
-        logits = _logits(model(**inputs)).flatten(0, 1).float()
+        logits = _logits(model(**inputs, **uncached(model))).flatten(0, 1).float()
     except Exception as problem:
         raise _Unfit(str(problem)) from None
     finally:

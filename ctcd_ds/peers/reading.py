@@ -31,7 +31,10 @@ def uncached(model: Any) -> dict[str, Any]:
 
     Training has no use for one, and with one transformers does not look where documents begin (position_ids).
     """
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    takes = dict(inspect.signature(model.forward).parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):  # what it hands on to its base
+        takes |= inspect.signature(model.base_model.forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
 
 
 def sees_the_future(model: Any) -> bool:
@@ -117,7 +120,10 @@ def _last_rows_read(model: Any, tokens: int) -> dict[tuple[int, int], int]:
     was = model.training
     model.eval()
     with _Lookups() as lookups, torch.random.fork_rng([]):
-        model.base_model(**inputs)  # a head may ask for more of a row (T5's for an end token)
+        try:
+            model(**inputs, **uncached(model))
+        except Exception:  # a head may ask for more of a row, T5's classifier for an end token
+            model.base_model(**inputs, **uncached(model.base_model))
     model.train(was)
     return lookups.last
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, tokenizer_identity
 from ctcd_ds.peers.build import (
     DTYPES,
     TOLERANCE,
@@ -156,3 +157,26 @@ def _export_mistake(model: Any, config: Any, auto: Any, inputs: dict[str, torch.
             f"{kind} does not survive its own reload: the exported model's logits are off by {error:.2g} of {size:.2g}"
         )
     return None
+
+
+def tokenizer_mistake(config: Any, tokenizer: Path) -> str | None:
+    """Why a model of this config and the tokenizer in a directory could not be exported together; None where they can.
+
+    For a few types (Qwen2's) transformers reads every tokenizer as one of the type's own class, whatever was saved.
+    """
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as place, quiet_transformers():
+        ours = load_tokenizer(tokenizer)
+        config.save_pretrained(place)
+        save_tokenizer(ours, Path(place))
+        try:
+            theirs = load_tokenizer(place)
+            if tokenizer_identity(theirs) == tokenizer_identity(ours):
+                return None
+            said = f"reads it as {type(theirs).__name__}, which gives other ids"
+        except UserError as problem:
+            said = f"cannot read it there: {problem}"
+    return (
+        f"{type(config).__name__.removesuffix('Config')} could not be exported with the corpus's tokenizer: beside a "
+        f"{config.model_type} transformers {said}; prepare the corpus with this type's own tokenizer, or take another "
+        "type"
+    )

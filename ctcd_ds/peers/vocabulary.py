@@ -26,15 +26,33 @@ def new_tokens(theirs: Mapping[str, int], ours: Mapping[str, int], rows: int) ->
     an id different tokens: one of them may have more tokens, and that is all.
     """
     names = {number: token for token, number in theirs.items()}
-    for token, number in ours.items():
+    for token, number in sorted(ours.items(), key=lambda entry: entry[1]):
         if theirs.get(token, number) != number or names.get(number, token) != token:
             raise UserError(f"has {names.get(number)!r} as token {number}, the corpus's has {token!r}")
     return sorted(number for number in ours.values() if number not in names or number >= rows)
 
 
 def set_vocabulary(config: Any, size: int) -> None:
-    """Says the number of rows in a config, and in its part for text where it has one."""
-    config.get_text_config().vocab_size = config.vocab_size = size
+    """Says the number of rows wherever a config says it: in its part for text, its encoder and decoder, and by other
+    names (Marian's decoder_vocab_size, FSMT's src_vocab_size, Gemma's vocab_size_per_layer_input).
+    """
+    parts, old = parts_with_vocabulary(config), config.get_text_config().vocab_size
+    for part in parts:
+        for name in [n for n, value in vars(part).items() if "vocab_size" in n and value == old and n != KEPT]:
+            setattr(part, name, size)
+        part.vocab_size = size
+
+
+def parts_with_vocabulary(config: Any) -> list[Any]:
+    """The config, its part for text, and all configs inside that have as many tokens."""
+    own = config.get_text_config()
+    parts = {id(part): part for part in (config, own)}
+    waiting = [config]
+    while waiting:
+        inside = [part for part in vars(waiting.pop()).values() if hasattr(part, "to_dict")]
+        parts |= {id(part): part for part in inside if getattr(part, "vocab_size", None) == own.vocab_size}
+        waiting += inside
+    return list(parts.values())
 
 
 def fit_tables(model: Any, size: int, tokens: int, auto: Any, new: Sequence[int] = ()) -> None:

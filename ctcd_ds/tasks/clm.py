@@ -7,23 +7,22 @@ first L tokens and are asked for its last L, so that an epoch asks for every tok
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
-from ctcd_ds.objective.batch import Batch, View
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.peers.reading import keeps_apart, sees_the_future
 from ctcd_ds.recipe import Recipe
-from ctcd_ds.tasks.noise import LabelNoise
-from ctcd_ds.tasks.task import Task, Words
+from ctcd_ds.tasks.everywhere import AskedEverywhere
+from ctcd_ds.tasks.task import Words
 
 
 @dataclass(frozen=True)
-class CausalLM(Task):
-    """`noise`: by peer, in the graph's order. `apart`: no position sees a document before its own."""
+class CausalLM(AskedEverywhere):
+    """`apart`: no position sees a document before its own."""
 
     words: ClassVar[Words] = Words(
         model="causal language model",
@@ -36,18 +35,14 @@ print(write("A piece of", max_new_tokens=40)[0]["generated_text"])""",
     )
     roles: ClassVar[tuple[Role, ...]] = ()
 
-    corpus: Corpus
     sequence_length: int
-    noise: dict[str, LabelNoise | None]
-    apart: bool
-    distils: bool
+    apart: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, corpus: Corpus) -> CausalLM:
         """The recipe's rows, with each peer's label noise."""
-        noise = {name: LabelNoise.of(name, peer, corpus) for name, peer in recipe.peers.items()}
-        apart = recipe.corpus.documents == "apart"
-        return cls(corpus, recipe.corpus.sequence_length, noise, apart, bool(recipe.graph().distilling()))
+        noise, distils = cls.noise_of(recipe, corpus), bool(recipe.graph().distilling())
+        return cls(corpus, noise, distils, recipe.corpus.sequence_length, recipe.corpus.documents == "apart")
 
     @staticmethod
     def auto_class() -> Any:
@@ -79,36 +74,10 @@ print(write("A piece of", max_new_tokens=40)[0]["generated_text"])""",
         self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray, micro_batch: int
     ) -> Iterator[Batch]:
         """tokens: int32 [n, L + 1]. All peers see the same; their labels differ where they have noise."""
-        seen, targets = tokens[:, :-1], tokens[:, 1:]
-        places = np.arange(targets.shape[1])
-        labels = {
-            own: targets if own is None else own.apply(targets, places, seed, epochs, rows)
-            for own in dict.fromkeys(self.noise.values())
-        }
-        for start in range(0, len(rows), micro_batch):
-            part = slice(start, start + micro_batch)
-            inputs = self._inputs(seen[part])
-            views = {own: View(inputs, None, _int64(y[part].ravel()), y[part].size) for own, y in labels.items()}
-            asked = targets[part].size
-            shared = asked if self.distils else 0
-            yield Batch(
-                tuple(views[own] for own in self.noise.values()), shared, torch.tensor(float(asked)), rows[part]
-            )
-
-    def _inputs(self, seen: np.ndarray) -> dict[str, torch.Tensor]:
-        inputs = {"input_ids": _int64(seen)}
+        inputs = {"input_ids": tokens[:, :-1]}
         if self.apart:
-            inputs["position_ids"] = _int64(positions_by_document(seen, self.corpus.special.end))
-        return inputs
-
-    def held_out(self) -> CausalLM:
-        """Without any peer's noise."""
-        return replace(self, noise=dict.fromkeys(self.noise))
-
-    @property
-    def soft_count_varies(self) -> bool:
-        """It is the number of tokens, always."""
-        return False
+            inputs["position_ids"] = positions_by_document(tokens[:, :-1], self.corpus.special.end)
+        return self.cut(inputs, tokens[:, 1:], seed, epochs, rows, micro_batch)
 
     @staticmethod
     def asked(recipe: Recipe, peer: str) -> int:
@@ -121,12 +90,6 @@ print(write("A piece of", max_new_tokens=40)[0]["generated_text"])""",
             f"the next token at all {self.sequence_length} positions, documents {'apart' if self.apart else 'joined'}"
         )
 
-    def exceptions(self) -> Iterator[tuple[str, str]]:
-        """(peer, what only it is asked)."""
-        for name, own in self.noise.items():
-            if own is not None:
-                yield name, own.describe()
-
 
 def positions_by_document(tokens: np.ndarray, end: int) -> np.ndarray:
     """Places in the document that each token [n, L] is in, from 0 on: int64 [n, L]. A row's start begins one too."""
@@ -134,7 +97,3 @@ def positions_by_document(tokens: np.ndarray, end: int) -> np.ndarray:
     starts = np.zeros(tokens.shape, np.int64)
     starts[:, 1:] = np.where(tokens[:, :-1] == end, places[1:], 0)
     return places - np.maximum.accumulate(starts, axis=1)
-
-
-def _int64(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64))

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.hashing import SPAN_CUTS, SPAN_TURNS, extended, hashed
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
-from ctcd_ds.objective.batch import Batch, View
+from ctcd_ds.objective.batch import Batch
 from ctcd_ds.recipe import CorpusSection, Recipe
-from ctcd_ds.tasks.noise import LabelNoise
-from ctcd_ds.tasks.task import Task, Words
+from ctcd_ds.tasks.everywhere import AskedEverywhere
+from ctcd_ds.tasks.task import Words
 
 _PLACE = np.uint64((1 << 16) - 1)  # of a sort key's bits: where in the row; the others are a hash
 _TURNS = 8
@@ -96,8 +95,8 @@ def _parts(total: int, parts: int, keys: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class SpanCorruption(Task):
-    """`noise`: label noise by peer, in the graph's order."""
+class SpanCorruption(AskedEverywhere):
+    """Every peer reads the same rows without their spans, and is asked for these."""
 
     words: ClassVar[Words] = Words(
         model="sequence-to-sequence language model",
@@ -110,10 +109,7 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
     )
     roles: ClassVar[tuple[Role, ...]] = ("pad",)
 
-    corpus: Corpus
     spans: Spans
-    noise: dict[str, LabelNoise | None]
-    distils: bool
 
     @classmethod
     def of(cls, recipe: Recipe, corpus: Corpus) -> SpanCorruption:
@@ -124,8 +120,7 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
                 f"objective.task = span: {spans.count} spans of a row need as many sentinels (<extra_id_0>, …), the "
                 f"corpus's tokenizer has {there}: train one with `ctcd tokenizer --sentinels {spans.count}`"
             )
-        noise = {name: LabelNoise.of(name, peer, corpus) for name, peer in recipe.peers.items()}
-        return cls(corpus, spans, noise, bool(recipe.graph().distilling()))
+        return cls(corpus, cls.noise_of(recipe, corpus), bool(recipe.graph().distilling()), spans)
 
     @staticmethod
     def auto_class() -> Any:
@@ -133,6 +128,12 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         from transformers import AutoModelForSeq2SeqLM
 
         return AutoModelForSeq2SeqLM
+
+    def unfit(self, model: Any) -> str | None:
+        """Why a model that gives logits could not learn this all the same: transformers lists models of speech here."""
+        if not model.config.is_encoder_decoder:
+            return "it has no encoder and decoder, so nothing reads a question and writes an answer"
+        return None
 
     def rows(self, split: str) -> Rows:
         """Rows as they are stored. Raises UserError where the split has none."""
@@ -144,18 +145,9 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         """tokens: int32 [n, row]. All peers see the same; their labels differ where they have noise."""
         question, answer = self.corrupted(tokens, seed, epochs, rows)
         start = np.full((len(rows), 1), self.corpus.special.pad, np.int32)
-        shown, places = np.concatenate([start, answer[:, :-1]], axis=1), np.arange(answer.shape[1])
-        labels = {
-            own: answer if own is None else own.apply(answer, places, seed, epochs, rows)
-            for own in dict.fromkeys(self.noise.values())
-        }
-        for first in range(0, len(rows), micro_batch):
-            part = slice(first, first + micro_batch)
-            inputs = {"input_ids": _int64(question[part]), "decoder_input_ids": _int64(shown[part])}
-            views = {own: View(inputs, None, _int64(y[part].ravel()), y[part].size) for own, y in labels.items()}
-            asked = answer[part].size
-            every = tuple(views[own] for own in self.noise.values())
-            yield Batch(every, asked if self.distils else 0, torch.tensor(float(asked)), rows[part])
+        shown = np.concatenate([start, answer[:, :-1]], axis=1)
+        inputs = {"input_ids": question, "decoder_input_ids": shown}
+        return self.cut(inputs, answer, seed, epochs, rows, micro_batch)
 
     def corrupted(
         self, tokens: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray
@@ -173,15 +165,6 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         written = pairs[np.stack([gone & begins, gone], axis=2)].reshape(len(tokens), -1)
         return np.concatenate([left, end], axis=1), np.concatenate([written, end], axis=1)
 
-    def held_out(self) -> SpanCorruption:
-        """Without any peer's noise."""
-        return replace(self, noise=dict.fromkeys(self.noise))
-
-    @property
-    def soft_count_varies(self) -> bool:
-        """It is the decoder's length, always."""
-        return False
-
     @staticmethod
     def asked(recipe: Recipe, peer: str) -> int:
         """All positions of the decoder."""
@@ -192,13 +175,3 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         spans = self.spans
         shape = f"the encoder reads {spans.encoder} tokens, the decoder writes {spans.decoder}"
         return f"{spans.count} spans of {spans.row} tokens a row; {shape}"
-
-    def exceptions(self) -> Iterator[tuple[str, str]]:
-        """(peer, what only it is asked)."""
-        for name, own in self.noise.items():
-            if own is not None:
-                yield name, own.describe()
-
-
-def _int64(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64))

@@ -18,7 +18,7 @@ from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
-from ctcd_ds.peers.rehearsal import rehearse
+from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
@@ -150,8 +150,15 @@ def make_plan(
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
     configs = {name: peer_config(section, corpus, auto, sections) for name, section in sections.items()}
-    costs = {name: cost(c, length, task.asked(recipe, name) / length, auto) for name, c in configs.items()}
-    if recipe.training.activation_checkpointing and (mistakes := _checkpointing_mistakes(recipe, configs, costs)):
+    costs: dict[str, Cost] = {}
+    for name, peer in configs.items():
+        try:
+            costs[name] = cost(peer, length, task.asked(recipe, name) / length, auto)
+        except UserError as mistake:
+            mistakes.append(f"peers.{name}: {mistake}")
+    if recipe.training.activation_checkpointing:
+        mistakes += _checkpointing_mistakes(recipe, configs, costs)
+    if mistakes:
         raise Mistakes("this run", mistakes)
     return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, sections, begun, new_tokens)
 
@@ -195,6 +202,7 @@ def rehearse_peers(plan: Plan, device: str) -> None:
         if (key := (config.to_json_string(), again)) not in said:
             length = recipe.corpus.sequence_length
             said[key] = rehearse(config, auto, length, precision, device, plan.task.unfit, again)
+            said[key] = said[key] or tokenizer_mistake(config, plan.corpus.tokenizer_path)
         if said[key]:
             mistakes.append(f"peers.{name}: {said[key]}")
     if mistakes:
