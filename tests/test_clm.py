@@ -323,6 +323,7 @@ def test_text_becomes_a_model_that_writes(causal_corpus: Path, tmp_path: Path) -
     for peer in ("a", "b"):
         card = (tmp_path / "hf" / peer / "README.md").read_text()
         assert "causal language model" in card and "text-generation" in card and "bits_per_byte" in card
+        exec(card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(tmp_path / "hf" / peer))), {})
         write = pipeline("text-generation", model=str(tmp_path / "hf" / peer))
         said = write("Line 7: the", max_new_tokens=12, do_sample=False)[0]["generated_text"]
         assert said.startswith("Line 7: the") and len(said) > 20

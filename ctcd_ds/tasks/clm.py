@@ -28,7 +28,9 @@ class CausalLM(AskedEverywhere):
         model="causal language model",
         pipeline="text-generation",
         example="""write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-print(write("A piece of", max_new_tokens=40)[0]["generated_text"])""",
+# a tokenizer with [SEP] would put it behind the words, and a new text would begin
+whole = {"max_new_tokens": 40, "add_special_tokens": tokenizer.sep_token is None}
+print(write("A piece of", **whole)[0]["generated_text"])""",
         target="next tokens",
         aim="to say which word comes next",
         limit="It goes on with a text, token by token. What it writes need not be true",
