@@ -66,7 +66,7 @@ def test_the_wheel_goes_the_whole_way(ctcd: Path, tmp_path: Path) -> None:
     run(ctcd, tmp_path, "corpus", "--input", "text.txt", *made)
     meant = ("--recipe", "configs/recipes/demo.yaml", "--deepspeed_config", "configs/cpu.json", "--output_dir", "run")
     few = ("training.steps=5", "training.valid_every=5", "training.valid_rows=16")
-    changes = ("--set", "corpus.path=corpus", *few)
+    changes = ("--set", "corpus.path=corpus", "corpus.train_rows=null", *few)
     assert "set -uo pipefail" in run(ctcd, tmp_path, "submit", *meant, *changes, "--print")
     assert "finished: 5 steps" in run(ctcd, tmp_path, "pretrain", *meant, *changes)
     said = run(ctcd, tmp_path, "export", "--checkpoint", "run", "--output_dir", "hf")

@@ -21,10 +21,8 @@ from ctcd_ds.cli import RunFailure, command
 from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.demo.data import data_commands
-from ctcd_ds.experiments.collecting import outcome
 from ctcd_ds.experiments.results import PeerResult
 from ctcd_ds.experiments.wording import METRICS
-from ctcd_ds.training.run_directory import RunDirectory
 
 RECIPES = {"clm": "demo_causal.yaml", "mlm": "demo.yaml"}
 RUNS = {"teacher_alone": ["peers.student=null"], "student_alone": ["peers.teacher=null"], "together": []}
@@ -103,6 +101,8 @@ def proof(place: Path, task: str, ranks: int) -> int:
 
     Raises RunFailure where one of its losses, gradient norms or held-out values differs in a bit.
     """
+    from ctcd_ds.training.run_directory import RunDirectory  # torch comes with it: not for --help
+
     short = [f"training.steps={PROOF_STEPS}", "training.log_every=1"]
     apart = ["peers.teacher.soft.student=0", "peers.student.soft.teacher=0"]
     for name, changes in (("beside", apart), ("alone", RUNS["student_alone"])):
@@ -133,6 +133,8 @@ def run(line: list[str]) -> None:
 
 def measured(place: Path) -> Table:
     """What each model came to, alone and together."""
+    from ctcd_ds.experiments.collecting import outcome
+
     table: Table = {"alone": {}, "together": {}}
     for peer in PEERS:
         for kind, name in (("alone", f"{peer}_alone"), ("together", "together")):
