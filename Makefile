@@ -26,7 +26,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,lm-eval]'
 	touch $@
 
-# The whole way on this machine, no download, in a few minutes: text → corpus → three runs → export → scores.
+# The whole way on this machine, no download, in a few minutes: text → corpus → three runs → export → table, report.
 demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.mixture import open_corpus
-from ctcd_ds.corpus.rows import Corpus, Rows
+from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
@@ -253,7 +253,7 @@ def _new_tokens(section: PeerSection, corpus: Corpus) -> list[int]:
     except UserError as mistake:
         raise UserError(f"must give the corpus's ids, and cannot be read: {mistake}") from None
     ours = load_tokenizer(corpus.tokenizer_path)
-    for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+    for role in get_args(Role):
         there, here = (getattr(tokenizer, f"{role}_token_id") for tokenizer in (theirs, ours))
         if None not in (there, here) and there != here:
             raise UserError(f"has {there} as its {role}_token, the corpus's ({corpus.tokenizer_path}) has {here}")
