@@ -69,6 +69,8 @@ def test_backward_hides_all_but_the_last_bucket_where_the_json_says_so() -> None
     one_bucket = replace(WORK, overlap=True, bucket=500_000_000)
     assert predict(one_bucket, CLUSTER).hidden_s == 0.0, "DeepSpeed's default bucket holds all: nothing is hidden"
     assert predict(one_bucket, CLUSTER).bucket_bytes > hidden.bucket_bytes
+    flattened = replace(one_bucket, contiguous=False)
+    assert predict(flattened, CLUSTER).bucket_bytes == 2 * WORK.trained, "no more than there is"
 
 
 def test_a_bucket_never_cuts_a_weight() -> None:
