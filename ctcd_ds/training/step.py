@@ -53,7 +53,7 @@ def exchange(
     asked = torch.zeros(len(wishes), dtype=torch.float64, device=terms.device)  # made there: a copy would wait for it
     for place, wish in enumerate(wishes):
         if wish:
-            asked[place] = 1.0
+            asked[place].fill_(1.0)
     packed = torch.cat([terms, gradients.squared_norms(), asked])
     dist.all_reduce(packed)
     first, last = len(terms), len(packed) - len(asked)
