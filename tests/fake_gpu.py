@@ -5,8 +5,8 @@ on tensors that have a shape, a dtype and a device, and nothing else. A value th
 there, or counted. What is counted is what torch would launch: one kernel for each ATen operation that is no view.
 Streams, times, and what a kernel computes cannot be seen so.
 
-Import this before torch, with CTCD_FAKE_GPU naming the library that `build` has made. The process must end by
-`os._exit`, since what it registers is not made to be taken down.
+Import this before torch, with CTCD_FAKE_GPU naming the library that `build`, or this file as a script, has made. The
+process must end by `os._exit`, since what it registers is not made to be taken down.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,3 +229,7 @@ class Runtime:
             self.collectives.append((name, tensor.numel(), str(tensor.dtype)))
 
         return collective
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))

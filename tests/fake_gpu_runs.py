@@ -1,5 +1,6 @@
 """What test_cuda_path.py looks at, run on the GPU of fake_gpu.py: prints one JSON object, or the model of a step.
 
+export CTCD_FAKE_GPU=$(python tests/fake_gpu.py FOLDER)
 python tests/fake_gpu_runs.py combinations   forward and backward in every precision, with every kind of batch
 python tests/fake_gpu_runs.py engine RANKS   the paper's pair through DeepSpeed, with every shipped JSON
 python tests/fake_gpu_runs.py model          docs/performance.md's table of a step on an H100, by part
