@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AutoModelForMaskedLM
 
+from architectures import tiny
 from corpora import SPECIAL
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.objective.batch import Batch
@@ -36,10 +38,12 @@ from ctcd_ds.peers.build import DTYPES, build_peer
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import Way, find_way
 from ctcd_ds.recipe import PeerSection, Recipe
+from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.masking import Masking
 from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks
 from ctcd_ds.training import engine as engine_room
 from ctcd_ds.training.deepspeed_config import read_config
+from ctcd_ds.training.evaluate import evaluate
 from ctcd_ds.training.optimizer import PeerGradients
 from ctcd_ds.training.plan import Plan, make_plan
 from ctcd_ds.training.step import exchange, forward_and_backward
@@ -47,6 +51,7 @@ from fake_gpu import CUDA, Count, Kernel
 from runs import ROOT, bert, chain_corpus
 
 VIEWS = ("targets", "all positions", "own masks")
+LENGTH_OF_FEW = 32  # tokens of a row where the shapes do not matter
 ROWS, LENGTH, WIDTH, VOCABULARY = 128, 128, 768, 30522  # the paper's step
 PAIR = {"teacher": 6, "student": 4}  # layers
 
@@ -60,6 +65,11 @@ def full_graph(names: tuple[str, ...]) -> DistillationGraph:
     return DistillationGraph(names, (1.0,) * len(names), soft, (True,) * len(names))
 
 
+def on_the_gpu(batch: Batch, device: torch.device) -> Batch:
+    """In place of Batch.to, which would copy numbers."""
+    return batch.mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+
+
 def batch_of(views: str, names: tuple[str, ...], rows: int, length: int, vocabulary: int) -> Batch:
     """A micro-batch as the task makes it, on the GPU."""
     masking = Masking(0.15, SPECIAL, vocabulary)
@@ -69,7 +79,7 @@ def batch_of(views: str, names: tuple[str, ...], rows: int, length: int, vocabul
     numbers = np.arange(rows)
     task = MaskedLM(small_corpus(vocabulary), length, masking, masks, views == "all positions")
     [batch] = task.batches(tokens, 1, np.zeros_like(numbers), numbers, rows)
-    return batch.mapped(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA))
+    return batch.to(CUDA)
 
 
 def seen() -> dict[str, list[str]]:
@@ -113,14 +123,52 @@ def combinations() -> list[dict[str, Any]]:
             module.temperature, module.compiled = tau, tau == 2.0  # then with numbers as tensors, and nothing compiled
             with FakeTensorMode(), Count() as count:
                 fake_gpu.move(module, DTYPES[precision])
-                module(batch_of(views, names, 4, 32, 1000), 0).total.backward()
-            wrong = [
-                name
-                for name, weight in module.named_parameters()
-                if weight.grad is None or weight.grad.dtype != weight.dtype or not weight.grad.is_cuda
-            ]
+                module(batch_of(views, names, 4, LENGTH_OF_FEW, 1000), 0).total.backward()
             case = {"precision": precision, "peers": peers, "views": views, "temperature": tau}
-            found.append({**case, "wrong": wrong, "waits": count.waits})
+            found.append({**case, "wrong": without_gradient(module), "waits": count.waits})
+    return found
+
+
+def without_gradient(module: CoTraining) -> list[str]:
+    """Weights of peers that learn, whose gradient is not there, or not in their dtype on the GPU."""
+    learning = [name for name, trained in zip(module.graph.names, module.graph.trained, strict=True) if trained]
+    return [
+        f"{peer}.{name}"
+        for peer in learning
+        for name, weight in module.peers[peer].named_parameters()
+        if weight.grad is None or weight.grad.dtype != weight.dtype or not weight.grad.is_cuda
+    ]
+
+
+def other_tasks() -> list[dict[str, Any]]:
+    """Causal models, one of them frozen; sequence-to-sequence models with a Jensen-Shannon divergence."""
+    special = replace(SPECIAL, sentinels=tuple(range(1000, 1100)))
+    corpus, found = replace(small_corpus(1100), special=special), []
+    for kind, models, width in (("clm", ("llama", "gpt2"), LENGTH_OF_FEW + 1), ("span", ("t5", "bart"), None)):
+        peers: dict[str, Any] = {name: {"model": tiny(name)} for name in models}
+        peers[models[0]]["soft"], peers[models[1]]["soft"] = {models[1]: 1.0}, {models[0]: 4.0}
+        objective = {"task": kind, "temperature": 2.0, "divergence": "jsd" if kind == "span" else "kl"}
+        recipe = Recipe.model_validate(
+            {
+                "corpus": {"path": "", "sequence_length": LENGTH_OF_FEW},
+                "peers": peers,
+                "objective": objective,
+                "training": {"steps": 1},
+            }
+        )
+        task, graph = TASKS[kind].of(recipe, corpus), recipe.graph()
+        if kind == "clm":
+            graph = replace(graph, hard=(0.0, 1.0), soft=((0.0, 0.0), (4.0, 0.0)), trained=(False, True))
+        built = {
+            name: build_peer(name, section, corpus, 1, task.auto_class()) for name, section in recipe.peers.items()
+        }
+        module = CoTraining(built, graph, corpus.vocab_size, 2.0).train()
+        tokens = np.random.default_rng(0).integers(5, 1000, (4, width or task.spans.row), dtype=np.int32)
+        [batch] = task.batches(tokens, 1, np.zeros(4, np.int64), np.arange(4), 4)
+        with FakeTensorMode(), Count() as count:
+            fake_gpu.move(module, torch.bfloat16)
+            module(batch.to(CUDA), 0).total.backward()
+        found.append({"task": kind, "wrong": without_gradient(module), "waits": count.waits})
     return found
 
 
@@ -168,15 +216,26 @@ def plans(world: int, folder: Path) -> dict[str, Plan]:
     sizes = {"model_type": "bert", "hidden_size": WIDTH, "num_attention_heads": 12, "intermediate_size": 4 * WIDTH}
     peers: dict[str, Any] = {name: {"model": {**sizes, "num_hidden_layers": n}} for name, n in PAIR.items()}
     peers["teacher"]["soft"], peers["student"]["soft"] = {"student": 1.0}, {"teacher": 4.0}
-    training = {"global_batch_rows": ROWS * world, "steps": 10}
+    training = {"global_batch_rows": ROWS * world, "steps": 10, "valid_rows": ROWS}
     corpus = {"path": str(chain_corpus(folder / "corpus", VOCABULARY)), "sequence_length": LENGTH}
     recipe = Recipe.model_validate({"corpus": corpus, "peers": peers, "training": training})
     shipped = sorted((ROOT / "ds_configs").glob("*.json"))
     return {path.name: make_plan(recipe, read_config(path), world, "cuda", folder / "run") for path in shipped}
 
 
-def step_through_deepspeed(plan: Plan, runtime: fake_gpu.Runtime) -> tuple[Any, list[Kernel], list[str]]:
-    """The engine, and what the second step of the plan launches on the GPU and waits for, as in `trainer.train`."""
+@dataclass
+class Step:
+    """What one step of a plan did, and a look at held-out rows after it."""
+
+    engine: Any
+    kernels: list[Kernel]
+    waits: list[str]
+    collectives: list[tuple[str, int, str]]
+    reads_of_a_look: list[str]
+
+
+def second_step(plan: Plan, runtime: fake_gpu.Runtime) -> Step:
+    """The plan's second step through DeepSpeed, as in `trainer.train`."""
     recipe, names = plan.recipe, tuple(plan.recipe.peers)
     with FakeTensorMode(allow_non_fake_inputs=True):
         engine_room.build_peers = lambda *_: peers_on_the_gpu(plan)  # type: ignore[assignment]
@@ -196,7 +255,10 @@ def step_through_deepspeed(plan: Plan, runtime: fake_gpu.Runtime) -> tuple[Any, 
                 gradients.clip(norms, settings)
                 gradients.allow_step(True)
                 engine.step()
-    return engine, count.kernels, runtime.waits + count.waits
+        waits, collectives = runtime.waits + count.waits, list(runtime.collectives)
+        runtime.waits.clear()
+        evaluate(engine, plan, CUDA)
+    return Step(engine, count.kernels, waits, collectives, list(runtime.waits))
 
 
 def engine(world: int) -> dict[str, Any]:
@@ -204,15 +266,16 @@ def engine(world: int) -> dict[str, Any]:
     runtime, found = fake_gpu.Runtime(world), {}
     with tempfile.TemporaryDirectory() as folder:
         for name, plan in plans(world, Path(folder)).items():
-            built, kernels, waits = step_through_deepspeed(plan, runtime)
-            masters = built.optimizer.single_partition_of_fp32_groups
+            step = second_step(plan, runtime)
+            masters = step.engine.optimizer.single_partition_of_fp32_groups
             found[name] = {
                 "precision": plan.deepspeed.precision,
-                "weights": sorted({f"{p.dtype} {p.device.type}" for p in built.module.parameters()}),
+                "weights": sorted({f"{p.dtype} {p.device.type}" for p in step.engine.module.parameters()}),
                 "masters": sorted({f"{p.dtype} {p.device.type}" for p in masters}),
-                "kernels": Counter(kernel.phase for kernel in kernels),
-                "waits": waits,
-                "collectives": list(runtime.collectives),
+                "kernels": Counter(kernel.phase for kernel in step.kernels),
+                "waits": step.waits,
+                "collectives": step.collectives,
+                "reads of a look": step.reads_of_a_look,
                 "trained": plan.trained,
             }
     return found
@@ -223,7 +286,7 @@ def model() -> str:
     runtime = fake_gpu.Runtime(1)
     with tempfile.TemporaryDirectory() as folder:
         plan = plans(1, Path(folder))["zero2_bf16.json"]
-        _, whole, _ = step_through_deepspeed(plan, runtime)
+        whole = second_step(plan, runtime).kernels
     names = tuple(plan.recipe.peers)
     with FakeTensorMode(allow_non_fake_inputs=True), Count() as count:
         module = CoTraining(peers_on_the_gpu(plan), plan.recipe.graph(), plan.corpus.vocab_size).train()
@@ -255,12 +318,14 @@ def model() -> str:
 
 if __name__ == "__main__":
     torch.nn.functional.scaled_dot_product_attention = fake_gpu.flash_attention
+    Batch.to = on_the_gpu  # type: ignore[method-assign]
     torch.nn.Module._apply = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
     torch.compiler.set_stance("force_eager")  # nothing here could be compiled for the GPU
     match sys.argv[1:]:
         case ["combinations"]:
-            bytes_a_logit = {peers: logit_bytes(peers) for peers in (1, 2, 3)}
-            print(json.dumps({"seen": seen(), "cases": combinations(), "bytes a logit": bytes_a_logit}), flush=True)
+            found = {"seen": seen(), "cases": combinations(), "tasks": other_tasks()}
+            found["bytes a logit"] = {peers: logit_bytes(peers) for peers in (1, 2, 3)}
+            print(json.dumps(found), flush=True)
         case ["engine", world]:
             print(json.dumps(engine(int(world))), flush=True)
         case ["model"]:
