@@ -64,6 +64,13 @@ def logits_bytes(positions: int, vocab_size: int) -> int:
     return (whole if whole <= KEPT_BYTES else 0) + 3 * min(whole, TILE_BYTES)
 
 
+def tiles(rows: int, vocab_size: int) -> list[slice]:
+    """Columns of so many rows to do at once. The last tile runs to the end of the padding, or of 64 columns of it."""
+    width = max(1, TILE_BYTES // (4 * max(1, rows)) // _TILE_COLUMNS) * _TILE_COLUMNS
+    end = -(-vocab_size // _TILE_COLUMNS) * _TILE_COLUMNS
+    return [slice(start, min(start + width, end)) for start in range(0, end, width)]
+
+
 class _Question(NamedTuple):
     batch: Batch
     graph: DistillationGraph
@@ -83,11 +90,8 @@ class _Question(NamedTuple):
         return [distilling, *alone] if distilling else alone
 
     def tiles(self, group: list[int]) -> list[slice]:
-        """Columns to do at once. The last tile runs to the end of the padding, or of `_TILE_COLUMNS` of it."""
-        rows = max(1, *(self.sizes[i] for i in group))
-        width = max(1, TILE_BYTES // (4 * rows) // _TILE_COLUMNS) * _TILE_COLUMNS
-        end = -(-self.vocab_size // _TILE_COLUMNS) * _TILE_COLUMNS
-        return [slice(start, min(start + width, end)) for start in range(0, end, width)]
+        """Columns to do at once."""
+        return tiles(max(self.sizes[i] for i in group), self.vocab_size)
 
     def keeps(self, peer: int) -> bool:
         """Whether a peer's logits wait for the backward pass."""
@@ -151,7 +155,7 @@ class _Fused(torch.autograd.Function):
         projections = question.projections(ctx.saved_tensors)
         # Only now the loss scale is in: unnormalised until it is multiplied in, p/|P| survives the cast to fp16.
         gradients = {
-            i: _Gradients(projections[i], total_gradient / view.hard_count)
+            i: Gradients(projections[i], total_gradient / view.hard_count)
             for i, view in enumerate(question.batch.views)
             if ctx.learning[i]
         }
@@ -292,7 +296,7 @@ def _inside(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
     return (at >= 0) & (at < columns), at.clamp(0, columns - 1).unsqueeze(1)
 
 
-class _Gradients:
+class Gradients:
     """The gradients of one projection, tile by tile: hidden's in fp32, the others in their own dtype, final at once."""
 
     def __init__(self, projection: Projection, scale: Tensor) -> None:
