@@ -165,8 +165,12 @@ def read_cache_manifest(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{path} is no cache: {instead(path, 'cache')}")
     manifest = read_manifest(file)
-    if (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
-        raise UserError(f"{path} is no cache of this version: {instead(path, 'cache')}")
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is no cache: {instead(path, 'cache')}")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"{path} is a cache of version {manifest.get('version')}, this program reads {VERSION}: write it again"
+        )
     check_shape(file, manifest, _Shape)
     return manifest
 

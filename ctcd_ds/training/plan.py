@@ -376,7 +376,8 @@ def _activation_bytes(plan: Plan) -> float:
     trained = [c for name, c in plan.costs.items() if not recipe.peers[name].frozen]
     checkpointing = recipe.training.activation_checkpointing
     values = sum((c.checkpointed or 0.0) if checkpointing else c.activations for c in trained)
+    graph = recipe.graph()
+    projected = [*plan.configs, *(graph.names[i] for i in graph.lessons())]  # once more for cached teachers
     return config.weight_bytes * tokens * values + sum(
-        logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size)
-        for name in plan.configs
+        logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size) for name in projected
     )
