@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ctcd_ds.objective.batch import Batch, Drawn
-from ctcd_ds.objective.fused import KEPT_BYTES, Gradients, Losses, tiles
+from ctcd_ds.objective.fused import Gradients, Losses, keeps, tiles
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.projection import Projection, project, slope_of
 
@@ -78,7 +78,7 @@ class _Lesson(NamedTuple):
 
     def tiles(self, projection: Projection) -> list[slice]:
         sizes = projection.hidden.shape if projection.weight is not None else projection.hidden.shape[:1]
-        return tiles(max(sizes), self.vocab_size)
+        return tiles(max(sizes), self.vocab_size, projection.hidden.device)
 
     def columns(self, tile: slice) -> int:
         """So many columns of a tile are no padding."""
@@ -111,7 +111,7 @@ class _Cached(torch.autograd.Function):
             for mean, drawn in zip(chosen, lesson.drawn, strict=True):
                 inside, at = lesson.inside(tile, drawn)
                 mean += torch.where(inside, z.gather(1, at), 0.0).mean(dim=1)
-            if 4 * len(hidden) * lesson.vocab_size <= KEPT_BYTES:
+            if keeps(len(hidden), lesson.vocab_size, hidden.device):
                 kept[tile.start] = logits
 
         terms = []
@@ -139,5 +139,5 @@ class _Cached(torch.autograd.Function):
             for weighed, drawn in zip(lesson.weights, lesson.drawn, strict=True):
                 inside, at = lesson.inside(tile, drawn)
                 gradient.scatter_add_(1, at, torch.where(inside, -tau * weighed / at.shape[1], 0.0))
-            gradients.add(projection, tile, logits, slope)
+            gradients.add(projection, tile, logits.to(projection.dtype), slope)
         return None, *gradients.done()

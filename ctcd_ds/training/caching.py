@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.hashing import CACHE_DRAWS, extended, hashed
 from ctcd_ds.corpus.workplace import locked, same_plan
+from ctcd_ds.kinds import folder_kind
 from ctcd_ds.manifest import read_manifest, sampled_entry, sync_directory, write_manifest
 from ctcd_ds.objective.cached import draw
 from ctcd_ds.objective.projection import chunks, project
@@ -81,10 +82,11 @@ def write_cache(plan: Plan, peer: str, draws: int, output_dir: Path, device: tor
                 count = min(content["file_rows"], content["rows"] - first)
                 if (name := file_name(number)) not in files:
                     answers = _answers(plan, peer, teacher, draws, first // micro_batch, count // micro_batch, device)
-                    files[name] = _write(output_dir / name, answers)
-                    write_manifest(output_dir / PROGRESS, {**content, "files": files})
-                bar.update(count)
-        write_manifest(output_dir / "manifest.json", {**content, "files": files})
+                    files[name] = _write(output_dir / name, answers, bar, micro_batch)
+                    write_manifest(output_dir / PROGRESS, {**content, "files": dict(sorted(files.items()))})
+                else:
+                    bar.update(count)
+        write_manifest(output_dir / "manifest.json", {**content, "files": dict(sorted(files.items()))})
         (output_dir / PROGRESS).unlink()
     return Cache.open(output_dir)
 
@@ -96,10 +98,10 @@ def _teacher(plan: Plan, peer: str) -> Any:
 
 
 def _is_finished(output_dir: Path, content: dict[str, Any]) -> bool:
-    if not (output_dir / "manifest.json").exists():
+    if folder_kind(output_dir) != "cache":
         return False
     there = read_manifest(output_dir / "manifest.json")
-    same_plan(output_dir, _without_files(there), content, "a finished cache or other things")
+    same_plan(output_dir, _without_files(there), content, "a finished cache")
     (output_dir / PROGRESS).unlink(missing_ok=True)
     return True
 
@@ -124,12 +126,13 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _write(path: Path, pieces: Iterator[np.ndarray]) -> dict[str, Any]:
-    """The pieces as a file, whole or not at all; its entry in the manifest."""
+def _write(path: Path, pieces: Iterator[np.ndarray], bar: Any, rows: int) -> dict[str, Any]:
+    """The pieces, of so many rows each, as a file that is whole or not there; its entry in the manifest."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         for piece in pieces:
             file.write(piece.tobytes())
+            bar.update(rows)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

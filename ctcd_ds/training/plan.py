@@ -44,6 +44,7 @@ class Plan:
     corpus: Corpus
     deepspeed: DeepSpeedConfig
     world: int
+    device: str
     rows: Rows
     valid: dict[str, Rows]
     task: Task
@@ -165,8 +166,8 @@ def make_plan(
         mistakes += _checkpointing_mistakes(recipe, configs, costs)
     if mistakes:
         raise Mistakes("this run", mistakes)
-    return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, sections, begun, new_tokens,
-                teachers)  # fmt: skip
+    begun_with = (sections, begun, new_tokens, teachers)
+    return Plan(recipe, corpus, config, world, device, rows, valid, task, configs, costs, steps, *begun_with)
 
 
 def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
@@ -379,5 +380,6 @@ def _activation_bytes(plan: Plan) -> float:
     graph = recipe.graph()
     projected = [*plan.configs, *(graph.names[i] for i in graph.lessons())]  # once more for cached teachers
     return config.weight_bytes * tokens * values + sum(
-        logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size) for name in projected
+        logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size, plan.device)
+        for name in projected
     )
