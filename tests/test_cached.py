@@ -132,7 +132,12 @@ def oracle(
 @pytest.mark.parametrize("kept_bytes", [0, 2**26])
 @pytest.mark.parametrize(
     ("n", "weights", "live"),
-    [(1, [{0: 1.0}], False), (2, [{0: 0.7, 1: 4.0}], True), (3, [{1: 1.0}, {1: 2.0, 2: 0.5}], True)],
+    [
+        (1, [{0: 1.0}], False),
+        (2, [{1: 2.0}], False),
+        (2, [{0: 0.7, 1: 4.0}], True),
+        (3, [{1: 1.0}, {1: 2.0, 2: 0.5}], True),
+    ],
 )
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "cap", "logits"])
 def test_values_and_gradients_are_the_oracles(

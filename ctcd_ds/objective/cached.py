@@ -78,7 +78,11 @@ class _Lesson(NamedTuple):
 
     def tiles(self, projection: Projection) -> list[slice]:
         sizes = projection.hidden.shape if projection.weight is not None else projection.hidden.shape[:1]
-        return tiles(max(sizes), self.vocab_size, projection.hidden.device)
+        return tiles(max(sizes), self.vocab_size, projection.hidden.device, self.keeps(projection))
+
+    def keeps(self, projection: Projection) -> bool:
+        """Whether the logits wait for the backward pass."""
+        return keeps(len(projection.hidden), self.vocab_size, projection.hidden.device)
 
     def columns(self, tile: slice) -> int:
         """So many columns of a tile are no padding."""
@@ -111,7 +115,7 @@ class _Cached(torch.autograd.Function):
             for mean, drawn in zip(chosen, lesson.drawn, strict=True):
                 inside, at = lesson.inside(tile, drawn)
                 mean += torch.where(inside, z.gather(1, at), 0.0).mean(dim=1)
-            if keeps(len(hidden), lesson.vocab_size, hidden.device):
+            if lesson.keeps(projection):
                 kept[tile.start] = logits
 
         terms = []
