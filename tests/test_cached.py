@@ -483,6 +483,11 @@ def test_the_command_writes_it_and_says_how_to_train_with_it(
     assert "student      learns from teacher            weight 4" in out
     code, _, err = command(monkeypatch, capsys, *line, "--draws", 4)
     assert code == 2 and "draws is 3 there and 4 here" in err
+    file = tmp_path / "cache" / "draws-00000.bin"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    code, _, err = command(monkeypatch, capsys, "launchers/pretrain.py", *words[3:])
+    assert code == 1 and "is damaged; copy it again" in err and "draws-00000.bin: sha256" in err
+    assert not (tmp_path / "run" / "checkpoints").exists()
     for variable, value in {
         "RANK": 0,
         "LOCAL_RANK": 0,
