@@ -31,7 +31,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, *argument
 
 def environment() -> dict[str, str]:
     """This environment with the interpreter's folder on the path (deepspeed, ninja) and no launcher's variables."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
 
 

@@ -13,6 +13,7 @@ import forks
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads beyond the cores wait for each other, and burn what they wait
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # two ranks on a machine with one GPU, or none
 os.environ.setdefault(forks.OWNER, str(os.getpid()))  # all workers of one pytest share the servers that fork
 
