@@ -163,7 +163,7 @@ MODULE = "ctcd_ds.commands.pretrain"
 def test_the_command_of_a_resumed_run_is_the_one_that_repeats_it(
     script: str, world: int, local_world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told from what a launcher made of it, and taken by the launcher's own parser: its ranks, the script, our words."""
+    """Told from what a launcher made of it, and taken by that launcher's own parser: ranks, script, our words."""
     from deepspeed.launcher.runner import parse_args
     from torch.distributed.run import get_args_parser
 
