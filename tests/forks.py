@@ -54,7 +54,7 @@ LIBRARIES = (
 
 
 class Forked:
-    """A forked process, by the part of `subprocess.Popen` that tests use."""
+    """A forked process, by the part of `subprocess.Popen` that tests use, and `subprocess.run`."""
 
     def __init__(self, channel: socket.socket, line: Sequence[str]) -> None:
         self._channel = channel
@@ -76,6 +76,16 @@ class Forked:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
             self._channel.close()
         return self.returncode
+
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[None, None]:
+        self.wait(timeout)
+        return None, None
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -76,12 +76,20 @@ def test_what_it_starts_is_forked_as_well(tmp_path: Path) -> None:
         "both = [subprocess.Popen([sys.executable, '-m', 'within', 'a b'], start_new_session=True),\n"
         "        subprocess.Popen([sys.executable, '-u', 'within.py', '7'], stdout=sys.stdout)]\n"
         "assert [one.wait() for one in both] == [0, 0], both\n"
+        "assert subprocess.run([sys.executable, '-m', 'within', '8']).returncode == 0\n"
         "print(subprocess.run([sys.executable, '-c', 'print(9)'], capture_output=True, text=True).stdout)\n"
         "print({type(one).__name__ for one in both}, file=sys.stderr)\n"
     )
     done = forks.run([str(tmp_path / "outer.py")], environment(), tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")) == ["", "", "9", "['7'] __main__ False", "['a b'] __main__ True"]
+    assert sorted(done.stdout.split("\n")) == [
+        "",
+        "",
+        "9",
+        "['7'] __main__ False",
+        "['8'] __main__ False",
+        "['a b'] __main__ True",
+    ]
     assert ("Forked" in done.stderr) != ("CTCD_TRUE_STARTS" in os.environ)
 
 

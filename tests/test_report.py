@@ -108,6 +108,11 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert len(text) < 3_000_000
 
 
+def test_the_commands_that_repeat_the_runs_are_there_with_their_folder(page: Path) -> None:
+    commands = re.findall(r'<pre class="command">(.*?)</pre>', page.read_text())
+    assert commands and all(line.startswith(f"cd {ROOT} &amp;&amp; python {ROOT}/tests/runs.py ") for line in commands)
+
+
 def test_every_picture_is_drawn_inline_and_as_png(page: Path) -> None:
     found = re.findall(r'<figure id="([^"]+)">.*?(<svg.*?</svg>)', page.read_text(), flags=re.DOTALL)
     names = {name for name, _ in found}
@@ -375,6 +380,15 @@ def test_no_screen_scrolls_sideways(browser: Any, page: Path, width: int) -> Non
     tab.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.locator("figure svg").first.bounding_box()["width"] > 0.8 * min(width, 640) - 60
+
+
+@pytest.mark.browser
+def test_a_phone_shows_the_first_number_of_every_row(browser: Any, page: Path) -> None:
+    tab, _ = opened(browser, page, viewport={"width": 390, "height": 800})
+    for table in tab.locator("table").all():
+        first = table.locator("tbody tr td.n:not(.n ~ .n)")
+        boxes = [cell.bounding_box() for cell in first.all()]
+        assert boxes and all(box["x"] + box["width"] <= 390 for box in boxes), table.get_attribute("id")
 
 
 @pytest.mark.browser
