@@ -51,6 +51,11 @@ def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *arguments)]
 
 
+def forked_deepspeed(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`deepspeed_line` to its end, where the launcher and its ranks are forked."""
+    return run(str(Path(sys.executable).with_name("deepspeed")), *deepspeed_line(ranks, *arguments)[1:])
+
+
 def deepspeed(ranks: int, *arguments: object, timeout: int = PATIENCE_S) -> subprocess.CompletedProcess[str]:
     """Runs `deepspeed_line` to its end."""
     line = deepspeed_line(ranks, *arguments)

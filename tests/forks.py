@@ -215,15 +215,17 @@ _POPEN = subprocess.Popen
 _LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 
 
-def _start_from_within(line: Any, **options: Any) -> Any:
-    """In the place of subprocess.Popen in what is forked: Python without pipes is forked too, `deepspeed` likewise."""
+def popen(line: Any, **options: Any) -> Any:
+    """subprocess.Popen, also in what is forked; but Python without pipes is forked, and `deepspeed` likewise."""
     words = [] if isinstance(line, str) else list(map(str, line))
     outputs = [options.get(name) or getattr(sys, f"__{name}__") for name in ("stdout", "stderr")]
     plain = options.keys() <= {"env", "cwd", "stdout", "stderr", "start_new_session"}
-    if words[:1] not in ([sys.executable], [_LAUNCHER]) or not plain or any(isinstance(one, int) for one in outputs):
+    if words[:1] not in ([sys.executable], [_LAUNCHER], ["deepspeed"]) or not plain or int in map(type, outputs):
         return _POPEN(line, **options)
     if words[0] == sys.executable:
         words = words[2 if words[1] == "-u" else 1 :]
+    else:
+        words[0] = _LAUNCHER
     environment, place = options.get("env") or os.environ, Path(options.get("cwd") or Path.cwd())
     server, own_session = int(environment.get("RANK", 0)), options.get("start_new_session", False)
     return start(words, environment, place, *outputs, server, own_session)
@@ -245,7 +247,8 @@ def _run(line: Sequence[str]) -> None:
 if __name__ == "__main__":
     request = _serve(sys.argv[1], int(sys.argv[2]))
     for key in {*request["environment"], *os.environ}:
-        if key.startswith(READ_ON_IMPORT) and request["environment"].get(key) != os.environ.get(key):
+        read = key.startswith(READ_ON_IMPORT) and key != "PYTHONPATH"
+        if read and request["environment"].get(key) != os.environ.get(key):
             sys.exit(f"{key} was read while importing: what sets it needs a true start")
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -253,5 +256,5 @@ if __name__ == "__main__":
     if request["own_session"]:
         os.setsid()
     sys.modules["numpy"].random.seed()
-    subprocess.Popen = _start_from_within  # type: ignore[assignment,misc]
+    subprocess.Popen = popen  # type: ignore[assignment,misc]
     _run(request["line"])

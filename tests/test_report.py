@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands import ROOT, command, environment
+from commands import ROOT, command, run
 from ctcd_ds.evaluation.speed import ModelSpeed, Speed, Timing, write_speed
 from ctcd_ds.experiments.report.build import write_report
 from ctcd_ds.experiments.report.curves import Curves
@@ -60,8 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of these runs, by the command."""
     place = tmp_path_factory.mktemp("report")
-    line = [sys.executable, "tools/report.py", *runs, "--output_dir", place, "--agreement_rows", 32]
-    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    done = run("tools/report.py", *runs, "--output_dir", place, "--agreement_rows", 32)
     assert done.returncode == 0, done.stderr
     return place / "report.html"
 

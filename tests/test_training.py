@@ -80,17 +80,17 @@ def test_without_soft_weights_a_peer_trains_as_if_alone_bit_for_bit(
 
 @pytest.fixture(scope="module")
 def cut_in_many_ways(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same 50 steps of CTCD at 1 and 2 ranks and with accumulation 1, 2 and 4."""
+    """The same 20 steps of CTCD at 1 and 2 ranks and with accumulation 1 and 2."""
     folder, peers = tmp_path_factory.mktemp("cuts"), without_dropout(PEERS)
     for world in (1, 2):
         run_jobs(
             [
                 Job(
-                    {**recipe(corpus, peers, steps=50, valid_every=50), "objective": {"soft_positions": positions}},
+                    {**recipe(corpus, peers, steps=20, valid_every=20), "objective": {"soft_positions": positions}},
                     folder / f"{positions}-{world}x{accumulation}",
                     {**FP32, "gradient_accumulation_steps": accumulation},
                 )
-                for accumulation, positions in ((1, "targets"), (2, "targets"), (4, "targets"), (2, "all"))
+                for accumulation, positions in ((1, "targets"), (2, "targets"), (2, "all"))
             ],
             world,
             folder,
@@ -98,7 +98,7 @@ def cut_in_many_ways(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.parametrize("other", ["targets-1x2", "targets-1x4", "targets-2x1", "targets-2x2", "targets-2x4"])
+@pytest.mark.parametrize("other", ["targets-1x2", "targets-2x1", "targets-2x2"])
 def test_losses_do_not_depend_on_ranks_and_accumulation(cut_in_many_ways: Path, other: str) -> None:
     assert_equal_losses(cut_in_many_ways / "targets-1x1", cut_in_many_ways / other)
 
@@ -109,7 +109,7 @@ def test_soft_losses_at_all_positions_are_normalised_over_ranks_and_accumulation
 
 def assert_equal_losses(one: Path, other: Path) -> None:
     a, b = metrics(one), metrics(other)
-    assert len(a) == len(b) == 50
+    assert len(a) == len(b) == 20
     for step, row in a.items():
         for key in (k for k in row if k.startswith("loss/")):
             assert abs(row[key] - b[step][key]) <= 1e-5 * max(1.0, abs(row[key])), (step, key)
@@ -118,10 +118,10 @@ def assert_equal_losses(one: Path, other: Path) -> None:
 def test_losses_fall_and_the_soft_losses_are_there(cut_in_many_ways: Path) -> None:
     rows = metrics(cut_in_many_ways / "targets-1x1")
     for peer, other in (("teacher", "student"), ("student", "teacher")):
-        assert rows[50][f"loss/{peer}/hard"] < rows[1][f"loss/{peer}/hard"] - 0.1
-        assert rows[50][f"loss/{peer}/soft/{other}"] > 0
-        assert 0 <= rows[50][f"valid/{peer}/accuracy"] <= 1
-    assert 0 <= rows[50]["valid/agreement/teacher/student"] <= 1
+        assert rows[20][f"loss/{peer}/hard"] < rows[1][f"loss/{peer}/hard"] - 0.02
+        assert rows[20][f"loss/{peer}/soft/{other}"] > 0
+        assert 0 <= rows[20][f"valid/{peer}/accuracy"] <= 1
+    assert 0 <= rows[20]["valid/agreement/teacher/student"] <= 1
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
