@@ -52,7 +52,6 @@ def together_and_alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
         "fp32": FP32,
         "zero1": {"zero_optimization": {"stage": 1}},
         "bf16": {**BF16, "gradient_accumulation_steps": 2},
-        "accumulation": {**FP32, "gradient_accumulation_steps": 2},
     }
     jobs = []
     for kind, config in kinds.items():
@@ -62,7 +61,7 @@ def together_and_alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize("kind", ["fp32", "zero1", "bf16", "accumulation"])
+@pytest.mark.parametrize("kind", ["fp32", "zero1", "bf16"])
 @pytest.mark.parametrize("peer", ["teacher", "student"])
 def test_without_soft_weights_a_peer_trains_as_if_alone_bit_for_bit(
     together_and_alone: Path, kind: str, peer: str
@@ -217,10 +216,10 @@ def test_a_run_goes_on_with_any_number_of_ranks(corpus: Path, tmp_path: Path) ->
     AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "finished")
     peers["master"] = {"pretrained": str(tmp_path / "finished"), "frozen": True}
     peers["student"] |= {"soft": {"teacher": 2.0, "master": 2.0}}
-    plan = recipe(corpus, peers, steps=16, checkpoint_every=4, keep_checkpoints=9)
+    plan = recipe(corpus, peers, steps=8, checkpoint_every=2, keep_checkpoints=9)
     run_jobs([Job(plan, tmp_path / "whole"), Job(plan, tmp_path / "cut")], 1, tmp_path)
-    for step, world in ((4, 2), (8, 1), (12, 4)):
-        for later in range(step + 4, 17, 4):
+    for step, world in ((2, 2), (4, 1), (6, 4)):
+        for later in range(step + 2, 9, 2):
             drop_checkpoint(tmp_path / "cut", later)
         run_jobs([Job(plan, tmp_path / "cut", resume=True)], world, tmp_path)
     whole, cut = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
