@@ -54,6 +54,7 @@ class CoTraining(nn.Module):
             way_of(peer)  # found before the first step, in fp32 for whoever learns
         self.graph = graph
         self.vocab_size, self.temperature, self.seed = vocab_size, temperature, seed
+        self.compiled = False
 
     def train(self, mode: bool = True) -> CoTraining:
         """Frozen peers stay in eval mode: a finished teacher has no dropout."""
@@ -70,13 +71,16 @@ class CoTraining(nn.Module):
             torch.manual_seed(seed_of(self.seed, "dropout", name, micro_step, rank))
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
                 projections.append(project_positions(self.peers[name], view.inputs, view.positions))
-        return fused_objective(projections, batch, graph or self.graph, self.vocab_size, self.temperature)
+        return fused_objective(
+            projections, batch, graph or self.graph, self.vocab_size, self.temperature, self.compiled
+        )
 
-    def compile_encoders(self) -> None:
-        """Compiles each peer's encoder in place (names of weights stay); rows and batches have one shape all along.
+    def compile_parts(self) -> None:
+        """Compiles the objective's functions and each peer's encoder in place; batches have one shape all along.
 
-        Its forward is compiled, not the module: hooks then run outside of the graph, which stays one.
+        An encoder's forward is compiled, not the module: names of weights stay, and hooks run outside of the graph.
         """
+        self.compiled = True
         part: Any
         for part in (part for peer in self.peers.values() for part in compilable(peer)):
             part.forward = torch.compile(part.forward, dynamic=False)
