@@ -30,6 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+_POPEN = subprocess.Popen  # the true one
 SERVERS = 2
 OWNER = "CTCD_TESTS_OWNER"  # the process that all workers of this pytest belong to
 # Libraries read these while they are imported, which was long ago in the server.
@@ -110,7 +111,8 @@ def start(
     """Starts `python LINE…`, LINE beginning with a script's path or `-m`. `server`: whose string hashes it has."""
     if "CTCD_TRUE_STARTS" in os.environ:
         whole = [sys.executable, *line]
-        return subprocess.Popen(whole, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        files = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+        return _POPEN(whole, env=environment, cwd=cwd, start_new_session=own_session, **files)
     channel = _connect(server % SERVERS)
     wanted = {"line": list(line), "environment": dict(environment), "cwd": str(cwd), "own_session": own_session}
     request = json.dumps(wanted).encode()
@@ -211,7 +213,6 @@ def _import_everything() -> None:
         importlib.import_module(module.name)
 
 
-_POPEN = subprocess.Popen
 _LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 
 
