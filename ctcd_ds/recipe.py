@@ -267,11 +267,16 @@ class TrainingSection(Section):
 
 
 class Recipe(Section):
-    """A whole run. Build it with `load_recipe`, which reports all mistakes at once."""
+    """A whole run. Build it with `load_recipe`, which reports all mistakes at once.
+
+    `cached_teachers`: name → the directory that `ctcd cache_logits` wrote: a finished model that peers learn from as
+    from a frozen one, without its being there.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     corpus: CorpusSection
     peers: dict[str, PeerSection]
+    cached_teachers: dict[str, str] = {}
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -283,19 +288,21 @@ class Recipe(Section):
         return self.optimizer.model_copy(update=own)
 
     def graph(self) -> DistillationGraph:
-        """The distillation graph, peers in the recipe's order."""
-        weights = [[peer.soft.get(other, 0.0) for other in self.peers] for peer in self.peers.values()]
+        """The distillation graph, peers in the recipe's order, then the cached teachers."""
+        sections = {**self.peers, **dict.fromkeys(self.cached_teachers, PeerSection(frozen=True))}
+        weights = [[peer.soft.get(other, 0.0) for other in sections] for peer in sections.values()]
         courses = tuple(tuple(w.course if isinstance(w, CourseSection) else None for w in row) for row in weights)
         usual, jsd = self.objective.divergence, Divergence("jsd", self.objective.jsd_beta)
-        kinds = [[peer.divergence.get(other, usual) for other in self.peers] for peer in self.peers.values()]
+        kinds = [[peer.divergence.get(other, usual) for other in sections] for peer in sections.values()]
         divergences = tuple(tuple(jsd if kind == "jsd" else Divergence(kind) for kind in row) for row in kinds)
         return DistillationGraph(
-            names=tuple(self.peers),
-            hard=tuple(peer.hard_weight for peer in self.peers.values()),
+            names=tuple(sections),
+            hard=tuple(peer.hard_weight for peer in sections.values()),
             soft=tuple(tuple(w.course.largest if isinstance(w, CourseSection) else w for w in row) for row in weights),
-            trained=tuple(not peer.frozen for peer in self.peers.values()),
+            trained=tuple(not peer.frozen for peer in sections.values()),
             courses=courses if any(map(any, courses)) else (),
             divergences=divergences if any(d != KL for row in divergences for d in row) else (),
+            cached=len(self.cached_teachers),
         )
 
     def resolved(self) -> dict[str, Any]:
@@ -317,21 +324,25 @@ class Recipe(Section):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML or JSON recipe, applies `a.b=c` overrides, validates everything.
 
-    `peers.NAME=null` takes a peer away, and what the others would learn from it.
+    `peers.NAME=null` takes a peer away, and what the others would learn from it (a cached teacher may take its place).
     Relative paths in it are relative to the current directory and come out absolute where they exist.
     Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
     """
     raw = read_file(path, "recipe")
     peers, sources = dict(_named(raw, "peers")), dict(_named(raw, "corpus", "sources"))
+    caches = dict(_named(raw, "cached_teachers"))
     mistakes = [m for override in overrides if (m := apply_override(raw, override))]
-    mistakes += _take_away(raw, peers)
+    mistakes += _take_away(raw, "peers", peers)
+    mistakes += _take_away(raw, "cached_teachers", caches)
     mistakes += _take_sources_away(raw, sources)
     mistakes += recipe_mistakes(raw)
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
     corpora = [raw["corpus"], *_named(raw, "corpus", "sources").values()]
     starts = [*raw["peers"].values(), *map(_init_from, raw["peers"].values())]
-    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in starts)]:
+    given = _named(raw, "cached_teachers")
+    places = [*((c, "path") for c in corpora), *((p, "pretrained") for p in starts), *((given, name) for name in given)]
+    for section, key in places:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
@@ -356,14 +367,18 @@ def _take_sources_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
                 yield f"corpus.sources.{name}: no source has this name; {near} (a new one needs a path)"
 
 
-def _take_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
-    """Removes the peers that an override made null, and what others learn from them; says which are not `known`."""
-    peers = _named(raw, "peers")
-    for name in [name for name, peer in peers.items() if peer is None and (known.get(name) or name not in known)]:
-        del peers[name]
+def _take_away(raw: Any, section: str, known: Mapping[str, Any]) -> Iterator[str]:
+    """Removes the members of `section` (peers or cached_teachers) that an override made null, and what is learned from
+    them unless the other section has the name too; says which are not `known`.
+    """
+    peers, caches = _named(raw, "peers"), _named(raw, "cached_teachers")
+    members = peers if section == "peers" else caches
+    for name in [name for name, one in members.items() if one is None and (known.get(name) or name not in known)]:
+        del members[name]
         if name not in known:
-            yield f"peers.{name} = null: no peer has this name; {did_you_mean(name, known)}"
-        for peer in peers.values():
+            what = "peer" if section == "peers" else "cached teacher"
+            yield f"{section}.{name} = null: no {what} has this name; {did_you_mean(name, known)}"
+        for peer in peers.values() if name not in peers.keys() | caches.keys() else ():
             if isinstance(peer, dict) and isinstance(edges := peer.get("soft"), dict):
                 edges.pop(name, None)
 
@@ -377,7 +392,7 @@ def recipe_mistakes(raw: Any) -> list[str]:
         Recipe.model_validate(raw)
     except ValidationError as problem:
         mistakes = [explain(error, Recipe) for error in problem.errors()]
-    for more in (_corpus_mistakes, _peer_mistakes, _training_mistakes, _task_mistakes):
+    for more in (_corpus_mistakes, _peer_mistakes, _cache_mistakes, _training_mistakes, _task_mistakes):
         mistakes += more(raw)
     return mistakes
 
@@ -448,8 +463,8 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         for other, weight in soft.items() if isinstance(soft, dict) else ():
             if other == name:
                 yield f"{here}.soft.{other} = {weight}: a peer does not learn from itself"
-            elif other not in peers:
-                others = did_you_mean(other, set(peers) - {name})
+            elif other not in peers and other not in _named(raw, "cached_teachers"):
+                others = did_you_mean(other, {*peers, *_named(raw, "cached_teachers")} - {name})
                 yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
         weighted = any(soft.values()) if isinstance(soft, dict) else True
         yield from _course_mistakes(here, peer)
@@ -470,6 +485,32 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             yield f"{here}.hard = 0: with no soft weight either, the peer learns from nothing; give it one"
     if peers and all(isinstance(p, dict) and p.get("frozen") is True for p in peers.values()):
         yield "peers: all are frozen, so there is nothing to train"
+
+
+def _cache_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    """What cannot be together with cached teachers: they were asked once, all alike, and few tokens are kept."""
+    caches, peers, objective = _named(raw, "cached_teachers"), _named(raw, "peers"), _named(raw, "objective")
+    for name in caches:
+        if not re.fullmatch(NAME, str(name)):
+            yield f"cached_teachers.{name}: a teacher's name is letters, digits, _ and -, and begins with a letter"
+        if name in peers:
+            yield f"cached_teachers.{name} = {caches[name]!r}: a peer has this name too; remove it (peers.{name}=null)"
+    for name, peer in peers.items() if caches else ():
+        if not isinstance(peer, dict):
+            continue
+        for key in ("mask_seed", "mask_fraction"):
+            if peer.get(key) is not None:
+                yield (
+                    f"peers.{name}.{key} = {peer[key]}: cached teachers were asked where the recipe masks; remove "
+                    "it, or let the teacher be a frozen peer"
+                )
+        for other, weight in _named(peer, "soft").items():
+            kind = _named(peer, "divergence").get(other, objective.get("divergence", "kl"))
+            if other in caches and weight and kind != "kl":
+                yield (
+                    f"peers.{name}.divergence.{other} = {kind!r}: a cache's few tokens give KL's gradient only; write "
+                    "kl, or let the teacher be a frozen peer"
+                )
 
 
 def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:

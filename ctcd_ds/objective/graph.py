@@ -17,6 +17,8 @@ class DistillationGraph:
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
     `courses[i][j]`: how the weight of edge i ← j changes over the run, if it does; `soft` then has the most it ever is.
     `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
+    `cached`: so many names, the last ones, are of finished teachers without a model in the run: what they predict was
+    written down before.
     """
 
     names: tuple[str, ...]
@@ -25,6 +27,7 @@ class DistillationGraph:
     trained: tuple[bool, ...]
     courses: tuple[tuple[Course | None, ...], ...] = ()
     divergences: tuple[tuple[Divergence, ...], ...] = ()
+    cached: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -57,6 +60,29 @@ class DistillationGraph:
         rows = zip(self.soft, self.courses, strict=True)
         soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows)
         return replace(self, soft=soft, courses=())
+
+    @property
+    def live(self) -> DistillationGraph:
+        """The graph of the models only, without what they learn from cached teachers."""
+        if not self.cached:
+            return self
+        n = len(self.names) - self.cached
+        return DistillationGraph(
+            names=self.names[:n],
+            hard=self.hard[:n],
+            soft=tuple(row[:n] for row in self.soft[:n]),
+            trained=self.trained[:n],
+            courses=tuple(row[:n] for row in self.courses[:n]),
+            divergences=tuple(row[:n] for row in self.divergences[:n]),
+        )
+
+    def lessons(self) -> dict[int, dict[str, float]]:
+        """{learner: {cached teacher: weight}}."""
+        found: dict[int, dict[str, float]] = {}
+        for i, j, weight in self.edges():
+            if j >= len(self.names) - self.cached:
+                found.setdefault(i, {})[self.names[j]] = weight
+        return found
 
     def hard_peers(self) -> Iterator[int]:
         """The peers that learn from the ground truth."""

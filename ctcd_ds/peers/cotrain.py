@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ctcd_ds.objective.batch import Batch
+from ctcd_ds.objective.cached import with_cached
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
@@ -59,21 +60,26 @@ class CoTraining(nn.Module):
     def train(self, mode: bool = True) -> CoTraining:
         """Frozen peers stay in eval mode: a finished teacher has no dropout."""
         super().train(mode)
-        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+        for name, trained in self._peers():
             if not trained:
                 self.peers[name].eval()
         return self
 
+    def _peers(self) -> Iterator[tuple[str, bool]]:
+        """(name, whether it learns) of every peer."""
+        return zip(self.peers, self.graph.trained, strict=False)  # cached teachers come last in the graph
+
     def forward(self, batch: Batch, micro_step: int, rank: int = 0, graph: DistillationGraph | None = None) -> Losses:
         """The losses of one micro-batch; `micro_step` counts over the whole run, `graph` is what holds at this step."""
         projections = []
-        for name, trained, view in zip(self.graph.names, self.graph.trained, batch.views, strict=True):
+        graph = graph or self.graph
+        live = graph.live
+        for name, trained, view in zip(live.names, live.trained, batch.views, strict=True):
             torch.manual_seed(seed_of(self.seed, "dropout", name, micro_step, rank))
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
                 projections.append(project_positions(self.peers[name], view.inputs, view.positions))
-        return fused_objective(
-            projections, batch, graph or self.graph, self.vocab_size, self.temperature, self.compiled
-        )
+        losses = fused_objective(projections, batch, live, self.vocab_size, self.temperature, self.compiled)
+        return with_cached(losses, projections, batch, graph, self.vocab_size, self.temperature)
 
     def compile_parts(self) -> None:
         """Compiles the objective's functions and each peer's encoder in place; batches have one shape all along.
@@ -87,7 +93,7 @@ class CoTraining(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Of each layer of a trained peer only the input is kept; backward runs the layer again."""
-        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+        for name, trained in self._peers():
             if trained:
                 checkpoint_layers(self.peers[name])
 
@@ -98,7 +104,7 @@ class CoTraining(nn.Module):
         and learning rates find it again inside ZeRO.
         """
         groups = []
-        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+        for name, trained in self._peers():
             if not trained:
                 continue
             own = settings[name]
