@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import KL, Divergence
+from ctcd_ds.objective.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class DistillationGraph:
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
     `courses[i][j]`: how the weight of edge i ← j changes over the run, if it does; `soft` then has the most it ever is.
     `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
+    `signals`: what is learned from the insides of peers, beside their predictions; in `soft` and `terms` is none of it.
     """
 
     names: tuple[str, ...]
@@ -25,6 +27,7 @@ class DistillationGraph:
     trained: tuple[bool, ...]
     courses: tuple[tuple[Course | None, ...], ...] = ()
     divergences: tuple[tuple[Divergence, ...], ...] = ()
+    signals: tuple[Signal, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -52,11 +55,11 @@ class DistillationGraph:
 
     def at(self, done: float) -> DistillationGraph:
         """The graph when `done` (0 to 1) of the run is over: every weight is what it is then."""
-        if not self.courses:
+        if not self.courses and not self.signals:
             return self
-        rows = zip(self.soft, self.courses, strict=True)
-        soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows)
-        return replace(self, soft=soft, courses=())
+        rows = zip(self.soft, self.courses, strict=True) if self.courses else ()
+        soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows) or self.soft
+        return replace(self, soft=soft, courses=(), signals=tuple(signal.at(done) for signal in self.signals))
 
     def hard_peers(self) -> Iterator[int]:
         """The peers that learn from the ground truth."""
@@ -74,8 +77,12 @@ class DistillationGraph:
         """The peers that teach another or learn from one."""
         return {self.names[k] for i, j, _ in self.edges() for k in (i, j)}
 
+    def name_of(self, signal: Signal) -> str:
+        """The loss of a signal by its name in metrics.jsonl."""
+        return f"loss/{self.names[signal.learner]}/{signal.kind}/{self.names[signal.teacher]}"
+
     def terms(self) -> list[str]:
-        """Every loss by its name in metrics.jsonl, hard losses first."""
+        """Every loss of predictions by its name in metrics.jsonl, hard losses first."""
         hard = [f"loss/{self.names[i]}/hard" for i in self.hard_peers()]
         return hard + [f"loss/{self.names[i]}/soft/{self.names[j]}" for i, j, _ in self.edges()]
 
@@ -90,7 +97,9 @@ class DistillationGraph:
         ]
         soft = [f"{self.names[i]:<12} learns from {self.names[j]:<18} weight {self.said(i, j)}"
                 for i, j, _ in self.edges()]  # fmt: skip
-        return hard + soft
+        inner = [f"{self.names[s.learner]:<12} learns from {self.names[s.teacher]:<18} weight {s.said()}: {s}"
+                 for s in self.signals]  # fmt: skip
+        return hard + soft + inner
 
     def said(self, i: int, j: int) -> str:
         """The weight of edge i ← j in words."""

@@ -19,6 +19,8 @@ from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
 from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
+from ctcd_ds.peers.signals import signal_mistakes, watched
+from ctcd_ds.peers.states import planned_shapes
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
@@ -158,9 +160,23 @@ def make_plan(
             mistakes.append(f"peers.{name}: {mistake}")
     if recipe.training.activation_checkpointing:
         mistakes += _checkpointing_mistakes(recipe, configs, costs)
+    if recipe.graph().signals and not mistakes:
+        mistakes += _signal_mistakes(recipe, configs, auto)
     if mistakes:
         raise Mistakes("this run", mistakes)
     return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, sections, begun, new_tokens)
+
+
+def _signal_mistakes(recipe: Recipe, configs: Mapping[str, Any], auto: Any) -> Iterator[str]:
+    """What is to be learned from the insides of peers, and is not there."""
+    graph, shapes = recipe.graph(), {}
+    for name in watched(graph):
+        try:
+            shapes[name] = planned_shapes(configs[name], auto)
+        except UserError as mistake:
+            yield f"peers.{name}: {mistake}"
+    if shapes.keys() == set(watched(graph)):
+        yield from signal_mistakes(graph, shapes)
 
 
 def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
