@@ -132,10 +132,14 @@ class CourseSection(Section):
         return Course(**self.model_dump())
 
 
+def _number_or_course(value: Any) -> str:
+    return "[course]" if isinstance(value, dict | CourseSection) else "[number]"
+
+
 # Tags are left out of messages, as all parts of a place with a bracket are.
 Weight = Annotated[
     Annotated[CourseSection, Tag("[course]")] | Annotated[NotNegative, Tag("[number]")],
-    Discriminator(lambda value: "[course]" if isinstance(value, dict | CourseSection) else "[number]"),
+    Discriminator(_number_or_course),
 ]
 
 
@@ -175,6 +179,12 @@ class RelationsSection(Section):
     ] = "last"
     heads: Count
     of: Annotated[tuple[Relation, ...], Field(strict=False, min_length=1)] = ("query", "key", "value")
+
+
+# As a weight, but never 0: what is divided by it would be anything.
+Temperature = Annotated[
+    Annotated[CourseSection, Tag("[course]")] | Annotated[Positive, Tag("[number]")], Discriminator(_number_or_course)
+]
 
 
 class InitFrom(Section):
@@ -258,7 +268,9 @@ class PeerSection(Section):
 
 
 class ObjectiveSection(Section):
-    """`soft_positions`: distil at the target positions, or at all that are not special tokens.
+    """`temperature`: τ of the soft losses, a number or how it changes over the run.
+
+    `soft_positions`: distil at the target positions, or at all that are not special tokens.
 
     `divergence`: what the soft losses are, KL(teaching ‖ learning), KL(learning ‖ teaching) (reverse_kl), or
     Jensen-Shannon's (jsd), to whose mixture the teaching peer gives the share `jsd_beta`.
@@ -266,7 +278,7 @@ class ObjectiveSection(Section):
     """
 
     task: Task = "mlm"
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     divergence: Kind = "kl"
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     soft_positions: Literal["targets", "all"] = "targets"
@@ -347,6 +359,8 @@ class Recipe(Section):
             trained=tuple(not peer.frozen for peer in self.peers.values()),
             courses=courses if any(map(any, courses)) else (),
             divergences=divergences if any(d != KL for row in divergences for d in row) else (),
+            temperature=tau.then if isinstance(tau := self.objective.temperature, CourseSection) else tau,
+            temperature_course=tau.course if isinstance(tau, CourseSection) else None,
             signals=tuple(signal for signal in self._signals() if signal.weight),
         )
 
@@ -448,7 +462,7 @@ def recipe_mistakes(raw: Any) -> list[str]:
         Recipe.model_validate(raw)
     except ValidationError as problem:
         mistakes = [explain(error, Recipe) for error in problem.errors()]
-    for more in (_corpus_mistakes, _peer_mistakes, _training_mistakes, _task_mistakes):
+    for more in (_corpus_mistakes, _peer_mistakes, _temperature_mistakes, _training_mistakes, _task_mistakes):
         mistakes += more(raw)
     return mistakes
 
@@ -559,11 +573,7 @@ def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:
         return  # said already
     courses = {key: weight for key, weight in peer.weights.items() if isinstance(weight, CourseSection)}
     for key, course in courses.items():
-        if round(course.after + course.over, 9) > 1:
-            yield (
-                f"{here}.{key}: after {course.after:g} and over {course.over:g} make more than the whole run, "
-                "which is 1: lower one of them"
-            )
+        yield from _length_mistakes(f"{here}.{key}", course)
     # Between two such moments weights are on lines and not below 0: a sum that is 0 anywhere is 0 at one of them.
     moments = sorted({0.0, *(c.after for c in courses.values()), *(c.after + c.over for c in courses.values())})
     for done in moments if courses and peer.hard == 0 else ():
@@ -574,6 +584,28 @@ def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:
                 "the peer learns from nothing; give it a hard weight"
             )
             return
+
+
+def _length_mistakes(key: str, course: CourseSection) -> Iterator[str]:
+    if round(course.after + course.over, 9) > 1:
+        yield (
+            f"{key}: after {course.after:g} and over {course.over:g} make more than the whole run, which is 1: lower "
+            "one of them"
+        )
+
+
+def _temperature_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    objective = raw.get("objective")
+    try:
+        course = CourseSection.model_validate(objective.get("temperature") if isinstance(objective, dict) else None)
+    except ValidationError:
+        return  # a number, or said already
+    if not (course.first and course.then):
+        yield (
+            f"objective.temperature: {course.course}: logits are divided by it, so that it must be greater than 0 all "
+            "along; give first and then"
+        )
+    yield from _length_mistakes("objective.temperature", course)
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:

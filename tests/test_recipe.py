@@ -84,6 +84,12 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("peers.a/b", {"model": {"model_type": "bert"}}, "a peer's name is letters"),
         ("peers", {}, "at least one peer"),
         ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
+        ("objective.temperature", {"then": 2}, "objective.temperature: 0 until 0% of the steps, then 2: logits are"),
+        (
+            "objective.temperature",
+            {"first": 4, "then": 1, "after": 0.9, "over": 0.2},
+            "after 0.9 and over 0.2 make more",
+        ),
         (
             "peers.student.hidden",
             {"techer": {"weight": 1}},
@@ -181,10 +187,13 @@ def test_a_late_start_as_earlier_versions_wrote_it_is_read() -> None:
     first=st.floats(0, 9), then=st.floats(0, 9), steps=st.integers(1, 40), after=st.integers(0, 10),
     over=st.integers(0, 10),
 )  # fmt: skip
-def test_a_weight_is_on_its_course_at_every_step(first: float, then: float, steps: int, after: int, over: int) -> None:
+def test_weights_and_temperatures_are_on_their_course_at_every_step(
+    first: float, then: float, steps: int, after: int, over: int
+) -> None:
     """Against numpy's line between two points; shares are tenths of the run. A weight of 0 is no edge."""
     begins, lasts = min(after, 9) / 10, min(over, 10 - min(after, 9)) / 10
     raw = changed("peers.student.soft.teacher", {"first": first, "then": then, "after": begins, "over": lasts})
+    raw["objective"] = {"temperature": {"first": first + 1, "then": then + 1, "after": begins, "over": lasts}}
     assert recipe_mistakes(raw) == []
     whole = Recipe.model_validate(raw).graph()
     for step in range(steps):
@@ -193,6 +202,7 @@ def test_a_weight_is_on_its_course_at_every_step(first: float, then: float, step
         jumps = then if done >= begins else first
         expected = np.interp(done, [begins, begins + lasts], [first, then]) if lasts else jumps
         assert graph.soft[1][0] == pytest.approx(expected, abs=1e-12) and graph.soft[0][1] == 1.0
+        assert graph.temperature == pytest.approx(expected + 1, abs=1e-12)
         assert ((1, 0) in [(i, j) for i, j, _ in graph.edges()]) == (graph.soft[1][0] != 0)
         assert graph.at(0.5) == graph, "what holds at a step is a graph without courses"
     assert whole.distilling() == {"teacher", "student"}

@@ -18,6 +18,7 @@ class DistillationGraph:
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
     `courses[i][j]`: how the weight of edge i ← j changes over the run, if it does; `soft` then has the most it ever is.
     `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
+    `temperature`: τ of all soft losses, or its end where it has a `temperature_course`.
     `signals`: what is learned from the insides of peers, beside their predictions; in `soft` and `terms` is none of it.
     """
 
@@ -27,6 +28,8 @@ class DistillationGraph:
     trained: tuple[bool, ...]
     courses: tuple[tuple[Course | None, ...], ...] = ()
     divergences: tuple[tuple[Divergence, ...], ...] = ()
+    temperature: float = 1.0
+    temperature_course: Course | None = None
     signals: tuple[Signal, ...] = ()
 
     def __post_init__(self) -> None:
@@ -40,6 +43,7 @@ class DistillationGraph:
         soft: Mapping[str, Mapping[str, float]],
         hard: Mapping[str, float] | None = None,
         frozen: Collection[str] = (),
+        temperature: float = 1.0,
     ) -> DistillationGraph:
         """A graph by names: {learner: {teacher: weight}} with every peer as a key, {peer: weight of its hard loss}.
 
@@ -51,15 +55,18 @@ class DistillationGraph:
             hard=tuple(0.0 if name in frozen else given.get(name, 1.0) for name in names),
             soft=tuple(tuple(soft[name].get(other, 0.0) for other in names) for name in names),
             trained=tuple(name not in frozen for name in names),
+            temperature=temperature,
         )
 
     def at(self, done: float) -> DistillationGraph:
-        """The graph when `done` (0 to 1) of the run is over: every weight is what it is then."""
-        if not self.courses and not self.signals:
+        """The graph when `done` (0 to 1) of the run is over: every weight, and τ, is what it is then."""
+        if not self.courses and not self.signals and not self.temperature_course:
             return self
+        tau = self.temperature_course.at(done) if self.temperature_course else self.temperature
         rows = zip(self.soft, self.courses, strict=True) if self.courses else ()
         soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows) or self.soft
-        return replace(self, soft=soft, courses=(), signals=tuple(signal.at(done) for signal in self.signals))
+        signals = tuple(signal.at(done) for signal in self.signals)
+        return replace(self, soft=soft, courses=(), temperature=tau, temperature_course=None, signals=signals)
 
     def hard_peers(self) -> Iterator[int]:
         """The peers that learn from the ground truth."""

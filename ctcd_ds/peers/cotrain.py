@@ -38,7 +38,6 @@ class CoTraining(nn.Module):
     Args:
         peers: Hugging Face models with a language-modelling head and one vocabulary, by the names of the graph.
         vocab_size: columns of their logits from here on are padding.
-        temperature: τ of all soft losses.
     Raises UserError where a model gives no logits that could be learned from, or none of the insides that the graph's
     signals are about.
     """
@@ -48,7 +47,6 @@ class CoTraining(nn.Module):
         peers: Mapping[str, nn.Module],
         graph: DistillationGraph,
         vocab_size: int,
-        temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -58,7 +56,7 @@ class CoTraining(nn.Module):
             way_of(peer)  # found before the first step, in fp32 for whoever learns
         self.signals = Signals(dict(self.peers.items()), graph, seed) if graph.signals else None
         self.graph = graph
-        self.vocab_size, self.temperature, self.seed = vocab_size, temperature, seed
+        self.vocab_size, self.seed = vocab_size, seed
 
     def train(self, mode: bool = True) -> CoTraining:
         """Frozen peers stay in eval mode: a finished teacher has no dropout."""
@@ -78,7 +76,7 @@ class CoTraining(nn.Module):
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()), watch as states:
                 projections.append(project_positions(peer, view.inputs, view.positions))
                 seen.append(states)
-        losses = fused_objective(projections, batch, graph, self.vocab_size, self.temperature)
+        losses = fused_objective(projections, batch, graph, self.vocab_size, graph.temperature)
         return self.signals.added(losses, seen, graph) if self.signals else losses
 
     def compile_encoders(self) -> None:

@@ -282,7 +282,7 @@ def _new_tokens(section: PeerSection, corpus: Corpus) -> list[int]:
 
 def describe(plan: Plan) -> str:
     """The plan as text: peers, graph, cost, batch, length."""
-    recipe, config = plan.recipe, plan.deepspeed
+    recipe, config, graph = plan.recipe, plan.deepspeed, plan.recipe.graph()
     training = recipe.training
     lines = [f"{'peer':<14}{'architecture':<14}{'parameters':>12}{'w/o embed.':>12}  {'FLOPs/token':>12}  source"]
     for name, section in recipe.peers.items():
@@ -291,7 +291,7 @@ def describe(plan: Plan) -> str:
         source = f"{section.origin or 'from scratch'}{', frozen' if section.frozen else ''}"
         sizes = f"{c.parameters:>12,}{c.without_embeddings:>12,}  {flops / 1e6:>10.1f} M"
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
-    lines += ["", "distillation graph", *(f"  {line}" for line in recipe.graph().describe())]
+    lines += ["", "distillation graph", *(f"  {line}" for line in graph.describe())]
     lines += [f"  {name}: {said}" for name, said in plan.task.exceptions()]
     lines += [f"  {name}: not in its checkpoint, begins at random: {_some(new)}" for name, new in plan.begun.items()]
     lines += [f"  {name}: {said}" for name, said in _vocabularies(plan)]
@@ -303,7 +303,7 @@ def describe(plan: Plan) -> str:
         *_corpora(plan),
         f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
         f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
-        f"{recipe.objective.temperature:g}",
+        f"{graph.temperature_course or f'{graph.temperature:g}'}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows, "
