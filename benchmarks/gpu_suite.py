@@ -156,7 +156,7 @@ class Suite:
         module = workload.co_training(models, workload.full_graph(shape.names), shape.vocab_size)
         module.to(self.device, common.DTYPES[self.scale.dtype])
         if compiled:
-            module.compile_encoders()
+            module.compile_parts()
         return step.our_step(module, workload.random_batch(shape, self.device)[0])
 
     def _run(self, precision: str) -> dict[str, Any]:

@@ -162,8 +162,8 @@ def test_through_the_projection_in_tiles_of_the_vocabulary(
     monkeypatch: pytest.MonkeyPatch, tiles: int, kept: bool, cap: float | None, kind: Divergence
 ) -> None:
     """Gradients of hidden states, output embedding and bias equal autograd's through the oracle."""
-    monkeypatch.setattr(fused, "TILE_BYTES", 4 * 50 * PADDED // tiles)
-    monkeypatch.setattr(fused, "KEPT_BYTES", 2**20 if kept else 0)
+    monkeypatch.setitem(fused.TILE_BYTES, "cpu", 4 * 50 * PADDED // tiles)
+    monkeypatch.setitem(fused.KEPT_BYTES, "cpu", 2**20 if kept else 0)
     torch.manual_seed(3)
     scale = 1.0 if cap is None else 0.7
     targets, ours = torch.randint(V, (50,)), [p._replace(scale=scale, cap=cap) for p in projections(5)]
@@ -248,7 +248,7 @@ def test_peers_with_targets_of_their_own_agree_with_the_oracle(
     exact = [x.double().requires_grad_(trained) for x, trained in zip(logits, graph.trained, strict=True)]
     moves = any(graph.hard) or (shared > 0 and any(graph.edges()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "TILE_BYTES", 4 * max(len(x) for x in logits) * tile_columns)
+        patch.setitem(fused.TILE_BYTES, "cpu", 4 * max(len(x) for x in logits) * tile_columns)
         found = fused_objective([Projection(x) for x in ours], asked(targets, shared), graph, V, tau)
         if moves:
             found.total.backward()

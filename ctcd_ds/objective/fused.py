@@ -8,26 +8,31 @@ backward pass makes each tile of p_i − y and p_i − p_j from them and multipl
 rows of the output embedding are final after one GEMM. So nothing of vocabulary size is ever held but the gradients
 themselves, and they are written once, with the loss scale in. Where a batch's logits are few, they are kept for the
 backward pass; else they are computed again.
+
+What is done to a tile is two functions of tensors, `_look` and `_gradients_by`. Compiled, each is one pass over the
+tile's memory; what differs between calls (a tile's first column, weights on a course) is a tensor for them then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ctcd_ds.objective.batch import Batch
-from ctcd_ds.objective.divergences import KL
+from ctcd_ds.objective.divergences import KL, Divergence
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.projection import Projection, mm, project, slope_of
 
 # fp32 numbers of one peer that are worked on at once, logits [P, T] or weight gradients [T, E]: enough columns T for a
-# GEMM at full rate. A peer that does not distil has tiles of its own, so that its sums are the same in any company.
-TILE_BYTES = 16 * 2**20
+# GEMM at full rate; on a GPU, whose kernels must be long to hide their start, more.
+# A peer that does not distil has tiles of its own, so that its sums are the same in any company.
+TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 # fp32 logits of one peer that are kept from forward to backward instead of being computed again (a GEMM of four).
-KEPT_BYTES = 64 * 2**20
+KEPT_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 _TILE_COLUMNS = 64  # widths that are no multiple of it run at a fraction of their rate
 
 
@@ -44,24 +49,26 @@ def fused_objective(
     graph: DistillationGraph,
     vocab_size: int,
     temperature: float = 1.0,
+    compiled: bool = False,
 ) -> Losses:
     """CTCD's loss over one micro-batch, all peers at once. The oracle is `reference_objective`.
 
     `projections`: one a peer, over the positions of its view. Columns from `vocab_size` on are padding: they get no
-    probability and no gradient.
+    probability and no gradient. `compiled`: what is done to the logits goes through torch.compile, which takes seconds
+    for each new shape and then a third of the time.
     """
     after = [(p.scale, p.cap) for p in projections]
     sizes = [max(*p.hidden.shape) if p.weight is not None else len(p.hidden) for p in projections]
-    question = _Question(batch, graph, vocab_size, float(temperature), after, sizes)
+    question = _Question(batch, graph, vocab_size, float(temperature), after, sizes, compiled)
     flat = [tensor for p in projections for tensor in (p.hidden, p.weight, p.bias)]
     total, *terms = _Fused.apply(question, *flat)
     return Losses(total, dict(zip(graph.terms(), terms, strict=True)))
 
 
-def logits_bytes(positions: int, vocab_size: int) -> int:
+def logits_bytes(positions: int, vocab_size: int, device: str) -> int:
     """What the logits of one peer take at most in a step: those that are kept, and some tiles being worked on."""
     whole = 4 * positions * vocab_size
-    return (whole if whole <= KEPT_BYTES else 0) + 3 * min(whole, TILE_BYTES)
+    return (whole if whole <= KEPT_BYTES[device] else 0) + 3 * min(whole, TILE_BYTES[device])
 
 
 class _Question(NamedTuple):
@@ -71,6 +78,11 @@ class _Question(NamedTuple):
     temperature: float
     caps: list[tuple[float, float | None]]  # each projection's scale and cap
     sizes: list[int]  # each one's positions or its hidden width, whichever is more: rows of its largest tile
+    compiled: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.batch.views[0].targets.device
 
     def projections(self, flat: Sequence[Tensor | None]) -> list[Projection]:
         own = [flat[k : k + 3] for k in range(0, len(flat), 3)]
@@ -85,27 +97,66 @@ class _Question(NamedTuple):
     def tiles(self, group: list[int]) -> list[slice]:
         """Columns to do at once. The last tile runs to the end of the padding, or of `_TILE_COLUMNS` of it."""
         rows = max(1, *(self.sizes[i] for i in group))
-        width = max(1, TILE_BYTES // (4 * rows) // _TILE_COLUMNS) * _TILE_COLUMNS
+        width = max(1, TILE_BYTES[_kind(self.device)] // (4 * rows) // _TILE_COLUMNS) * _TILE_COLUMNS
         end = -(-self.vocab_size // _TILE_COLUMNS) * _TILE_COLUMNS
         return [slice(start, min(start + width, end)) for start in range(0, end, width)]
 
     def keeps(self, peer: int) -> bool:
         """Whether a peer's logits wait for the backward pass."""
-        return 4 * len(self.batch.views[peer].targets) * self.vocab_size <= KEPT_BYTES
+        return 4 * len(self.batch.views[peer].targets) * self.vocab_size <= KEPT_BYTES[_kind(self.device)]
+
+    def way(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as it is, or compiled."""
+        return _compiled(function) if self.compiled else function
+
+    def number(self, value: float) -> Any:
+        """A number that a compiled function shall not take for a constant of its code."""
+        return torch.full((), value, device=self.device) if self.compiled else value
+
+    def place(self, group: list[int], tile: slice) -> _Place:
+        targets = {i: self.batch.views[i].targets for i in group}
+        columns = min(tile.stop, self.vocab_size) - tile.start
+        return _Place(self.number(tile.start), columns, targets, self.batch.shared)
+
+    def terms(self, learners: list[int]) -> list[_Term]:
+        """All losses of some peers, with the weights of their gradients by the logits."""
+        hard = [_Term(i, None, None, self.number(self.graph.hard[i])) for i in learners if self.graph.hard[i]]
+        soft = [
+            _Term(i, j, self.graph.divergence(i, j), self.number(weight * self.temperature))
+            for i, j, weight in self.graph.edges()
+            if i in learners
+        ]
+        return hard + soft
+
+    def ratios(self, learners: list[int]) -> dict[int, Tensor]:
+        return {i: self.batch.views[i].hard_count / self.batch.soft_count for i in learners}
 
 
-class _Seen:
+def _kind(device: torch.device) -> str:
+    return device.type if device.type in TILE_BYTES else "cpu"
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+class _Seen(NamedTuple):
     """What is known of one peer's logits [P, V] after some tiles; all fp32.
 
     largest [P, 1]; total [P, 1]: Σ exp(z − largest), and total_tau that of z/τ; picked [P]: z of the right token.
     """
 
-    def __init__(self, targets: Tensor, tau: float) -> None:
+    largest: Tensor
+    total: Tensor
+    total_tau: Tensor
+    picked: Tensor
+
+    @classmethod
+    def nothing(cls, targets: Tensor) -> _Seen:
+        zeros = torch.zeros((len(targets), 1), device=targets.device)
         # The lowest finite number, not −∞: differences of two such are numbers.
-        self.largest = torch.full((len(targets), 1), torch.finfo(torch.float32).min, device=targets.device)
-        self.total = torch.zeros_like(self.largest)
-        self.total_tau = self.total if tau == 1.0 else torch.zeros_like(self.largest)
-        self.picked = torch.zeros(len(targets), device=targets.device)
+        return cls(torch.full_like(zeros, torch.finfo(torch.float32).min), zeros, zeros, zeros.squeeze(1))
 
 
 class _Fused(torch.autograd.Function):
@@ -116,15 +167,20 @@ class _Fused(torch.autograd.Function):
         batch, graph, tau = question.batch, question.graph, question.temperature
         projections = question.projections(flat)
         learning = [t and any(ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i]) for i, t in enumerate(graph.trained)]
-        seen = {i: _Seen(batch.views[i].targets, tau) for group in question.groups() for i in group}
+        seen = {i: _Seen.nothing(batch.views[i].targets) for group in question.groups() for i in group}
         divergent = {(i, j): graph.divergence(i, j) for i, j, _ in graph.edges()}
         pairs = {pair for edge, kind in divergent.items() if (pair := kind.pair(*edge)) is not None}
-        cross = {pair: torch.zeros(batch.shared, 1, device=seen[pair[0]].largest.device) for pair in sorted(pairs)}
+        cross = {pair: torch.zeros(batch.shared, 1, device=question.device) for pair in sorted(pairs)}
         kept: dict[tuple[int, int], Tensor] = {}  # (peer, first column) → logits
+        look = question.way(_look)
         for group in question.groups():
             for tile in question.tiles(group):
                 logits = {i: project(projections[i], slice(None), tile) for i in group}
-                _look(logits, tile, question, seen, cross)
+                place = question.place(group, tile)
+                own = {pair: cross[pair] for pair in cross if pair[0] in logits}
+                known, own = look(logits, place, {i: seen[i] for i in group}, own, tau)
+                seen.update(known)
+                cross.update(own)
                 if any(learning[i] for i in group):
                     kept.update({(i, tile.start): z for i, z in logits.items() if question.keeps(i)})
 
@@ -155,58 +211,68 @@ class _Fused(torch.autograd.Function):
             for i, view in enumerate(question.batch.views)
             if ctx.learning[i]
         }
+        gradients_by = question.way(_gradients_by)
         for group in question.groups():
-            for tile in question.tiles(group) if any(ctx.learning[i] for i in group) else ():
+            wanted = [i for i in group if i in gradients]
+            terms, ratios = question.terms(wanted), question.ratios(wanted)
+            dtypes = {i: projections[i].dtype for i in wanted}
+            for tile in question.tiles(group) if wanted else ():
                 logits = {}
                 for i in group:
                     z = kept.pop((i, tile.start), None)
                     logits[i] = project(projections[i], slice(None), tile) if z is None else z
-                slopes = {i: slope_of(projections[i], logits[i], tile) for i in group if i in gradients}
-                _overwrite_with_gradients(logits, tile, question, seen, ctx.slopes, gradients)
-                for i, slope in slopes.items():
-                    gradients[i].add(projections[i], tile, logits[i], slope)
+                slopes = {i: slope_of(projections[i], logits[i], tile) for i in wanted}
+                place, own = question.place(group, tile), {i: seen[i] for i in group}
+                by_logits = gradients_by(logits, place, own, ctx.slopes, terms, ratios, dtypes, question.temperature)
+                for i in wanted:
+                    gradients[i].add(projections[i], tile, by_logits[i], slopes[i])
         nothing = (None, None, None)
         return None, *(
             g for i in range(len(projections)) for g in (gradients.pop(i).done() if i in gradients else nothing)
         )
 
 
+class _Place(NamedTuple):
+    """Where a tile is: its first column, how many of its columns are words, and what is asked there."""
+
+    start: float | Tensor
+    columns: int
+    targets: dict[int, Tensor]  # int64 [P] of each peer
+    shared: int
+
+
 def _look(
     logits: dict[int, Tensor],
-    tile: slice,
-    question: _Question,
+    place: _Place,
     seen: dict[int, _Seen],
     cross: dict[tuple[int, int], Tensor],
-) -> None:
-    """Takes one tile of the logits into what is known of them. `logits`: fp32 [P, T], left as they are.
+    tau: float,
+) -> tuple[dict[int, _Seen], dict[tuple[int, int], Tensor]]:
+    """`seen` and `cross` with one tile of the logits taken in. `logits`: fp32 [P, T], left as they are.
 
     Sums are those of exp(z − largest so far): where a tile has a larger logit, what was summed is shrunk to fit.
     """
-    tau, shared = question.temperature, question.batch.shared
-    columns = min(tile.stop, question.vocab_size) - tile.start
-    shifted, powers, risen = {}, {}, {}
-    before = {i: (seen[i].largest, seen[i].total_tau) for i in logits}
+    shifted, powers, risen, now = {}, {}, {}, {}
     for i, whole in logits.items():
-        z, s = whole[:, :columns], seen[i]
-        inside, at = _inside(question.batch.views[i].targets, tile.start, columns)
-        s.picked += torch.where(inside, z.gather(1, at).squeeze(1), 0.0)
-        s.largest = torch.maximum(s.largest, z.amax(dim=1, keepdim=True))
-        risen[i] = before[i][0] - s.largest
-        shifted[i] = z - s.largest
+        z, before = whole[:, : place.columns], seen[i]
+        inside, at = _inside(place, i)
+        picked = before.picked + torch.where(inside, z.gather(1, at).squeeze(1), 0.0)
+        largest = torch.maximum(before.largest, z.amax(dim=1, keepdim=True))
+        risen[i] = before.largest - largest
+        shifted[i] = z - largest
         powers[i] = torch.exp(shifted[i])
-        s.total = s.total * torch.exp(risen[i]) + powers[i].sum(dim=1, keepdim=True)
-        if tau == 1.0:
-            s.total_tau = s.total
-        else:
+        total = total_tau = before.total * torch.exp(risen[i]) + powers[i].sum(dim=1, keepdim=True)
+        if tau != 1.0:
             powers[i] = torch.exp(shifted[i] / tau)
-            s.total_tau = s.total_tau * torch.exp(risen[i] / tau) + powers[i].sum(dim=1, keepdim=True)
-    first = slice(0, shared)
+            total_tau = before.total_tau * torch.exp(risen[i] / tau) + powers[i].sum(dim=1, keepdim=True)
+        now[i] = _Seen(largest, total, total_tau, picked)
+    first, sums = slice(0, place.shared), {}
     for a, b in cross:  # Σ exp(z_a) (z_a − z_b)
-        if a in logits:
-            both = risen[a][first] - risen[b][first]
-            old = torch.exp(risen[a][first] / tau) * (cross[a, b] + before[a][1][first] * both)
-            new = (shifted[a][first] - shifted[b][first]).mul_(powers[a][first])
-            cross[a, b] = old + new.sum(dim=1, keepdim=True)
+        both = risen[a][first] - risen[b][first]
+        old = torch.exp(risen[a][first] / tau) * (cross[a, b] + seen[a].total_tau[first] * both)
+        new = (shifted[a][first] - shifted[b][first]).mul_(powers[a][first])
+        sums[a, b] = old + new.sum(dim=1, keepdim=True)
+    return now, sums
 
 
 def _apart(
@@ -224,7 +290,7 @@ def _apart(
     found, late = {}, {}
     for i, j, _ in graph.edges():
         if (pair := graph.divergence(i, j).pair(i, j)) is None:
-            late[i, j] = [torch.zeros(question.batch.shared, 1, device=seen[i].largest.device) for _ in range(2)]
+            late[i, j] = [torch.zeros(question.batch.shared, 1, device=question.device) for _ in range(2)]
             continue
         a, b = (seen[k].total_tau[first] for k in pair)
         divergence = cross[pair] / a / tau - a.log() + b.log()
@@ -242,54 +308,79 @@ def _apart(
     return found | {edge: (sums[0], sums[1]) for edge, sums in late.items()}
 
 
-def _overwrite_with_gradients(
+class _Term(NamedTuple):
+    """One loss of `learner` and its weight; `teacher` None: the hard one."""
+
+    learner: int
+    teacher: int | None
+    divergence: Divergence | None
+    weight: float | Tensor
+
+
+def _gradients_by(
     logits: dict[int, Tensor],
-    tile: slice,
-    question: _Question,
+    place: _Place,
     seen: dict[int, _Seen],
     slopes: dict[tuple[int, int], Tensor],
-    learning: Collection[int],
-) -> None:
-    """One tile of the logits of learning peers (fp32 [P, T]) becomes the gradient by these logits.
+    terms: Sequence[_Term],
+    ratios: dict[int, Tensor],
+    dtypes: dict[int, torch.dtype],
+    tau: float,
+) -> dict[int, Tensor]:
+    """The gradients by one tile of the logits (fp32 [P, T], overwritten) of the peers in `dtypes`, in these dtypes.
 
-    It is that of the sum over positions, times hard_count/|P| of each loss (so that one division by the peer's
+    They are those of the sum over positions, times hard_count/|P| of each loss (so that one division by the peer's
     hard_count remains), and 0 in the padding columns.
     """
-    graph, batch, tau = question.graph, question.batch, question.temperature
-    columns = min(tile.stop, question.vocab_size) - tile.start
-    first = slice(0, batch.shared)
+    columns, first = place.columns, slice(0, place.shared)
     p, p_tau = {}, {}
     for i, whole in logits.items():
         z = whole[:, :columns].sub_(seen[i].largest)
         p[i] = torch.exp(z).div_(seen[i].total)
         p_tau[i] = p[i] if tau == 1.0 else torch.exp(z.div_(tau)).div_(seen[i].total_tau)
     others = {}  # what is no KL needs logarithms, which the gradients overwrite
-    for i, j, _ in graph.edges():
-        if i in logits and i in learning and graph.divergence(i, j) != KL:
+    for i, j, divergence, _ in terms:
+        if divergence is not None and divergence != KL and j is not None:
             log_p, log_q = (logits[k][first, :columns] - seen[k].total_tau[first].log() for k in (i, j))
-            _, u = graph.divergence(i, j).summands(log_p, log_q)
+            _, u = divergence.summands(log_p, log_q)
             others[i, j] = u - p_tau[i][first] * slopes[i, j]
-    for i, whole in logits.items():
-        if i not in learning:
-            continue
-        gradient = whole.zero_()[:, :columns]
-        if graph.hard[i]:
-            gradient.add_(p[i], alpha=graph.hard[i])
-            targets = batch.views[i].targets
-            inside, at = _inside(targets, tile.start, columns)
-            gradient.scatter_add_(1, at, torch.where(inside, -graph.hard[i], 0.0).unsqueeze(1))
-            gradient.mul_((targets >= 0).unsqueeze(1))
-        ratio = batch.views[i].hard_count / batch.soft_count
-        for learner, j, weight in graph.edges():
-            if learner == i:
+    found = {}
+    for i in dtypes:
+        gradient = logits[i].zero_()[:, :columns]
+        for learner, j, _, weight in terms:
+            if learner != i:
+                continue
+            if j is None:
+                _add(gradient, p[i], weight)
+                _subtract_at(gradient, *_inside(place, i), weight)
+                gradient.mul_((place.targets[i] >= 0).unsqueeze(1))
+            else:
                 by_logits = others[i, j] if (i, j) in others else p_tau[i][first] - p_tau[j][first]
-                gradient[first].add_(by_logits.mul_(ratio), alpha=weight * tau)
+                _add(gradient[first], by_logits.mul_(ratios[i]), weight)
+        found[i] = logits[i].to(dtypes[i])
+    return found
 
 
-def _inside(targets: Tensor, start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Which targets [P] lie in these columns of the vocabulary, and at which of them: bool [P], int64 [P, 1]."""
-    at = targets - start
-    return (at >= 0) & (at < columns), at.clamp(0, columns - 1).unsqueeze(1)
+def _add(total: Tensor, other: Tensor, weight: float | Tensor) -> None:
+    if isinstance(weight, Tensor):
+        total.add_(other * weight)
+    else:
+        total.add_(other, alpha=weight)
+
+
+def _subtract_at(gradient: Tensor, inside: Tensor, at: Tensor, weight: float | Tensor) -> None:
+    """Subtracts `weight` at one column of each row [P, T] that is `inside`."""
+    if torch.compiler.is_compiling():  # a scatter would be a pass of its own
+        here = inside.unsqueeze(1) & (torch.arange(gradient.shape[1], device=gradient.device) == at)
+        gradient.sub_(torch.where(here, weight, 0.0))
+    else:
+        gradient.scatter_add_(1, at, torch.where(inside, -weight, 0.0).unsqueeze(1))
+
+
+def _inside(place: _Place, peer: int) -> tuple[Tensor, Tensor]:
+    """Which targets [P] lie in the tile, and at which of its columns: bool [P], int64 [P, 1]."""
+    at = place.targets[peer] - place.start
+    return (at >= 0) & (at < place.columns), at.clamp(0, place.columns - 1).unsqueeze(1)
 
 
 class _Gradients:
@@ -308,12 +399,11 @@ class _Gradients:
             self._hidden[:, tile] = gradient
             return
         if self._bias is not None:
-            self._bias[tile] = gradient.sum(dim=0).mul_(self._scale)
+            self._bias[tile] = gradient.sum(dim=0, dtype=torch.float32).mul_(self._scale)
         if isinstance(slope, Tensor) or slope != 1.0:
             gradient.mul_(slope)
-        low = gradient.to(projection.weight.dtype)
-        self._hidden.add_(mm(low, projection.weight[tile]))
-        self._weight[tile] = mm(low.t(), projection.hidden).mul_(self._scale)
+        self._hidden.add_(mm(gradient, projection.weight[tile]))
+        self._weight[tile] = mm(gradient.t(), projection.hidden).mul_(self._scale)
 
     def done(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of hidden, weight and bias, in their dtypes."""

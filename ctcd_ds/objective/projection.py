@@ -28,6 +28,11 @@ class Projection(NamedTuple):
         """Columns of the logits: the vocabulary with its padding."""
         return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What gradients by the logits are rounded to before they are multiplied on."""
+        return torch.float32 if self.weight is None else self.weight.dtype
+
 
 def project(projection: Projection, rows: slice, columns: slice = slice(None)) -> Tensor:
     """fp32 logits [rows, columns] of some positions and tokens, always in a buffer of their own.

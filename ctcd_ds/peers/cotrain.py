@@ -57,6 +57,7 @@ class CoTraining(nn.Module):
         self.signals = Signals(dict(self.peers.items()), graph, seed) if graph.signals else None
         self.graph = graph
         self.vocab_size, self.seed = vocab_size, seed
+        self.compiled = False
 
     def train(self, mode: bool = True) -> CoTraining:
         """Frozen peers stay in eval mode: a finished teacher has no dropout."""
@@ -76,14 +77,15 @@ class CoTraining(nn.Module):
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()), watch as states:
                 projections.append(project_positions(peer, view.inputs, view.positions))
                 seen.append(states)
-        losses = fused_objective(projections, batch, graph, self.vocab_size, graph.temperature)
+        losses = fused_objective(projections, batch, graph, self.vocab_size, graph.temperature, self.compiled)
         return self.signals.added(losses, seen, graph) if self.signals else losses
 
-    def compile_encoders(self) -> None:
-        """Compiles each peer's encoder in place (names of weights stay); rows and batches have one shape all along.
+    def compile_parts(self) -> None:
+        """Compiles the objective's functions and each peer's encoder in place; batches have one shape all along.
 
-        Its forward is compiled, not the module: hooks then run outside of the graph, which stays one.
+        An encoder's forward is compiled, not the module: names of weights stay, and hooks run outside of the graph.
         """
+        self.compiled = True
         part: Any
         for part in (part for peer in self.peers.values() for part in compilable(peer)):
             part.forward = torch.compile(part.forward, dynamic=False)

@@ -116,7 +116,7 @@ def build_engine(plan: Plan, universal: bool = False) -> Any:
     if recipe.training.activation_checkpointing:
         module.checkpoint_activations()
     if recipe.training.compile:
-        module.compile_encoders()
+        module.compile_parts()
     settings = {name: recipe.optimizer_of(name) for name in recipe.peers}
     # Fused AdamW touches each value once; as plain torch.optim.AdamW it needs no compiled op of DeepSpeed's.
     optimizer = torch.optim.AdamW(module.parameter_groups(settings), fused=True)

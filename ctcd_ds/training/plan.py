@@ -44,6 +44,7 @@ class Plan:
     corpus: Corpus
     deepspeed: DeepSpeedConfig
     world: int
+    device: str
     rows: Rows
     valid: dict[str, Rows]
     task: Task
@@ -164,7 +165,8 @@ def make_plan(
         mistakes += _signal_mistakes(recipe, configs, auto)
     if mistakes:
         raise Mistakes("this run", mistakes)
-    return Plan(recipe, corpus, config, world, rows, valid, task, configs, costs, steps, sections, begun, new_tokens)
+    begun_with = (sections, begun, new_tokens)
+    return Plan(recipe, corpus, config, world, device, rows, valid, task, configs, costs, steps, *begun_with)
 
 
 def _signal_mistakes(recipe: Recipe, configs: Mapping[str, Any], auto: Any) -> Iterator[str]:
@@ -361,6 +363,6 @@ def _activation_bytes(plan: Plan) -> float:
     checkpointing = recipe.training.activation_checkpointing
     values = sum((c.checkpointed or 0.0) if checkpointing else c.activations for c in trained)
     return config.weight_bytes * tokens * values + sum(
-        logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size)
+        logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size, plan.device)
         for name in plan.configs
     )
