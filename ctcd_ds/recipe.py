@@ -606,6 +606,12 @@ def _temperature_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             "along; give first and then"
         )
     yield from _length_mistakes("objective.temperature", course)
+    training = raw.get("training")
+    if isinstance(training, dict) and training.get("compile") is True and course.first != course.then:
+        yield (
+            "training.compile = true: objective.temperature changes, and the objective would be compiled anew for "
+            "each; write false, or one temperature"
+        )
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import Divergence
+from ctcd_ds.objective.signals import Hidden, Relations
 from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, read_yaml, recipe_mistakes
 
 GOOD: dict[str, Any] = {
@@ -307,6 +310,36 @@ _ANYTHING = st.recursive(
 @given(_ANYTHING)
 def test_anything_at_all_gives_mistakes_and_never_a_crash(raw: Any) -> None:
     assert recipe_mistakes(raw)
+
+
+def test_signals_are_edges_of_the_graph_and_causal_where_models_are() -> None:
+    raw = changed("peers.student.hidden", {"teacher": {"weight": {"then": 2, "over": 0.5}, "layers": [[2, 3], [4, 6]]}})
+    raw["peers"]["teacher"]["relations"] = {"student": {"weight": 3, "heads": 8, "layer": [6, 4], "of": ["value"]}}
+    raw["peers"]["teacher"]["hidden"] = {"student": {"weight": 0}}
+    assert recipe_mistakes(raw) == []
+    graph = Recipe.model_validate(raw).graph()
+    relations = Relations(0, 1, 3.0, None, (6, 4), 8, ("value",))
+    assert graph.signals == (relations, Hidden(1, 0, 2.0, Course(0.0, 2.0, over=0.5), ((2, 3), (4, 6))))
+    assert [s.weight for s in graph.at(0.25).signals] == [3.0, 1.0]
+    assert [graph.name_of(s) for s in graph.signals] == [
+        "loss/teacher/relations/student",
+        "loss/student/hidden/teacher",
+    ]
+    assert graph.distilling() == {"teacher", "student"} and len(graph.terms()) == 4
+    raw["objective"] = {"task": "clm"}
+    assert Recipe.model_validate(raw).graph().signals[0] == replace(relations, causal=True)
+    raw["objective"] = {"task": "span"}
+    assert any("peers.teacher.relations = " in m and "for objective.task mlm or clm" in m for m in recipe_mistakes(raw))
+
+
+def test_a_peer_may_learn_from_a_signal_alone() -> None:
+    student = {**GOOD["peers"]["student"], "hard": 0.0, "soft": {}, "hidden": {"teacher": {"weight": 1}}}
+    assert recipe_mistakes(changed("peers.student", student)) == []
+    student["hidden"] = {"teacher": {"weight": 0}}
+    assert any("the peer learns from nothing" in said for said in recipe_mistakes(changed("peers.student", student)))
+    taken = {"frozen": True, "pretrained": "some/dir", "hidden": {"student": {"weight": 1}}}
+    said = recipe_mistakes(changed("peers.teacher", taken))
+    assert len(said) == 1 and "a frozen peer learns nothing; remove hidden" in said[0]
 
 
 def test_divergences_are_the_recipes_or_an_edges_own() -> None:

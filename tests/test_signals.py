@@ -407,7 +407,8 @@ def test_maps_are_in_checkpoints_also_for_another_number_of_ranks_and_in_no_expo
 def test_a_plan_says_what_is_learned_and_refuses_what_is_not_there(ran: Path) -> None:
     raw = recipe(ran / "corpus", PEERS)
     plan = make_plan(Recipe.model_validate(raw), FP32, 1, "cpu", ran / "planned")
-    said = describe(plan)
+    said, trained = describe(plan), sum(c.parameters for c in plan.costs.values())
+    assert plan.trained == trained + 2 * 32 * 48
     assert "student      learns from teacher            weight 1: hidden states (even)" in said
     assert "weight 0 until 25% of the steps, then 2: relations of query, key, value (last layer, 8 heads)" in said
     wrong = {"weight": 1.0, "layers": [[3, 1]]}

@@ -44,8 +44,7 @@ class Signals(nn.Module):
                 torch.manual_seed(seed_of(seed, "maps", graph.name_of(signal)))
                 own, other = (shapes[graph.names[n]] for n in (signal.learner, signal.teacher))
                 self._compared.append(_compared(signal, own, other))
-                hidden = self._compared[-1] if isinstance(signal, Hidden) else []
-                self.maps.append(nn.ModuleList(_map(own.hidden[k][a], other.hidden[k][b]) for k, a, b in hidden))
+                self.maps.append(nn.ModuleList(_map(*widths) for widths in _widths(signal, own, other)))
 
     def learned_by(self, learner: str) -> Iterator[nn.Parameter]:
         """The parameters of a learner's maps."""
@@ -88,6 +87,16 @@ def signal_mistakes(graph: DistillationGraph, shapes: Mapping[str, Shapes]) -> I
             yield f"peers.{learner}.{signal.kind}.{teacher}{said}"
 
 
+def map_parameters(graph: DistillationGraph, shapes: Mapping[str, Shapes]) -> int:
+    """Values of all maps, where nothing is wrong with the signals."""
+    return sum(
+        a * b
+        for signal in graph.signals
+        for a, b in _widths(signal, *(shapes[graph.names[n]] for n in (signal.learner, signal.teacher)))
+        if a != b
+    )
+
+
 def _mistakes(signal: Signal, shapes: Mapping[str, Shapes]) -> Iterator[str]:
     own, other = shapes.values()
     if isinstance(signal, Hidden):
@@ -128,6 +137,12 @@ def _compared(signal: Signal, own: Shapes, other: Shapes) -> Compared:
         return [(0, a, b) for a, b in signal.pairs(len(own.attention), len(other.attention))]
     stacks = enumerate(zip(own.hidden, other.hidden, strict=True))
     return [(k, a, b) for k, (mine, theirs) in stacks for a, b in signal.pairs(len(mine) - 1, len(theirs) - 1)]
+
+
+def _widths(signal: Signal, own: Shapes, other: Shapes) -> list[tuple[int, int]]:
+    """The learner's and the teacher's, of each comparison of hidden states."""
+    hidden = _compared(signal, own, other) if isinstance(signal, Hidden) else []
+    return [(own.hidden[k][a], other.hidden[k][b]) for k, a, b in hidden]
 
 
 def _map(own: int, other: int) -> nn.Module:

@@ -19,7 +19,7 @@ from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
 from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
-from ctcd_ds.peers.signals import signal_mistakes, watched
+from ctcd_ds.peers.signals import map_parameters, signal_mistakes, watched
 from ctcd_ds.peers.states import planned_shapes
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
@@ -37,6 +37,7 @@ class Plan:
 
     `sections`: the recipe's peers, or how they begin again in a run that has a checkpoint (`make_plan`).
     `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
+    `maps`: values that are learned beside the peers (`peers/signals.py`).
     `new_tokens`: peer → the corpus's tokens that its checkpoint does not know, where there are any.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     sections: Mapping[str, PeerSection]
     begun: dict[str, list[str]]
     new_tokens: dict[str, list[int]]
+    maps: int
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,8 +74,8 @@ class Plan:
 
     @property
     def trained(self) -> int:
-        """Parameters of all peers that are trained."""
-        return sum(c.parameters for name, c in self.costs.items() if not self.recipe.peers[name].frozen)
+        """Parameters that are trained, of all peers and maps."""
+        return self.maps + sum(c.parameters for name, c in self.costs.items() if not self.recipe.peers[name].frozen)
 
     @property
     def work(self) -> Work:
@@ -85,7 +87,7 @@ class Plan:
             sequence_length=self.recipe.corpus.sequence_length,
             flops_per_token=self.work_flops_per_token,
             trained=self.trained,
-            frozen=sum(c.parameters for c in self.costs.values()) - self.trained,
+            frozen=sum(c.parameters for name, c in self.costs.items() if self.recipe.peers[name].frozen),
             stage=config.stage,
             weight_bytes=config.weight_bytes,
             wire_bytes=config.wire_bytes,
@@ -161,24 +163,23 @@ def make_plan(
             mistakes.append(f"peers.{name}: {mistake}")
     if recipe.training.activation_checkpointing:
         mistakes += _checkpointing_mistakes(recipe, configs, costs)
-    if recipe.graph().signals and not mistakes:
-        mistakes += _signal_mistakes(recipe, configs, auto)
-    if mistakes:
+    maps, said = _signals(recipe, configs, auto) if not mistakes else (0, [])
+    if mistakes := mistakes + said:
         raise Mistakes("this run", mistakes)
-    begun_with = (sections, begun, new_tokens)
+    begun_with = (sections, begun, new_tokens, maps)
     return Plan(recipe, corpus, config, world, device, rows, valid, task, configs, costs, steps, *begun_with)
 
 
-def _signal_mistakes(recipe: Recipe, configs: Mapping[str, Any], auto: Any) -> Iterator[str]:
-    """What is to be learned from the insides of peers, and is not there."""
-    graph, shapes = recipe.graph(), {}
+def _signals(recipe: Recipe, configs: Mapping[str, Any], auto: Any) -> tuple[int, list[str]]:
+    """(values of the maps that are learned beside the peers, what is to be learned from insides and is not there)."""
+    graph, shapes, mistakes = recipe.graph(), {}, []
     for name in watched(graph):
         try:
             shapes[name] = planned_shapes(configs[name], auto)
         except UserError as mistake:
-            yield f"peers.{name}: {mistake}"
-    if shapes.keys() == set(watched(graph)):
-        yield from signal_mistakes(graph, shapes)
+            mistakes.append(f"peers.{name}: {mistake}")
+    mistakes = mistakes or list(signal_mistakes(graph, shapes))
+    return (0 if mistakes else map_parameters(graph, shapes)), mistakes
 
 
 def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
