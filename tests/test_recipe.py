@@ -209,6 +209,8 @@ def test_weights_and_temperatures_are_on_their_course_at_every_step(
         assert ((1, 0) in [(i, j) for i, j, _ in graph.edges()]) == (graph.soft[1][0] != 0)
         assert graph.at(0.5) == graph, "what holds at a step is a graph without courses"
     assert whole.distilling() == {"teacher", "student"}
+    said = recipe_mistakes({**raw, "training": {**raw["training"], "compile": True}})
+    assert len(said) == (first != then) and all("objective.temperature changes" in mistake for mistake in said)
 
 
 def test_courses_are_said_in_words() -> None:
