@@ -132,8 +132,7 @@ def asked(peers: int, rows: int = 3, length: int = 10) -> Batch:
 
 
 def graph_of(n: int, signals: tuple[Signal, ...], soft: dict[str, dict[str, float]] | None = None) -> DistillationGraph:
-    plain = DistillationGraph.of({name: (soft or {}).get(name, {}) for name in "abc"[:n]})
-    return DistillationGraph(plain.names, plain.hard, plain.soft, plain.trained, signals=signals)
+    return DistillationGraph.of({name: (soft or {}).get(name, {}) for name in "abc"[:n]}, signals=signals)
 
 
 BOTH_WAYS = (
@@ -248,8 +247,7 @@ def test_a_run_without_signals_is_watched_by_nothing(monkeypatch: pytest.MonkeyP
 
 def test_a_teacher_learns_nothing_from_being_learned_from() -> None:
     """Its hard weight is 0: whatever gradient it had would come through the signals. Exactly none comes."""
-    graph = graph_of(2, BOTH_WAYS[:2])
-    graph = DistillationGraph(graph.names, (1.0, 0.0), graph.soft, graph.trained, signals=graph.signals)
+    graph = DistillationGraph.of({"a": {}, "b": {}}, {"b": 0.0}, signals=BOTH_WAYS[:2])
     module = CoTraining(models(bert(24, 2), bert(32, 3)), graph, 64)
     module(asked(2), 0).total.backward()
     assert all(p.grad is None or not p.grad.any() for p in module.peers["b"].parameters())

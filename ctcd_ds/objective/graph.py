@@ -44,10 +44,11 @@ class DistillationGraph:
         hard: Mapping[str, float] | None = None,
         frozen: Collection[str] = (),
         temperature: float = 1.0,
+        signals: Collection[Signal] = (),
     ) -> DistillationGraph:
         """A graph by names: {learner: {teacher: weight}} with every peer as a key, {peer: weight of its hard loss}.
 
-        Hard weights are 1 unless given; frozen peers learn nothing.
+        Hard weights are 1 unless given; frozen peers learn nothing. In `signals` peers are numbers, in this order.
         """
         names, given = tuple(soft), hard or {}
         return cls(
@@ -56,6 +57,7 @@ class DistillationGraph:
             soft=tuple(tuple(soft[name].get(other, 0.0) for other in names) for name in names),
             trained=tuple(name not in frozen for name in names),
             temperature=temperature,
+            signals=tuple(signals),
         )
 
     def at(self, done: float) -> DistillationGraph:
