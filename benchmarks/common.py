@@ -59,7 +59,7 @@ def begin(arguments: argparse.Namespace) -> torch.device:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cpu":
         keep_freed_memory()
-    return torch.device(arguments.device)
+    return torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
 
 
 def write_row(arguments: argparse.Namespace, values: Mapping[str, Any], show: bool = True) -> None:

@@ -152,7 +152,7 @@ def _main() -> None:
 
     from ctcd_ds.cluster.ranks import find_ranks
     from ctcd_ds.recipe import load_recipe
-    from ctcd_ds.training.engine import device_type
+    from ctcd_ds.training.engine import device_type, settle_arithmetic
     from ctcd_ds.training.plan import make_plan
     from ctcd_ds.training.run_directory import RunDirectory
     from ctcd_ds.training.trainer import train
@@ -164,6 +164,7 @@ def _main() -> None:
         written = path.with_name(f"{path.name}-rank{ranks.rank}.json")
         written.write_text(json.dumps(job["recipe"]))
         recipe, run = load_recipe(written), RunDirectory(path)
+        settle_arithmetic(recipe.training.deterministic)
         device = device_type()
         if (
             "fp16" in job["deepspeed"]

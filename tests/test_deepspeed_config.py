@@ -74,6 +74,32 @@ def test_no_auto_is_left_and_clipping_is_ours() -> None:
 
 
 @pytest.mark.parametrize(
+    ("stage", "world", "accumulation", "wire", "accumulated"),
+    [
+        (2, 1, 1, None, None),  # nothing is summed: what backward gives is kept as it is
+        (2, 1, 2, None, "fp32"),
+        (2, 2, 1, "fp32", "fp32"),
+        (1, 2, 2, "fp32", None),  # DeepSpeed has no ZeRO 1 that would, with norms that are ours
+    ],
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_gradients_are_fp32_where_they_are_summed(
+    stage: int, world: int, accumulation: int, wire: str | None, accumulated: str | None, precision: str
+) -> None:
+    given = {
+        precision: {"enabled": True},
+        "data_types": {"grad_accum_dtype": "auto"},
+        "communication_data_type": "auto",
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage},
+    }
+    values = resolved(given, world, "cuda")
+    assert (values.get("communication_data_type"), values["data_types"].get("grad_accum_dtype")) == (wire, accumulated)
+    said = {"communication_data_type": "fp16", "data_types": {"grad_accum_dtype": "bf16"}}
+    assert resolved(given | said, world, "cuda").items() >= said.items(), "what is said is done"
+
+
+@pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"train_batch_size": 64}, "training.global_batch_rows = 48"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ctcd_ds.cluster.peaks import PEAKS, stated_peak
 from ctcd_ds.cluster.scaling import Cluster, Work, predict, state_bytes
 from ctcd_ds.cluster.scaling_table import COLUMNS, ENOUGH, improve, step_table
 from ctcd_ds.recipe import Recipe
@@ -68,6 +69,8 @@ def test_backward_hides_all_but_the_last_bucket_where_the_json_says_so() -> None
     one_bucket = replace(WORK, overlap=True, bucket=500_000_000)
     assert predict(one_bucket, CLUSTER).hidden_s == 0.0, "DeepSpeed's default bucket holds all: nothing is hidden"
     assert predict(one_bucket, CLUSTER).bucket_bytes > hidden.bucket_bytes
+    flattened = replace(one_bucket, contiguous=False)
+    assert predict(flattened, CLUSTER).bucket_bytes == 2 * WORK.trained, "no more than there is"
 
 
 def test_a_bucket_never_cuts_a_weight() -> None:
@@ -138,3 +141,30 @@ def test_a_table_has_a_line_for_each_size() -> None:
     assert found["GPUs"] == "4,096" and found["rows"] == "131,072" and found["a GPU"] == "16 × 2"
     assert found["efficiency"] == f"{step.efficiency:.0%}"
     assert float(found["step ms"]) == pytest.approx(1000 * step.step_s, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("device", "known_as"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA RTX A6000", "A6000"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Tesla T4", "T4"),
+        *((name, name) for name in PEAKS),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_name_or_none(device: str, known_as: str | None) -> None:
+    for precision, column in (("bf16", 0), ("fp16", 0), ("fp32", 1)):
+        assert stated_peak(device, precision) == (None if known_as is None else PEAKS[known_as][column])

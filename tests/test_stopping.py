@@ -138,15 +138,19 @@ def test_a_second_interrupt_after_a_second_ends_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_stopped_watchdog_leaves_no_thread() -> None:
+def test_no_collective_gives_up_before_the_watchdog_which_leaves_no_thread() -> None:
     """One inside the store's C++ at the interpreter's end aborted a rank that had done all its work (exit code -6)."""
     program = (
-        "import threading, time\n"
+        "import threading, time, torch\n"
         "import torch.distributed as dist\n"
         "from ctcd_ds.training.watchdog import Watchdog\n"
         "dist.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)\n"
         "before = threading.active_count()\n"
-        "watchdog = Watchdog(60, print)\n"
+        "watchdog = Watchdog(7200, print)\n"
+        "groups = [dist.group.WORLD, dist.new_group([0])]  # as ZeRO makes one: half an hour, whatever the first has\n"
+        "watchdog.outlast_collectives()\n"
+        "for group in groups:\n"
+        "    assert group._get_backend(torch.device('cpu')).options._timeout.total_seconds() > 7200\n"
         "time.sleep(1.2)\n"
         "assert threading.active_count() == before + 2\n"
         "watchdog.stop()\n"

@@ -181,6 +181,32 @@ def test_fp16_scales_the_loss_skips_overflows_and_learns(corpus: Path, tmp_path:
     assert rows[50]["grad_norm/teacher"] < 100, "norms are those of the unscaled gradients"
 
 
+GROWING = {"initial_scale_power": 8, "loss_scale_window": 2}
+
+
+def test_a_growing_loss_scale_leaves_the_gradients_as_they_are(corpus: Path, tmp_path: Path) -> None:
+    """AdamW's moments are those of a scale that never changes: powers of two, and weights that stay where they are."""
+    peers = without_dropout(PEERS)
+    peers["teacher"]["optimizer"] = {"max_grad_norm": 0.0}
+    plan = {**recipe(corpus, peers, steps=8, checkpoint_every=8), "optimizer": {"lr": 1e-12}}
+    dynamic, static = ({**FP16, "fp16": {"enabled": True, **scale}} for scale in (GROWING, {"loss_scale": 256.0}))
+    run_jobs([Job(plan, tmp_path / "dynamic", dynamic), Job(plan, tmp_path / "static", static)], 1, tmp_path)
+    rows = metrics(tmp_path / "dynamic")
+    assert [rows[step]["loss_scale"] for step in (1, 8)] == [256.0, 2048.0] and rows[8]["skipped_steps"] == 0
+    assert min(row["grad_norm/student"] for row in rows.values()) > 1.0, "the student is clipped, the teacher is not"
+    found, expected = (moments(tmp_path / name / "checkpoints" / "step-00000008") for name in ("dynamic", "static"))
+    assert found.keys() == expected.keys() and len(found) == 8
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-3 * float(expected[key].abs().max()))
+
+
+def moments(checkpoint: Path) -> dict[tuple[int, str], torch.Tensor]:
+    """AdamW's two moments of each group, of a checkpoint of one rank."""
+    (path,) = checkpoint.rglob("*optim_states.pt")
+    state = torch.load(path, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["state"]
+    return {(group, name): of[name] for group, of in state.items() for name in ("exp_avg", "exp_avg_sq")}
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_says_where(corpus: Path, tmp_path: Path) -> None:
     plan = recipe(corpus, PEERS)
     plan["optimizer"] = {"lr": 1e30, "max_grad_norm": 0.0}

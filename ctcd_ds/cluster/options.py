@@ -6,7 +6,7 @@ import argparse
 import math
 
 from ctcd_ds.cli import UserError, did_you_mean, positive
-from ctcd_ds.cluster.peaks import PEAKS
+from ctcd_ds.cluster.peaks import PEAKS, stated_peak
 from ctcd_ds.cluster.scaling import Cluster
 
 GIGABIT = 1e9 / 8  # bytes
@@ -52,7 +52,7 @@ def cluster_of(arguments: argparse.Namespace) -> Cluster | None:
             "(deepspeed, torchrun, srun)"
         )
     arguments.gpu = arguments.gpu or "H100"
-    if not any(name in arguments.gpu for name in PEAKS):
+    if stated_peak(arguments.gpu, "bf16") is None:
         raise UserError(f"--gpu {arguments.gpu}: its peak is not known; {did_you_mean(arguments.gpu, PEAKS)}")
     if (nodes := arguments.nodes or 1) > 1 and arguments.link_gbps is None:
         raise UserError(f"--nodes {nodes} without --link_gbps: say how fast the links between them are")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-# Dense matrix-multiply peaks in FLOP/s as the makers state them: (16-bit, fp32 without TF32). The first name that is
-# part of the device's name counts.
+import re
+
+# Dense matrix-multiply peaks in FLOP/s as the makers state them: (16-bit, fp32 without TF32).
 PEAKS = {
     "H200": (989e12, 67e12),
     "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
     "H100": (989e12, 67e12),
     "A100": (312e12, 19.5e12),
     "A10G": (70e12, 31.5e12),
@@ -20,9 +22,16 @@ PEAKS = {
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
 }
+# Words that make another GPU of a name in the table, or a part of one.
+_NOT_IT = re.compile(r"\b(Ti|D|SUPER|Laptop|Max-Q|MIG|GRID)\b")
 
 
 def stated_peak(name: str, precision: str) -> float | None:
-    """FLOP/s of one GPU by its name, as its maker states it; None where the table does not know it."""
-    known = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+    """FLOP/s of one GPU by its name, as its maker states it; None where the table does not know it.
+
+    The first name of the table whose words stand in `name` counts: an L40 is no L4, an RTX A4000 no A40.
+    """
+    if _NOT_IT.search(name):
+        return None
+    known = next((peaks for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
     return None if known is None else known[precision == "fp32"]

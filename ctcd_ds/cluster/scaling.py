@@ -35,6 +35,7 @@ class Work:
     weight_bytes, wire_bytes, gradient_bytes: of one weight in the model, one gradient in communication
     (`communication_data_type`) and one accumulated gradient (`grad_accum_dtype`).
     bucket: elements of `reduce_bucket_size`; largest: elements of the largest weight, which no bucket cuts.
+    contiguous: whether gradients are copied into buckets that are kept (`contiguous_gradients`), or flattened in turn.
     activation_bytes: of one row of a micro-batch.
     """
 
@@ -51,6 +52,7 @@ class Work:
     overlap: bool = False
     bucket: int = 500_000_000
     largest: int = 0
+    contiguous: bool = True
     activation_bytes: float = 0.0
 
     @property
@@ -176,6 +178,8 @@ def state_bytes(work: Work, world: int) -> float:
 
 
 def _bucket_bytes(work: Work) -> float:
-    """DeepSpeed allocates a bucket in full, whatever the peers' size; two of them where communication overlaps."""
+    """Contiguous buckets are allocated in full, whatever the peers' size; two of them where communication overlaps."""
     held = work.gradient_bytes if work.stage == 1 else work.weight_bytes
+    if not work.contiguous:
+        return held * min(work.bucket, work.trained)
     return held * work.bucket * (2 if work.overlap else 1)

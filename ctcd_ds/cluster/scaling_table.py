@@ -84,8 +84,10 @@ def _in_words(text: str, work: Work, changed: Work, cluster: Cluster) -> str:
 
 def _buckets(work: Work) -> tuple[Work, str]:
     bucket = min(work.bucket, max(work.largest, ceil(work.trained / BUCKETS)))
-    settings = f'zero_optimization: "overlap_comm": true, "reduce_bucket_size": {bucket}'
-    return replace(work, overlap=True, bucket=bucket), f"{settings} (backward hides a part of the reduction)"
+    # Without contiguous buckets DeepSpeed waits for the device before each reduction that could overlap.
+    settings = f'"overlap_comm": true, "contiguous_gradients": true, "reduce_bucket_size": {bucket}'
+    text = f"zero_optimization: {settings} (backward hides a part of the reduction)"
+    return replace(work, overlap=True, contiguous=True, bucket=bucket), text
 
 
 def _reduce_once(work: Work) -> tuple[Work, str]:

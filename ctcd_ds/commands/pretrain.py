@@ -48,11 +48,12 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
     torch.set_num_threads(ranks.threads())  # before the first operation: the number changes bits and speed
     from ctcd_ds.corpus.damage import refuse_damage
     from ctcd_ds.training.deepspeed_config import read_config
-    from ctcd_ds.training.engine import device_type
+    from ctcd_ds.training.engine import device_type, settle_arithmetic
     from ctcd_ds.training.forecast import forecast
     from ctcd_ds.training.plan import describe, make_plan, rehearse_peers
     from ctcd_ds.training.run_directory import RunDirectory
 
+    settle_arithmetic(recipe.training.deterministic)
     run = RunDirectory(arguments.output_dir.resolve())
     deepspeed_json = read_config(arguments.deepspeed_config)
     if cluster is not None:

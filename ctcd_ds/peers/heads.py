@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.objective.projection import Projection, project
+from ctcd_ds.peers.checkpointing import repeated_layers
 from ctcd_ds.peers.reading import few_tokens, uncached
 
 TOLERANCE = 1e-4  # of the logits' own size, in fp32
@@ -63,7 +64,14 @@ def way_of(model: Any) -> Way:
 
 
 def compilable(model: Any) -> list[Any]:
-    """The parts of a model whose forward may be compiled: none of the hooks comes to lie inside them."""
+    """The parts of a model whose forward may be compiled: none of the hooks comes to lie inside them.
+
+    Layers where transformers marks them: alike, they are compiled once. And what stands before them stays as it is: the
+    attention mask, which transformers leaves out for whole rows unless it is traced (it keeps the attention off its
+    fast kernels), and the embeddings, whose compiled gradient is another in each run on a GPU.
+    """
+    if layers := repeated_layers(model):
+        return list(layers)
     if model.base_model is not model:
         return [model.base_model]
     return [part for part in model.children() if part is not model.get_output_embeddings()]

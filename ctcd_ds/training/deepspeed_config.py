@@ -142,6 +142,7 @@ def resolve(
             values[precision]["enabled"] = precision == "bf16" and device == "cuda"
     micro_batch, accumulation = batch
     values["zero_optimization"] = {"stage": 2, **values.get("zero_optimization", {})}
+    values |= _sums_in_fp32(given, world, accumulation, values["zero_optimization"]["stage"])
     values["zero_optimization"]["compute_grad_norm"] = False  # norms are per peer, ours
     if values["zero_optimization"]["stage"] == 1 and _bf16_into_fp32(values):
         return None, [
@@ -166,6 +167,21 @@ def resolve(
 def _place(monitor: str, values: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """A monitor's block, which writes into the run directory unless it says otherwise."""
     return {"output_path": str(output_dir), "job_name": monitor, **values.get(monitor, {})}
+
+
+def _sums_in_fp32(given: dict[str, Any], world: int, accumulation: int, stage: int) -> dict[str, Any]:
+    """fp32 for gradients whose dtype is "auto", where they are summed: over ranks, and in ZeRO 2 over micro-batches.
+
+    Where there is one of both, the 16 bits that backward gives are all there is, and fp32 would only be longer. ZeRO 1
+    has micro-batches summed by autograd, in the weights' dtype; DeepSpeed has no other way with norms that are ours.
+    """
+    found: dict[str, Any] = {}
+    if given.get("communication_data_type") == "auto" and world > 1:
+        found["communication_data_type"] = "fp32"
+    accumulated = given.get("data_types", {}).get("grad_accum_dtype") == "auto"
+    if accumulated and stage == 2 and max(world, accumulation) > 1:
+        found["data_types"] = {"grad_accum_dtype": "fp32"}
+    return found
 
 
 def _bf16_into_fp32(values: dict[str, Any]) -> bool:

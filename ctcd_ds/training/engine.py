@@ -47,6 +47,24 @@ def communication_backend() -> str:
     return str(get_accelerator().communication_backend_name())
 
 
+def settle_arithmetic(deterministic: bool) -> None:
+    """How this process's GPU adds up; `deterministic` is `training.deterministic`. Before its first operation.
+
+    cuBLAS cuts the gradient of a weight, a sum over all tokens, into parts, which torch lets it add up in 16 bits: not
+    here. Sums whose order would change from run to run are made in one order, or torch raises and names them.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        import torch._inductor.config as compiler
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        # Nothing here reads what it has not written: no pass over each new buffer.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        compiler.deterministic = True  # chooses no kernel by what was fastest this time
+
+
 def start_processes(ranks: Ranks) -> torch.device:
     """Joins the process group and picks this rank's device."""
     import deepspeed

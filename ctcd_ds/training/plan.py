@@ -94,6 +94,7 @@ class Plan:
             gradient_bytes=config.gradient_bytes,
             overlap=bool(config.zero.overlap_comm),
             bucket=config.zero.reduce_bucket_size,
+            contiguous=config.zero.contiguous_gradients,
             largest=max(c.largest for c in self.costs.values()),
             activation_bytes=_activation_bytes(self) / config.micro_batch,
         )

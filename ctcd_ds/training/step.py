@@ -33,7 +33,7 @@ def forward_and_backward(
 
 def with_global_soft_count(batches: Sequence[Batch], device: torch.device) -> list[Batch]:
     """Each with its share of the step's soft positions over all ranks: for tasks where their number varies."""
-    count = torch.tensor(float(sum(batch.shared for batch in batches)), device=device)
+    count = torch.full((), float(sum(batch.shared for batch in batches)), device=device)
     dist.all_reduce(count)
     share = count.clamp(min=1) / (dist.get_world_size() * len(batches))  # two masks may have nothing in common
     return [replace(batch, soft_count=share) for batch in batches]
@@ -49,7 +49,11 @@ def exchange(
     """
     terms = torch.stack([torch.stack(list(losses.terms.values())) for losses in seen]).mean(dim=0)
     terms = terms.double() / dist.get_world_size()
-    asked = torch.tensor([save_due, *(stop == reason for reason in REASONS)], dtype=torch.float64).to(terms.device)
+    wishes = [save_due, *(stop == reason for reason in REASONS)]
+    asked = torch.zeros(len(wishes), dtype=torch.float64, device=terms.device)  # made there: a copy would wait for it
+    for place, wish in enumerate(wishes):
+        if wish:
+            asked[place].fill_(1.0)
     packed = torch.cat([terms, gradients.squared_norms(), asked])
     dist.all_reduce(packed)
     first, last = len(terms), len(packed) - len(asked)

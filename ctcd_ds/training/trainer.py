@@ -48,6 +48,7 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     ending.callback(watchdog.stop)
     newest, best = on_rank_zero(lambda: _begin(plan, run, ranks, device), device)
     engine = build_engine(plan, universal=newest is not None and newest[1]["world"] != ranks.world)
+    watchdog.outlast_collectives()  # ZeRO's groups are there now
     step = first_step = loading.load(engine, *newest) if newest is not None else 0
     cut = Cut(config.micro_batch, config.accumulation, ranks.rank, ranks.world)
     loader = TrainLoader(plan.rows, plan.task, plan.recipe.seed, cut, step, device if device.type == "cuda" else None)

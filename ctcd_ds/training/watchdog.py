@@ -1,8 +1,9 @@
 """Ends a rank that waits for something that will never come: a stopped rank, a cut link, a hung build.
 
-Collectives wait for ever, or half an hour (the timeout that DeepSpeed takes does not reach ZeRO's groups). So one
-thread a rank watches how long the current phase takes. Past its limit, it says which ranks did not arrive in this
-phase, dumps all stacks, and ends the process: the launcher then ends the others.
+Collectives give up after times of their own (NCCL's ten minutes, gloo's half an hour; the timeout that DeepSpeed takes
+does not reach ZeRO's groups), and do not say who is missing. So one thread a rank watches how long the current phase
+takes. Past its limit, it says which ranks did not arrive in this phase, dumps all stacks, and ends the process: the
+launcher then ends the others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -47,6 +49,12 @@ class Watchdog:
         self._store.set(f"ctcd_ds/phase/{dist.get_rank()}", str(self._count))
         self._deadline = time.monotonic() + LONG_PHASE_S.get(phase, self._step_limit_s)
         self._phase = phase
+
+    def outlast_collectives(self) -> None:
+        """Makes every process group there is wait longer than any phase may take: it is this watch that ends a hang."""
+        longest = timedelta(seconds=2 * max(self._step_limit_s, *LONG_PHASE_S.values()))
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(longest, group)
 
     def stop(self) -> None:
         """Ends the watch. A thread that is inside the store when the interpreter ends would abort the process."""
