@@ -464,7 +464,14 @@ def recipe_mistakes(raw: Any) -> list[str]:
         Recipe.model_validate(raw)
     except ValidationError as problem:
         mistakes = [explain(error, Recipe) for error in problem.errors()]
-    for more in (_corpus_mistakes, _peer_mistakes, _temperature_mistakes, _training_mistakes, _task_mistakes):
+    for more in (
+        _corpus_mistakes,
+        _peer_mistakes,
+        _temperature_mistakes,
+        _training_mistakes,
+        _task_mistakes,
+        _compile_mistakes,
+    ):
         mistakes += more(raw)
     return mistakes
 
@@ -608,12 +615,24 @@ def _temperature_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             "along; give first and then"
         )
     yield from _length_mistakes("objective.temperature", course)
-    training = raw.get("training")
-    if isinstance(training, dict) and training.get("compile") is True and course.first != course.then:
+
+
+def _compile_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    """What compiled code would have to be made for again and again."""
+    training, objective, peers = (raw.get(key) for key in ("training", "objective", "peers"))
+    if not isinstance(training, dict) or training.get("compile") is not True:
+        return
+    if isinstance(objective, dict) and isinstance(objective.get("temperature"), dict):
         yield (
             "training.compile = true: objective.temperature changes, and the objective would be compiled anew for "
             "each; write false, or one temperature"
         )
+    for name, peer in peers.items() if isinstance(peers, dict) else ():
+        if isinstance(peer, dict) and peer.get("relations"):
+            yield (
+                f"training.compile = true: peers.{name}.relations looks into layers, which would be compiled one by "
+                "one; write false, or learn from hidden states"
+            )
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:

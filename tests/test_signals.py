@@ -287,11 +287,10 @@ def test_layers_run_again_give_the_same_gradients() -> None:
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
-def test_compiled_encoders_show_the_same() -> None:
+def test_compiled_layers_show_the_same_hidden_states() -> None:
     found = []
     for compiled in (False, True):
-        signals = (Hidden(0, 1, 1.0), Relations(1, 0, 1.0, heads=2))
-        module = CoTraining(models(bert(24, 1), bert(32, 1)), graph_of(2, signals), 64)
+        module = CoTraining(models(bert(24, 2), bert(32, 3)), graph_of(2, (BOTH_WAYS[0], BOTH_WAYS[2])), 64)
         for part in (part for peer in module.peers.values() for part in compilable(peer)) if compiled else ():
             part.forward = torch.compile(part.forward, dynamic=False, backend="eager")
         found += [module(asked(2), 0).total.item()]
