@@ -14,7 +14,7 @@ TWO_AT_A_TIME := -n 2 --dist loadfile
 CLUSTER_PACKAGES := iproute2 slurmctld slurmd slurm-client munge openssh-server pdsh openmpi-bin mpich iptables
 
 .PHONY: setup demo test test-data test-benchmarks test-faults test-cluster test-report test-architectures all nightly check clean
-.PHONY: architectures chromium cluster-packages
+.PHONY: test-cuda-path architectures chromium cluster-packages
 
 setup: $(VENV)/ready
 
@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/python tools/demo.py --output_dir runs/demo
 
 test: setup
-	$(PYTEST) $(TWO_AT_A_TIME) -m "not (data or benchmarks or faults or cluster or browser or architectures or nightly)"
+	$(PYTEST) $(TWO_AT_A_TIME) -m "not (data or benchmarks or faults or cluster or browser or architectures or cuda_path or nightly)"
 
 # Signals, dead launchers, hangs: real processes, real time.
 test-faults: setup
@@ -66,6 +66,10 @@ test-architectures: setup
 # docs/architectures.md anew, for another version of transformers: what each of them is as a peer.
 architectures: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/survey.py
+
+# What a GPU would run, on a machine without one: every precision and DeepSpeed JSON, kernels, waits, bytes. Needs g++.
+test-cuda-path: setup
+	$(PYTEST) -m cuda_path
 
 # The benchmarks at tiny size: that they run and say what they promise, not how fast.
 test-benchmarks: setup

@@ -159,14 +159,14 @@ def typed() -> list[str]:
     return [*(program.split() if program.startswith("ctcd ") else ["python", program]), *words]
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(parser: argparse.ArgumentParser, output: str = "the run directory") -> None:
     """The options that say which run is meant: the same for training and for what looks at its hosts before."""
     add = parser.add_argument
     add("--recipe", type=Path, required=True, help="the recipe, YAML or JSON")
     parser.add_argument(
         "--deepspeed_config", type=Path, required=True, help='DeepSpeed\'s JSON file; "auto" is filled in'
     )
-    add("--output_dir", type=Path, required=True, help="the run directory")
+    add("--output_dir", type=Path, required=True, help=output)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change these keys of the recipe"
     )

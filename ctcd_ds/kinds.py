@@ -26,6 +26,7 @@ _FOLDERS = {
     "experiment": ("an experiment's directory", "`ctcd experiment` makes one"),
     "GLUE results": ("a directory of scores", "`ctcd glue` and `ctcd lm-eval` make one"),
     "corpus": ("a corpus", "`ctcd corpus` makes one"),
+    "cache": ("a cache of a teacher's predictions", "`ctcd cache_logits` makes one"),
     "checkpoint": ("a checkpoint of a run", "`ctcd pretrain` makes one"),
     "model": ("a Hugging Face model", "`ctcd export` makes models of a run"),
     "tokenizer": ("a tokenizer", "`ctcd tokenizer` makes one"),
@@ -58,7 +59,7 @@ def folder_kind(path: Path) -> str | None:
     if (path / "results.json").is_file():
         return "experiment" if "cells" in read_json(path / "results.json") else "GLUE results"
     stated = str(read_json(path / "manifest.json").get("format"))
-    if stated in ("ctcd_ds.corpus", "ctcd_ds.checkpoint"):
+    if stated in ("ctcd_ds.corpus", "ctcd_ds.checkpoint", "ctcd_ds.cache"):
         return stated.removeprefix("ctcd_ds.")
     if (path / "config.json").is_file():
         return "model"

@@ -331,11 +331,16 @@ class TrainingSection(Section):
 
 
 class Recipe(Section):
-    """A whole run. Build it with `load_recipe`, which reports all mistakes at once."""
+    """A whole run. Build it with `load_recipe`, which reports all mistakes at once.
+
+    `cached_teachers`: name → the directory that `ctcd cache_logits` wrote: a finished model that peers learn from as
+    from a frozen one, without its being there.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     corpus: CorpusSection
     peers: dict[str, PeerSection]
+    cached_teachers: dict[str, str] = {}
     objective: ObjectiveSection = ObjectiveSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -347,23 +352,25 @@ class Recipe(Section):
         return self.optimizer.model_copy(update=own)
 
     def graph(self) -> DistillationGraph:
-        """The distillation graph, peers in the recipe's order."""
-        weights = [[peer.soft.get(other, 0.0) for other in self.peers] for peer in self.peers.values()]
+        """The distillation graph, peers in the recipe's order, then the cached teachers."""
+        sections = {**self.peers, **dict.fromkeys(self.cached_teachers, PeerSection(frozen=True))}
+        weights = [[peer.soft.get(other, 0.0) for other in sections] for peer in sections.values()]
         soft = [[_largest(weight) for weight in row] for row in weights]
         courses = tuple(tuple(course for _, course in row) for row in soft)
         usual, jsd = self.objective.divergence, Divergence("jsd", self.objective.jsd_beta)
-        kinds = [[peer.divergence.get(other, usual) for other in self.peers] for peer in self.peers.values()]
+        kinds = [[peer.divergence.get(other, usual) for other in sections] for peer in sections.values()]
         divergences = tuple(tuple(jsd if kind == "jsd" else Divergence(kind) for kind in row) for row in kinds)
         return DistillationGraph(
-            names=tuple(self.peers),
-            hard=tuple(peer.hard_weight for peer in self.peers.values()),
+            names=tuple(sections),
+            hard=tuple(peer.hard_weight for peer in sections.values()),
             soft=tuple(tuple(weight for weight, _ in row) for row in soft),
-            trained=tuple(not peer.frozen for peer in self.peers.values()),
+            trained=tuple(not peer.frozen for peer in sections.values()),
             courses=courses if any(map(any, courses)) else (),
             divergences=divergences if any(d != KL for row in divergences for d in row) else (),
             temperature=tau.then if isinstance(tau := self.objective.temperature, CourseSection) else tau,
             temperature_course=tau.course if isinstance(tau, CourseSection) else None,
             signals=tuple(signal for signal in self._signals() if signal.weight),
+            cached=len(self.cached_teachers),
         )
 
     def _signals(self) -> Iterator[Signal]:
@@ -400,21 +407,25 @@ def _largest(weight: float | CourseSection) -> tuple[float, Course | None]:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML or JSON recipe, applies `a.b=c` overrides, validates everything.
 
-    `peers.NAME=null` takes a peer away, and what the others would learn from it.
+    `peers.NAME=null` takes a peer away, and what the others would learn from it (a cached teacher may take its place).
     Relative paths in it are relative to the current directory and come out absolute where they exist.
     Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
     """
     raw = read_file(path, "recipe")
     peers, sources = dict(_named(raw, "peers")), dict(_named(raw, "corpus", "sources"))
+    caches = dict(_named(raw, "cached_teachers"))
     mistakes = [m for override in overrides if (m := apply_override(raw, override))]
-    mistakes += _take_away(raw, peers)
+    mistakes += _take_away(raw, "peers", peers)
+    mistakes += _take_away(raw, "cached_teachers", caches)
     mistakes += _take_sources_away(raw, sources)
     mistakes += recipe_mistakes(raw)
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)
     corpora = [raw["corpus"], *_named(raw, "corpus", "sources").values()]
     starts = [*raw["peers"].values(), *map(_init_from, raw["peers"].values())]
-    for section, key in [*((c, "path") for c in corpora), *((p, "pretrained") for p in starts)]:
+    given = _named(raw, "cached_teachers")
+    places = [*((c, "path") for c in corpora), *((p, "pretrained") for p in starts), *((given, name) for name in given)]
+    for section, key in places:
         if isinstance(value := section.get(key), str) and Path(value).exists():
             section[key] = str(Path(value).resolve())
     return Recipe.model_validate(raw)
@@ -439,14 +450,18 @@ def _take_sources_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
                 yield f"corpus.sources.{name}: no source has this name; {near} (a new one needs a path)"
 
 
-def _take_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
-    """Removes the peers that an override made null, and what others learn from them; says which are not `known`."""
-    peers = _named(raw, "peers")
-    for name in [name for name, peer in peers.items() if peer is None and (known.get(name) or name not in known)]:
-        del peers[name]
+def _take_away(raw: Any, section: str, known: Mapping[str, Any]) -> Iterator[str]:
+    """Removes the members of `section` (peers or cached_teachers) that an override made null, and what is learned from
+    them unless the other section has the name too; says which are not `known`.
+    """
+    peers, caches = _named(raw, "peers"), _named(raw, "cached_teachers")
+    members = peers if section == "peers" else caches
+    for name in [name for name, one in members.items() if one is None and (known.get(name) or name not in known)]:
+        del members[name]
         if name not in known:
-            yield f"peers.{name} = null: no peer has this name; {did_you_mean(name, known)}"
-        for peer in peers.values():
+            what = "peer" if section == "peers" else "cached teacher"
+            yield f"{section}.{name} = null: no {what} has this name; {did_you_mean(name, known)}"
+        for peer in peers.values() if name not in peers.keys() | caches.keys() else ():
             for key in _EDGES if isinstance(peer, dict) else ():
                 if isinstance(edges := peer.get(key), dict):
                     edges.pop(name, None)
@@ -467,6 +482,7 @@ def recipe_mistakes(raw: Any) -> list[str]:
     for more in (
         _corpus_mistakes,
         _peer_mistakes,
+        _cache_mistakes,
         _temperature_mistakes,
         _training_mistakes,
         _task_mistakes,
@@ -539,13 +555,16 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         yield from _layer_mistakes(here, name, peers)
         learned = {key: edges for key in ("soft", "hidden", "relations") if (edges := peer.get(key))}
         hard, frozen = peer.get("hard"), peer.get("frozen") is True
+        caches = _named(raw, "cached_teachers")
         for key, edges in learned.items():
             for other, edge in edges.items() if isinstance(edges, dict) else ():
                 said = edge if key == "soft" else "…"
                 if other == name:
                     yield f"{here}.{key}.{other} = {said}: a peer does not learn from itself"
-                elif other not in peers:
-                    others = did_you_mean(other, set(peers) - {name})
+                elif other in caches and key != "soft":
+                    yield f"{here}.{key}.{other} = {said}: of a cached teacher only predictions are kept; remove it"
+                elif other not in peers and other not in caches:
+                    others = did_you_mean(other, {*peers, *caches} - {name})
                     yield f"{here}.{key}.{other} = {said}: no peer has this name; {others}"
         weighted = [key for key, edges in learned.items() if _weighs(edges)]
         yield from _course_mistakes(here, peer)
@@ -573,6 +592,34 @@ def _weighs(edges: Any) -> bool:
     if not isinstance(edges, dict):
         return True
     return any(edge.get("weight", True) if isinstance(edge, dict) else edge for edge in edges.values())
+
+
+def _cache_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    """What cannot be together with cached teachers: they were asked once, all alike, and few tokens are kept."""
+    caches, peers, objective = _named(raw, "cached_teachers"), _named(raw, "peers"), _named(raw, "objective")
+    if caches and isinstance(objective.get("temperature"), dict):
+        yield "objective.temperature: cached teachers were asked at one temperature; write it, or let them be peers"
+    for name in caches:
+        if not re.fullmatch(NAME, str(name)):
+            yield f"cached_teachers.{name}: a teacher's name is letters, digits, _ and -, and begins with a letter"
+        if name in peers:
+            yield f"cached_teachers.{name} = {caches[name]!r}: a peer has this name too; remove it (peers.{name}=null)"
+    for name, peer in peers.items() if caches else ():
+        if not isinstance(peer, dict):
+            continue
+        for key in ("mask_seed", "mask_fraction"):
+            if peer.get(key) is not None:
+                yield (
+                    f"peers.{name}.{key} = {peer[key]}: cached teachers were asked where the recipe masks; remove "
+                    "it, or let the teacher be a frozen peer"
+                )
+        for other, weight in _named(peer, "soft").items():
+            kind = _named(peer, "divergence").get(other, objective.get("divergence", "kl"))
+            if other in caches and weight and kind != "kl":
+                yield (
+                    f"peers.{name}.divergence.{other} = {kind!r}: a cache's few tokens give KL's gradient only; write "
+                    "kl, or let the teacher be a frozen peer"
+                )
 
 
 def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:

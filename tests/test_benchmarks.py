@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from commands import ROOT, command
+from runs import bert, chain_corpus
 
 pytestmark = pytest.mark.benchmarks
 
@@ -231,3 +232,24 @@ def test_the_tables_of_the_scaling_page_are_the_models(monkeypatch: pytest.Monke
     assert f"| {step['measured_s']:.2f} | {step['predicted_s']:.2f} |" in page
     wrong = page.replace(f"| {step['measured_s']:.2f} | {step['predicted_s']:.2f} |", "| 0.01 | 0.01 |")
     assert scaling_tables.filled(wrong, scaling_tables.parts()) == page
+
+
+def test_drawn_tokens_lose_less_than_the_largest(row: Any, tmp_path: Path) -> None:
+    """Chance averages out over rounds, a bias does not; the whole vocabulary as the largest few is no loss."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    from ctcd_ds.corpus.tokenizer import load_tokenizer
+
+    corpus = chain_corpus(tmp_path / "corpus")
+    for seed, name in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        settings = {key: value for key, value in bert(16, 1).items() if key != "model_type"}
+        BertForMaskedLM(BertConfig(vocab_size=320, initializer_range=0.3, **settings)).save_pretrained(tmp_path / name)
+        load_tokenizer(corpus / "tokenizer").save_pretrained(tmp_path / name)
+    places = ["--teacher", tmp_path / "teacher", "--student", tmp_path / "student", "--corpus", corpus]
+    found = row("cached_teacher", *places, "--sequence_length", "32", "--rows", "8", "--draws", "8,600")
+    few, all_of_it = found["by_draws"]
+    assert (few["bytes_a_position"], few["bytes_a_token"]) == (20, 2.5)  # at 4 of 32 tokens
+    assert few["drawn"]["once"] > 2 * all_of_it["drawn"]["once"] > 0
+    assert few["drawn"]["once"] < few["independent"]["once"]
+    assert few["largest"]["once"] > 0 and all_of_it["largest"]["once"] < 1e-6

@@ -341,6 +341,11 @@ def test_a_peer_may_learn_from_a_signal_alone() -> None:
     assert recipe_mistakes(changed("peers.student", student)) == []
     student["hidden"] = {"teacher": {"weight": 0}}
     assert any("the peer learns from nothing" in said for said in recipe_mistakes(changed("peers.student", student)))
+    cached = {**changed("objective.temperature", {"first": 4, "then": 1}), "cached_teachers": {"old": "some/dir"}}
+    cached["peers"]["student"]["hidden"] = {"old": {"weight": 1}}
+    said = recipe_mistakes(cached)
+    assert len(said) == 2 and "hidden.old = …: of a cached teacher only predictions are kept" in said[0]
+    assert "cached teachers were asked at one temperature" in said[1]
     taken = {"frozen": True, "pretrained": "some/dir", "hidden": {"student": {"weight": 1}}}
     said = recipe_mistakes(changed("peers.teacher", taken))
     assert len(said) == 1 and "a frozen peer learns nothing; remove hidden" in said[0]

@@ -12,8 +12,8 @@ import ctcd_ds
 from ctcd_ds import cli
 
 # In the order in which they are met.
-NAMES = ("demo", "tokenizer", "corpus", "recipes", "pretrain", "verify", "export", "glue", "lm-eval", "speed",
-         "experiment", "report", "preflight", "submit", "demo-data")  # fmt: skip
+NAMES = ("demo", "tokenizer", "corpus", "recipes", "cache-logits", "pretrain", "verify", "export", "glue", "lm-eval",
+         "speed", "experiment", "report", "preflight", "submit", "demo-data")  # fmt: skip
 
 
 def main() -> NoReturn:
@@ -31,7 +31,7 @@ def _about(word: str) -> None:
         print(f"ctcd {ctcd_ds.__version__}")
     elif word in ("-h", "--help"):
         print(f"{ctcd_ds.__doc__}\n\nusage: ctcd COMMAND …      `ctcd COMMAND --help` says more\n")
-        print(*(f"  {name:<12}{_purpose(name)}" for name in NAMES), sep="\n")
+        print(*(f"  {name:<13}{_purpose(name)}" for name in NAMES), sep="\n")
     else:
         raise cli.UserError(f"ctcd {word}: there is no such command; {cli.did_you_mean(word, NAMES)}")
 

@@ -78,6 +78,8 @@ def pretrain(arguments: argparse.Namespace, ranks: Ranks, held: ExitStack) -> in
     if ranks.local_rank == 0:  # each machine may have a copy of its own
         for corpus in plan.corpus.parts.values():
             refuse_damage(corpus.path)
+        for cache in plan.teachers.caches.values() if plan.teachers is not None else ():
+            cache.refuse_damage()
         rehearse_peers(plan, device_type())
     libraries_write_to(run.path, ranks.rank)
     if ranks.first:

@@ -1,4 +1,4 @@
-"""Checks every byte of a run, of one of its checkpoints, or of a corpus against their manifests.
+"""Checks every byte of a run, of one of its checkpoints, of a corpus or of a cache against their manifests.
 
 Of a run all but exit.json, TensorBoard's files and what other commands put there; while it trains, not metrics.jsonl.
 
@@ -17,7 +17,7 @@ from ctcd_ds.manifest import file_problems, read_manifest
 
 def main() -> int:
     parser = cli.parser(__doc__)
-    parser.add_argument("path", type=Path, help="RUN, RUN/checkpoints/TAG or CORPUS")
+    parser.add_argument("path", type=Path, help="RUN, RUN/checkpoints/TAG, CORPUS or CACHE")
     path = parser.parse_args().path
     places = list(find(path))
     damage = [problem for place in places for problem in problems(place)]
@@ -37,8 +37,8 @@ def find(path: Path) -> Iterator[Path]:
         raise cli.UserError(f"{path}: the run has no checkpoint yet")
     if not found:
         raise cli.UserError(
-            f"{path} is neither a run with checkpoints, nor a checkpoint, nor a corpus: "
-            f"{instead(path, 'run', 'corpus', 'checkpoint')}"
+            f"{path} is neither a run with checkpoints, nor a checkpoint, nor a corpus, nor a cache: "
+            f"{instead(path, 'run', 'corpus', 'checkpoint', 'cache')}"
         )
 
 
@@ -46,6 +46,7 @@ def problems(place: Path) -> Iterator[str]:
     """What is wrong with one directory."""
     from ctcd_ds.corpus.damage import corpus_damage, damage_beside
     from ctcd_ds.corpus.rows import read_corpus_manifest
+    from ctcd_ds.tasks import cache
     from ctcd_ds.training import checkpoint, run_directory
 
     try:
@@ -54,6 +55,8 @@ def problems(place: Path) -> Iterator[str]:
                 yield from file_problems(place, checkpoint.read(place)["files"])
             case run_directory.FORMAT:
                 yield from run_directory.RunDirectory(place).problems()
+            case cache.FORMAT:
+                yield from cache.cache_damage(place)
             case _:
                 yield from corpus_damage(place, read_corpus_manifest(place))
                 yield from damage_beside(place)

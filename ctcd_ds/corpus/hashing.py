@@ -11,6 +11,7 @@ import numpy as np
 
 # What a number is for. Streams of equal seeds with different purposes have nothing in common.
 ROW_ORDER, TARGET_CHOICE, TARGET_CHANGE, OWN_MASKS, LABEL_NOISE, SPAN_CUTS, SOURCE_ORDER = 1, 2, 3, 4, 5, 6, 7
+CACHE_DRAWS = 8
 SPAN_TURNS = 100  # and those behind it
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: neighbouring counters end far apart

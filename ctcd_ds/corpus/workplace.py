@@ -98,7 +98,7 @@ def workplace(output_dir: Path, plan: dict[str, Any]) -> Iterator[Workplace | No
     """
     plan = json.loads(json.dumps(plan))
     if (output_dir / "manifest.json").exists():
-        _same_plan(output_dir, _finished_plan(output_dir), plan, "a finished corpus")
+        same_plan(output_dir, _finished_plan(output_dir), plan, "a finished corpus")
         shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
         yield None
         return
@@ -111,10 +111,10 @@ def workplace(output_dir: Path, plan: dict[str, Any]) -> Iterator[Workplace | No
     new = [path for path in (place.folder, output_dir, *output_dir.parents) if not path.exists()]
     place.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(place.folder):
+        with locked(place.folder, f"making a corpus in {output_dir}"):
             if resumable:
                 progress = json.loads((place.folder / "progress.json").read_text(encoding="utf-8"))
-                _same_plan(output_dir, progress["plan"], plan, "an unfinished corpus")
+                same_plan(output_dir, progress["plan"], plan, "an unfinished corpus")
                 place.load(progress)
             else:
                 place.save()
@@ -128,14 +128,14 @@ def workplace(output_dir: Path, plan: dict[str, Any]) -> Iterator[Workplace | No
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out; the lock ends with the process, however that ends."""
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Keeps a second process out, and tells it what this one does; the lock ends with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"another process is making a corpus in {folder.parent} right now") from None
+        raise UserError(f"another process is {doing} right now") from None
     finally:
         os.close(descriptor)
 
@@ -154,7 +154,8 @@ def _finished_plan(output_dir: Path) -> dict[str, Any]:
         ) from None
 
 
-def _same_plan(output_dir: Path, there: dict[str, Any], here: dict[str, Any], what: str) -> None:
+def same_plan(output_dir: Path, there: dict[str, Any], here: dict[str, Any], what: str) -> None:
+    """Raises UserError, saying what differs, where `what` lies in a directory and was made by another plan."""
     differences = [
         f"{name} is {there_value} there and {here_value} here"
         for name, there_value, here_value in _differences(there, here)

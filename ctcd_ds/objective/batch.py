@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NO_TARGET = -100  # where a position has a soft loss only
+
+
+class Drawn(NamedTuple):
+    """What is known of a cached teacher's prediction q (softened by τ) at some positions.
+
+    tokens: int64 [P, D], drawn from q so that a token's mean share among the D is its probability;
+    entropy: fp32 [P], −Σ q log q in nats.
+    """
+
+    tokens: Tensor
+    entropy: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,13 +44,14 @@ class Batch:
 
     Peers that see the same share one View object. `soft_count` (fp32, 0-dim) is what the sums of soft losses are
     divided by. A run that cuts a step over ranks and accumulation steps gives each micro-batch its share of the global
-    counts, because DeepSpeed averages over both.
+    counts, because DeepSpeed averages over both. `drawn`: by cached teacher, what it predicted at the shared positions.
     """
 
     views: tuple[View, ...]
     shared: int  # so many positions have the soft losses
     soft_count: Tensor
     rows: np.ndarray  # int64 [b], the numbers of the rows, for messages
+    drawn: Mapping[str, Drawn] = field(default_factory=dict)
 
     @staticmethod
     def of(inputs: Mapping[str, Tensor], labels: Tensor, peers: int) -> Batch:
@@ -61,7 +74,9 @@ class Batch:
                 inputs = {name: function(tensor) for name, tensor in view.inputs.items()}
                 positions = None if view.positions is None else function(view.positions)
                 done[id(view)] = View(inputs, positions, function(view.targets), view.hard_count)
-        return replace(self, views=tuple(done[id(view)] for view in self.views), soft_count=function(self.soft_count))
+        views, count = tuple(done[id(view)] for view in self.views), function(self.soft_count)
+        drawn = {name: Drawn(*map(function, known)) for name, known in self.drawn.items()}
+        return replace(self, views=views, soft_count=count, drawn=drawn)
 
     def to(self, device: torch.device) -> Batch:
         """This batch on `device`; the copies do not wait (from pinned memory, on the caller's stream)."""

@@ -72,6 +72,24 @@ def logits_bytes(positions: int, vocab_size: int, device: str) -> int:
     return (whole if whole <= KEPT_BYTES[device] else 0) + 3 * min(whole, TILE_BYTES[device])
 
 
+def tiles(rows: int, vocab_size: int, device: torch.device, kept: bool) -> list[slice]:
+    """Columns of so many rows to do at once. The last tile runs to the end of the padding, or of 64 columns of it.
+
+    What is `kept` whole anyway is one tile on a GPU; a CPU works within its cache.
+    """
+    kind = _kind(device)
+    most = max(1, (KEPT_BYTES if kept and kind == "cuda" else TILE_BYTES)[kind] // (4 * max(1, rows)))
+    step = _MANY_COLUMNS if most >= _MANY_COLUMNS else _TILE_COLUMNS
+    width = max(1, most // step) * step
+    end = -(-vocab_size // _TILE_COLUMNS) * _TILE_COLUMNS
+    return [slice(start, min(start + width, end)) for start in range(0, end, width)]
+
+
+def keeps(positions: int, vocab_size: int, device: torch.device) -> bool:
+    """Whether the logits of one peer wait for the backward pass."""
+    return 4 * positions * vocab_size <= KEPT_BYTES[_kind(device)]
+
+
 class _Question(NamedTuple):
     batch: Batch
     graph: DistillationGraph
@@ -96,19 +114,13 @@ class _Question(NamedTuple):
         return [distilling, *alone] if distilling else alone
 
     def tiles(self, group: list[int]) -> list[slice]:
-        """Columns to do at once. The last tile runs to the end of the padding, or of `_TILE_COLUMNS` of it."""
-        kind, rows = _kind(self.device), max(1, *(self.sizes[i] for i in group))
-        # What is kept whole anyway is one tile on a GPU; a CPU works within its cache.
-        whole = kind == "cuda" and all(self.keeps(i) for i in group)
-        most = max(1, (KEPT_BYTES if whole else TILE_BYTES)[kind] // (4 * rows))
-        step = _MANY_COLUMNS if most >= _MANY_COLUMNS else _TILE_COLUMNS
-        width = max(1, most // step) * step
-        end = -(-self.vocab_size // _TILE_COLUMNS) * _TILE_COLUMNS
-        return [slice(start, min(start + width, end)) for start in range(0, end, width)]
+        """Columns to do at once."""
+        kept = all(self.keeps(i) for i in group)
+        return tiles(max(self.sizes[i] for i in group), self.vocab_size, self.device, kept)
 
     def keeps(self, peer: int) -> bool:
         """Whether a peer's logits wait for the backward pass."""
-        return 4 * len(self.batch.views[peer].targets) * self.vocab_size <= KEPT_BYTES[_kind(self.device)]
+        return keeps(len(self.batch.views[peer].targets), self.vocab_size, self.device)
 
     def way(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` as it is, or compiled."""
@@ -215,9 +227,9 @@ class _Fused(torch.autograd.Function):
         projections = question.projections(ctx.saved_tensors)
         # Only now the loss scale is in: unnormalised until it is multiplied in, p/|P| survives the cast to fp16.
         gradients = {
-            i: _Gradients(projections[i], total_gradient / view.hard_count)
+            i: Gradients(projections[i], total_gradient / view.hard_count)
             for i, view in enumerate(question.batch.views)
-            if ctx.learning[i]
+            if ctx.learning[i] and i in seen  # who learns from cached teachers only is not
         }
         gradients_by = question.way(_gradients_by)
         for group in question.groups():
@@ -391,7 +403,7 @@ def _inside(place: _Place, peer: int) -> tuple[Tensor, Tensor]:
     return (at >= 0) & (at < place.columns), at.clamp(0, place.columns - 1).unsqueeze(1)
 
 
-class _Gradients:
+class Gradients:
     """The gradients of one projection, tile by tile: hidden's in fp32, the others in their own dtype, final at once."""
 
     def __init__(self, projection: Projection, scale: Tensor) -> None:

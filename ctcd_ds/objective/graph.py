@@ -20,6 +20,8 @@ class DistillationGraph:
     `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
     `temperature`: τ of all soft losses, or its end where it has a `temperature_course`.
     `signals`: what is learned from the insides of peers, beside their predictions; in `soft` and `terms` is none of it.
+    `cached`: so many names, the last ones, are of finished teachers without a model in the run: what they predict was
+    written down before.
     """
 
     names: tuple[str, ...]
@@ -31,6 +33,7 @@ class DistillationGraph:
     temperature: float = 1.0
     temperature_course: Course | None = None
     signals: tuple[Signal, ...] = ()
+    cached: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -69,6 +72,31 @@ class DistillationGraph:
         soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows) or self.soft
         signals = tuple(signal.at(done) for signal in self.signals)
         return replace(self, soft=soft, courses=(), temperature=tau, temperature_course=None, signals=signals)
+
+    @property
+    def live(self) -> DistillationGraph:
+        """The graph of the models only, without what they learn from cached teachers."""
+        if not self.cached:
+            return self
+        n = len(self.names) - self.cached
+        return replace(
+            self,
+            names=self.names[:n],
+            hard=self.hard[:n],
+            soft=tuple(row[:n] for row in self.soft[:n]),
+            trained=self.trained[:n],
+            courses=tuple(row[:n] for row in self.courses[:n]),
+            divergences=tuple(row[:n] for row in self.divergences[:n]),
+            cached=0,
+        )
+
+    def lessons(self) -> dict[int, dict[str, float]]:
+        """{learner: {cached teacher: weight}}."""
+        found: dict[int, dict[str, float]] = {}
+        for i, j, weight in self.edges():
+            if j >= len(self.names) - self.cached:
+                found.setdefault(i, {})[self.names[j]] = weight
+        return found
 
     def hard_peers(self) -> Iterator[int]:
         """The peers that learn from the ground truth."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ctcd_ds.objective.batch import Batch
+from ctcd_ds.objective.cached import with_cached
 from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.build import seed_of
@@ -62,22 +63,28 @@ class CoTraining(nn.Module):
     def train(self, mode: bool = True) -> CoTraining:
         """Frozen peers stay in eval mode: a finished teacher has no dropout."""
         super().train(mode)
-        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+        for name, trained in self._peers():
             if not trained:
                 self.peers[name].eval()
         return self
 
+    def _peers(self) -> Iterator[tuple[str, bool]]:
+        """(name, whether it learns) of every peer."""
+        return zip(self.peers, self.graph.trained, strict=False)  # cached teachers come last in the graph
+
     def forward(self, batch: Batch, micro_step: int, rank: int = 0, graph: DistillationGraph | None = None) -> Losses:
         """The losses of one micro-batch; `micro_step` counts over the whole run, `graph` is what holds at this step."""
         graph, projections, seen = graph or self.graph, [], []
-        for n, (name, trained, view) in enumerate(zip(graph.names, graph.trained, batch.views, strict=True)):
+        live = graph.live
+        for n, (name, trained, view) in enumerate(zip(live.names, live.trained, batch.views, strict=True)):
             torch.manual_seed(seed_of(self.seed, "dropout", name, micro_step, rank))
             peer = self.peers[name]
             watch = self.signals.watch(peer, n, graph) if self.signals else nullcontext(States())
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()), watch as states:
                 projections.append(project_positions(peer, view.inputs, view.positions))
                 seen.append(states)
-        losses = fused_objective(projections, batch, graph, self.vocab_size, graph.temperature, self.compiled)
+        losses = fused_objective(projections, batch, live, self.vocab_size, graph.temperature, self.compiled)
+        losses = with_cached(losses, projections, batch, graph, self.vocab_size, graph.temperature)
         return self.signals.added(losses, seen, graph) if self.signals else losses
 
     def compile_parts(self) -> None:
@@ -92,7 +99,7 @@ class CoTraining(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Of each layer of a trained peer only the input is kept; backward runs the layer again."""
-        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+        for name, trained in self._peers():
             if trained:
                 checkpoint_layers(self.peers[name])
 
@@ -103,7 +110,7 @@ class CoTraining(nn.Module):
         and learning rates find it again inside ZeRO.
         """
         groups = []
-        for name, trained in zip(self.graph.names, self.graph.trained, strict=True):
+        for name, trained in self._peers():
             if not trained:
                 continue
             own = settings[name]

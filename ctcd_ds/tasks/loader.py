@@ -22,6 +22,7 @@ import torch
 
 from ctcd_ds.corpus.rows import Rows
 from ctcd_ds.objective.batch import Batch
+from ctcd_ds.tasks.cache import CachedTeachers
 from ctcd_ds.tasks.task import VALID_SEED, Task
 
 _STEPS_AHEAD = 2
@@ -41,12 +42,19 @@ class Cut:
         """Rows of a step, all ranks together."""
         return self.micro_batch * self.accumulation * self.world
 
-    def batches(self, rows: Rows, task: Task, seed: int, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step."""
+    def batches(
+        self, rows: Rows, task: Task, seed: int, step: int, teachers: CachedTeachers | None = None
+    ) -> list[Batch]:
+        """This rank's micro-batches of a step, with what the cached teachers say to them."""
         epochs, numbers = rows.batch(seed, step, self.global_batch)
         share = self.micro_batch * self.accumulation
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        return list(task.batches(rows.read(numbers[mine]), seed, epochs[mine], numbers[mine], self.micro_batch))
+        made = task.batches(rows.read(numbers[mine]), seed, epochs[mine], numbers[mine], self.micro_batch)
+        first = step * self.global_batch + mine.start
+        return [
+            batch if teachers is None else teachers.teach(batch, first + k * self.micro_batch)
+            for k, batch in enumerate(made)
+        ]
 
 
 _Queue = queue.Queue["list[Batch] | BaseException"]
@@ -61,12 +69,19 @@ class TrainLoader(Iterator[list[Batch]]):
     """
 
     def __init__(
-        self, rows: Rows, task: Task, seed: int, cut: Cut, start_step: int, device: torch.device | None = None
+        self,
+        rows: Rows,
+        task: Task,
+        seed: int,
+        cut: Cut,
+        start_step: int,
+        device: torch.device | None = None,
+        teachers: CachedTeachers | None = None,
     ) -> None:
         self.waited_s = 0.0
         self._device = device
         self._ready: _Queue = queue.Queue(_STEPS_AHEAD)
-        prepare = partial(cut.batches, rows, task, seed)
+        prepare = partial(cut.batches, rows, task, seed, teachers=teachers)
         stop = threading.Event()
         thread = threading.Thread(
             target=_prepare_steps, args=(prepare, start_step, device, self._ready, stop), daemon=True

@@ -30,7 +30,7 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     if not plan.valid:
         return {}
     module: CoTraining = engine.module
-    names, pairs = module.graph.names, list(combinations(range(len(module.graph.names)), 2))
+    names, pairs = list(module.peers), list(combinations(range(len(module.peers)), 2))
     sums = torch.zeros(len(plan.valid), 2 * len(names) + len(pairs) + 1, dtype=torch.float64, device=device)
     module.eval()
     cut = Cut(plan.deepspeed.micro_batch, rank=dist.get_rank(), world=dist.get_world_size())

@@ -36,7 +36,7 @@ _LENGTH = {"training.steps", "training.epochs", "schedule.type", "schedule.warmu
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """Who a run is, as plain data: recipe, corpus, tokenizer, vocabulary, precision, number of steps."""
+    """Who a run is, as plain data: recipe, corpus, tokenizer, vocabulary, precision, number of steps, caches."""
     return {
         "recipe": plan.recipe.resolved(),
         "corpus": plan.corpus.fingerprint,
@@ -44,6 +44,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "vocab_size": plan.corpus.vocab_size,
         "precision": plan.deepspeed.precision,
         "steps": plan.steps,
+        **({"caches": plan.teachers.fingerprints} if plan.teachers is not None else {}),
     }
 
 
@@ -69,9 +70,9 @@ def changes(then: Mapping[str, Any], plan: Plan, step: int) -> tuple[list[str], 
         else:
             (allowed if key in _FREE or _proven_otherwise(key, plan.recipe) else refused).append(line)
     refused += [
-        f"{what}: the run has {then[what]}, now {now[what]}"
-        for what in ("corpus", "tokenizer", "vocab_size", "precision")
-        if then[what] != now[what]
+        f"{what}: the run has {then.get(what)}, now {now.get(what)}"
+        for what in ("corpus", "tokenizer", "vocab_size", "precision", "caches")
+        if then.get(what) != now.get(what)
     ]
     return refused, allowed
 
@@ -88,8 +89,8 @@ def _same_past(then: Mapping[str, Any], plan: Plan, step: int) -> bool:
 
 
 def _proven_otherwise(key: str, recipe: Recipe) -> bool:
-    """Places of files whose content has a fingerprint of its own: a corpus or a frozen peer may have moved."""
-    if is_corpus_place(key):
+    """Places of files whose content has a fingerprint of its own: a corpus, a cache or a frozen peer may have moved."""
+    if is_corpus_place(key) or key.startswith("cached_teachers."):
         return True
     section, _, field = key.rpartition(".")
     name = section.removeprefix("peers.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ctcd_ds.cli import UserError, count
+from ctcd_ds.cli import Damage, UserError, count
 from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
@@ -24,6 +24,7 @@ from ctcd_ds.peers.states import planned_shapes
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
+from ctcd_ds.tasks.cache import Cache, CachedTeachers, what_is_asked
 from ctcd_ds.tasks.task import Task
 from ctcd_ds.training.deepspeed_config import DeepSpeedConfig, resolve
 
@@ -39,6 +40,7 @@ class Plan:
     `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
     `maps`: values that are learned beside the peers (`peers/signals.py`).
     `new_tokens`: peer → the corpus's tokens that its checkpoint does not know, where there are any.
+    `teachers`: the cached ones, where the recipe has some.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class Plan:
     begun: dict[str, list[str]]
     new_tokens: dict[str, list[int]]
     maps: int
+    teachers: CachedTeachers | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -153,6 +156,8 @@ def make_plan(
             f"training.epochs = {recipe.training.epochs}: {recipe.training.epochs} × {len(rows or ())} rows is less "
             f"than one batch of {recipe.training.global_batch_rows}"
         )
+    teachers, said = _cached_teachers(recipe, corpus, steps * recipe.training.global_batch_rows)
+    mistakes += said
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
     configs = {name: peer_config(section, corpus, auto, sections) for name, section in sections.items()}
@@ -167,7 +172,7 @@ def make_plan(
     maps, said = _signals(recipe, configs, auto) if not mistakes else (0, [])
     if mistakes := mistakes + said:
         raise Mistakes("this run", mistakes)
-    begun_with = (sections, begun, new_tokens, maps)
+    begun_with = (sections, begun, new_tokens, maps, teachers)
     return Plan(recipe, corpus, config, world, device, rows, valid, task, configs, costs, steps, *begun_with)
 
 
@@ -190,6 +195,25 @@ def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: M
         for name, c in costs.items()
         if c.checkpointed is None and not recipe.peers[name].frozen
     ]
+
+
+def _cached_teachers(recipe: Recipe, corpus: Corpus, rows: int) -> tuple[CachedTeachers | None, list[str]]:
+    """The recipe's cached teachers for a run of so many rows, where there are any; what is wrong with them."""
+    asked, caches, mistakes = what_is_asked(recipe, corpus), {}, []
+    for name, place in recipe.cached_teachers.items():
+        try:
+            caches[name] = Cache.open(Path(place))
+        except Damage:
+            raise
+        except UserError as mistake:
+            mistakes.append(f"cached_teachers.{name} = {place!r}: {mistake}")
+            continue
+        mistakes += [f"cached_teachers.{name} = {place!r}: {said}" for said in caches[name].mistakes(asked, rows)]
+    learners = recipe.graph().lessons()
+    taught = {name for edges in learners.values() for name in edges}
+    return (
+        CachedTeachers({n: c for n, c in caches.items() if n in taught}, min(learners)) if learners else None
+    ), mistakes
 
 
 def _saved(section: PeerSection, place: Path | None) -> PeerSection:
@@ -296,6 +320,7 @@ def describe(plan: Plan) -> str:
         sizes = f"{c.parameters:>12,}{c.without_embeddings:>12,}  {flops / 1e6:>10.1f} M"
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
     lines += ["", "distillation graph", *(f"  {line}" for line in graph.describe())]
+    lines += [f"  {name}: {said}" for name, said in _caches(plan)]
     lines += [f"  {name}: {said}" for name, said in plan.task.exceptions()]
     lines += [f"  {name}: not in its checkpoint, begins at random: {_some(new)}" for name, new in plan.begun.items()]
     lines += [f"  {name}: {said}" for name, said in _vocabularies(plan)]
@@ -327,6 +352,12 @@ def _vocabularies(plan: Plan) -> Iterator[tuple[str, str]]:
             yield name, f"its {rows:,} rows of the vocabulary stay, {plan.corpus.vocab_size:,} of them are tokens"
         if new := plan.new_tokens.get(name):
             yield name, f"{count(len(new), 'token')} its checkpoint does not know begin as the mean of the others"
+
+
+def _caches(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(cached teacher, what is read of it)."""
+    for name, cache in plan.teachers.caches.items() if plan.teachers is not None else ():
+        yield name, f"read from {cache.path}: {cache.describe(plan.recipe.corpus.sequence_length)}"
 
 
 def _corpora(plan: Plan) -> Iterator[str]:
@@ -364,7 +395,9 @@ def _activation_bytes(plan: Plan) -> float:
     trained = [c for name, c in plan.costs.items() if not recipe.peers[name].frozen]
     checkpointing = recipe.training.activation_checkpointing
     values = sum((c.checkpointed or 0.0) if checkpointing else c.activations for c in trained)
+    graph = recipe.graph()
+    projected = [*plan.configs, *(graph.names[i] for i in graph.lessons())]  # once more for cached teachers
     return config.weight_bytes * tokens * values + sum(
         logits_bytes(config.micro_batch * plan.task.asked(recipe, name), plan.corpus.vocab_size, plan.device)
-        for name in plan.configs
+        for name in projected
     )

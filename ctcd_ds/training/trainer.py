@@ -51,7 +51,8 @@ def train(plan: Plan, ranks: Ranks, run: RunDirectory, ending: ExitStack) -> str
     watchdog.outlast_collectives()  # ZeRO's groups are there now
     step = first_step = loading.load(engine, *newest) if newest is not None else 0
     cut = Cut(config.micro_batch, config.accumulation, ranks.rank, ranks.world)
-    loader = TrainLoader(plan.rows, plan.task, plan.recipe.seed, cut, step, device if device.type == "cuda" else None)
+    ahead = device if device.type == "cuda" else None
+    loader = TrainLoader(plan.rows, plan.task, plan.recipe.seed, cut, step, ahead, plan.teachers)
     ending.callback(loader.close)
     whole, settings = plan.recipe.graph(), {name: plan.recipe.optimizer_of(name) for name in plan.recipe.peers}
     gradients = PeerGradients(engine.optimizer, [n for n in settings if not plan.recipe.peers[n].frozen], device)

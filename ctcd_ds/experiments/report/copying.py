@@ -56,7 +56,7 @@ def all_pairs(study: Study, rows: int) -> tuple[list[PairAgreement], list[str]]:
     alone: dict[int, dict[str, Answers]] = {}
     for name, own in answers.items():
         cell = study.cells[name]
-        if len(own.peers) == 1:
+        if len(study.runs[name].graph.names) == 1:
             alone.setdefault(cell.seed, {})[next(iter(own.peers))] = own
         for one, two in combinations(own.peers, 2):
             counts = compare_answers(own.peers[one], own.peers[two], own.targets)

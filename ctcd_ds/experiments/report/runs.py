@@ -131,7 +131,7 @@ def _pairings(runs: Mapping[str, LoggedRun]) -> tuple[list[tuple[Peer, Peer]], l
     Only where both were trained alike but for what they learned from each other. Also returns what keeps peers of one
     name apart, a sentence a pair of runs.
     """
-    alone = {name: next(iter(run.recipe.peers)) for name, run in runs.items() if len(run.recipe.peers) == 1}
+    alone = {name: next(iter(run.recipe.peers)) for name, run in runs.items() if len(run.graph.names) == 1}
     sizes = {(name, peer): c.parameters for name, run in runs.items() for peer, c in _costs(run).items()}
     found, apart = [], []
     for name, run in runs.items():
