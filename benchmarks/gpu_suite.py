@@ -1,194 +1,48 @@
-"""Everything worth knowing about one GPU in at most 8 minutes, on the packages found there, as one JSON.
+"""Everything worth knowing about one GPU in at most 25 minutes, as one JSON and a Markdown table beside it.
 
-Each part writes its result as soon as it is there. A part whose packages are missing, or that would begin after
---minutes, is skipped with the reason; a part that fails says so, the others go on, and the exit code is 1.
+A machine with torch and transformers that reaches nothing: first, where pip works, --make_wheels DIR; then there,
+from a checkout, --wheels DIR. Each part writes its result as soon as it is there; the same command goes on with what
+has none. A part whose packages are missing, or that would begin after --minutes, is skipped with the reason; a
+part that fails says so, the others go on, and the exit code is 1. The last part, `headline`, trains the paper's pair
+alone and together over 20 epochs of a corpus (--corpus, --runs): about 8 minutes on an H200.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import json
-import tempfile
+import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import common
-import loader
-import objective
-import step
-import torch
-import workload
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from workload import Shape, Size
-
-from ctcd_ds import cli
-
-BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+import wheels  # what stands at the top is all that a bare machine has
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How large the parts are."""
-
-    shape: Shape
-    dtype: str
-    batches: tuple[int, ...]
-    tokens: tuple[int, ...]
-    far: int
-    repetitions: int
-    run_steps: int
-    run_rows: int
-    loader_seconds: float
-
-
-FULL = Scale(
-    shape=Shape((Size(6, 768), Size(4, 768)), 128, 128, 30528),
-    dtype="bfloat16",
-    batches=(16, 32, 64, 128, 256, 512, 1024),
-    tokens=(2048, 4096, 16384),
-    far=16384,
-    repetitions=5,
-    run_steps=300,
-    run_rows=128,
-    loader_seconds=2.0,
-)
-TINY = Scale(Shape((Size(2, 32), Size(1, 32)), 32, 4, 512), "float32", (2, 4), (256, 512), 1024, 1, 30, 16, 0.1)
-
-
-class Skipped(Exception):
-    """Why a part has no result here."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """The parts, each a method that gives its result as plain data."""
-
-    scale: Scale
-    device: torch.device
-
-    def gradient_error(self) -> Any:
-        """Errors of the gradients against fp64, in fp32 and bf16."""
-        shape, found = self.scale.shape, {}
-        for name, dtype in common.DTYPES.items():
-            width, tokens = shape.peers[0].width, self.scale.tokens[0]
-            heads = objective.Heads.make(width, shape.vocab_size, tokens, self.device, dtype)
-            found[name] = objective.gradient_errors(heads)
-        return {"gradient_error": max(errors["ours"] for errors in found.values()), **found}
-
-    def memory(self) -> Any:
-        """Peak memory of heads and objective, naive against ours; the naive one measured wherever it fits."""
-        scale, shape = self.scale, self.scale.shape
-        sizes = (shape.peers[0].width, shape.vocab_size, scale.tokens, scale.far)
-        return objective.memory(*sizes, self.device, common.DTYPES[scale.dtype])
-
-    def step_ways(self) -> Any:
-        """naive, ours and alone, interleaved."""
-        ways = ["naive", "naive_selected", "ours", "alone"]  # naive_kept is the CPU's
-        return step.measure(self.scale.shape, ways, self.scale.repetitions, self.device, self.scale.dtype)
-
-    def three_peers(self) -> Any:
-        """The full graph of three against the sum of three alone."""
-        shape = replace(self.scale.shape, peers=(*self.scale.shape.peers, self.scale.shape.peers[-1]))
-        return step.measure(shape, ["ours", "alone"], self.scale.repetitions, self.device, self.scale.dtype)
-
-    def batch_sizes(self) -> Any:
-        """tokens/s, MFU and memory of our step by rows in a step."""
-        found = {}
-        for rows in self.scale.batches:
-            shape = replace(self.scale.shape, rows=rows)
-            values = step.measure(shape, ["ours"], self.scale.repetitions, self.device, self.scale.dtype)
-            keys = ("ours_s", "tokens_per_s", "mfu", "gemm_share", "peak_bytes")
-            found[rows] = {key: values[key] for key in keys if key in values}
-        return found
-
-    def compile(self) -> Any:
-        """Our step as it is and with compiled encoders, interleaved; the seconds that compiling took."""
-        eager, compiled = self._our_step(), self._our_step(compiled=True)
-        started = time.perf_counter()
-        compiled()
-        common.synchronise(self.device)
-        took = time.perf_counter() - started
-        seconds = common.interleaved({"eager": eager, "compiled": compiled}, self.scale.repetitions, self.device)
-        values = {f"{name}_s": median(rounds) for name, rounds in seconds.items()}
-        return {**values, "eager_over_compiled": common.ratio(*seconds.values()), "first_compiled_step_s": took}
-
-    def attention(self) -> Any:
-        """Our step with each SDPA backend, interleaved; why, where one does not run."""
-        ours, works, refused = self._our_step(), {}, {}
-        for name in BACKENDS:
-
-            def with_backend(name: str = name) -> None:
-                with sdpa_kernel(getattr(SDPBackend, name)):
-                    ours()
-
-            try:
-                with_backend()
-                works[name] = with_backend
-            except RuntimeError as problem:
-                refused[name] = str(problem).splitlines()[0]
-        seconds = common.interleaved({"default": ours, **works}, self.scale.repetitions, self.device)
-        return {**{f"{name}_s": median(rounds) for name, rounds in seconds.items()}, "refused": refused}
-
-    def loader(self) -> Any:
-        """The loader's pace and the step's waiting."""
-        scale = self.scale
-        return loader.measure(
-            scale.shape, 1024, scale.loader_seconds, 5 * scale.repetitions, scale.repetitions, self.device, scale.dtype
+def before_anything_is_imported() -> None:
+    """Makes wheels and ends, or goes on in a process that has them, where that is asked."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--make_wheels", type=Path)
+    parser.add_argument("--wheels", type=Path)
+    parser.add_argument("--python", default="3.12")
+    arguments, _ = parser.parse_known_args()
+    if arguments.make_wheels is not None:
+        wheels.make(arguments.make_wheels.resolve(), arguments.python)
+        print(
+            f"{arguments.make_wheels}: copy it beside a checkout; there: gpu_suite.py --wheels {arguments.make_wheels}"
         )
-
-    def run_bf16(self) -> Any:
-        """A co-training run under DeepSpeed ZeRO-2 in bf16."""
-        return self._run("bf16")
-
-    def run_fp16(self) -> Any:
-        """The same in fp16, with its loss scale."""
-        if self.device.type == "cpu":
-            raise Skipped("DeepSpeed has no fp16 on the CPU")
-        return self._run("fp16")
-
-    def _our_step(self, compiled: bool = False) -> common.Step:
-        shape, models = self.scale.shape, workload.build_models(self.scale.shape)
-        module = workload.co_training(models, workload.full_graph(shape.names), shape.vocab_size)
-        module.to(self.device, common.DTYPES[self.scale.dtype])
-        if compiled:
-            module.compile_parts()
-        return step.our_step(module, workload.random_batch(shape, self.device)[0])
-
-    def _run(self, precision: str) -> dict[str, Any]:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise Skipped("deepspeed is not installed here")
-        from overhead import run_block, total_loss
-
-        from ctcd_ds.recipe import load_recipe
-
-        scale = self.scale
-        shape = replace(scale.shape, rows=scale.run_rows)
-        config = json.loads((common.ROOT / "ds_configs" / f"zero2_{precision}.json").read_text())
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            corpus = workload.write_corpus(folder / "corpus", shape.vocab_size, 4000, shape.length)
-            path = workload.recipe(folder, shape, corpus, scale.run_steps, valid_rows=shape.rows)
-            recipe = load_recipe(path, ["schedule.warmup_fraction=0.1"])
-            rows = run_block(recipe, folder / "run", config)
-        losses = [total_loss(recipe, row) for row in rows]
-        first, last = losses[0], median(losses[-10:])
-        if not last < first:
-            raise cli.RunFailure(f"the loss did not fall: {first} at the first step, {last} at the end")
-        pace = median(row["tokens_per_s"] for row in rows[len(rows) // 2 :])
-        return {"steps": len(rows), "first_loss": first, "last_loss": last, "tokens_per_s": pace}
-
-
-PARTS = ("gradient_error", "step_ways", "batch_sizes", "run_bf16", "run_fp16", "compile", "attention", "loader")
-PARTS += ("memory", "three_peers")
+        sys.exit(0)
+    if arguments.wheels is not None:
+        wheels.use(arguments.wheels)
 
 
 def attempt(part: Callable[[], Any], began: float, minutes: float) -> dict[str, Any]:
     """One part's result with its seconds, or why there is none."""
+    import torch
+    from gpu_parts import Skipped
+
     started = time.monotonic()
     if started - began > 60 * minutes:
         return {"skipped": f"the {minutes:g} minutes were over"}
@@ -203,22 +57,64 @@ def attempt(part: Callable[[], Any], began: float, minutes: float) -> dict[str, 
     return {**result, "seconds": round(time.monotonic() - started, 1)}
 
 
+def markdown(found: Mapping[str, Any]) -> str:
+    """A table of every number of the parts that have a result, longer ones left to the JSON."""
+    lines = ["| part | what | value |", "|---|---|---:|"]
+    for part, outcome in found.items():
+        if "result" not in outcome:
+            lines.append(f"| {part} | {'skipped' if 'skipped' in outcome else 'failed'} | |")
+            continue
+        for name, value in _numbers(outcome["result"]):
+            lines.append(f"| {part} | {name} | {value:.6g} |")
+    return "\n".join(lines) + "\n"
+
+
+def _numbers(values: Mapping[str, Any], before: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{before}{name} ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((before + str(name), float(value)))
+    return found
+
+
 def main() -> int:
+    import common
+    from gpu_parts import FULL, PARTS, TINY, Suite
+
+    from ctcd_ds import cli
+    from ctcd_ds.manifest import write_atomic
+
     parser = common.parser(__doc__)
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: whether it runs at all")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no part begins later than this")
+    parser.add_argument("--minutes", type=float, default=25.0, help="no part begins later than this")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--corpus", type=Path, help="the headline run's: English text with BERT's vocabulary")
+    parser.add_argument("--runs", type=Path, help="where the headline's runs stay, to be resumed")
+    parser.add_argument("--make_wheels", type=Path, metavar="DIR", help="only makes what a bare machine lacks")
+    parser.add_argument("--python", default="3.12", help="that machine's Python, for --make_wheels")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="what --make_wheels made")
     arguments = parser.parse_args()
     device, began = common.begin(arguments), time.monotonic()
-    suite = Suite(FULL if arguments.size == "full" else TINY, device)
+    suite = Suite(FULL if arguments.size == "full" else TINY, device, arguments.corpus, arguments.runs)
     found: dict[str, Any] = {}
+    if arguments.output is not None and arguments.output.exists():
+        before = json.loads(arguments.output.read_text())["parts"]
+        found = {name: part for name, part in before.items() if "result" in part}
     for name in arguments.parts:
-        found[name] = attempt(getattr(suite, name), began, arguments.minutes)
+        if name not in found:
+            found[name] = attempt(getattr(suite, name), began, arguments.minutes)
         common.write_row(arguments, {"parts": found, "seconds": round(time.monotonic() - began, 1)}, show=False)
         what = next(key for key in ("result", "skipped", "failed") if key in found[name])
         print(f"{name}: {'done' if what == 'result' else found[name]}", flush=True)
+    if arguments.output is not None:
+        write_atomic(arguments.output.with_suffix(".md"), markdown(found))
     return cli.EXIT_FAILED if any("failed" in part for part in found.values()) else cli.EXIT_DONE
 
 
 if __name__ == "__main__":
+    before_anything_is_imported()
+    from ctcd_ds import cli
+
     cli.run(main)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +189,40 @@ def test_the_gpu_suite_is_ready(row: Any) -> None:
     """All its parts run on the CPU, and only what needs a GPU says so."""
     parts = row("gpu_suite", "--size", "tiny")["parts"]
     assert {name: part for name, part in parts.items() if "failed" in part} == {}
-    assert [name for name, part in parts.items() if "skipped" in part] == ["run_fp16"]
+    skipped = [name for name, part in parts.items() if "skipped" in part]
+    assert skipped == ["run_fp16", "run_bf16_compiled", "profile", "headline"]
     assert parts["gradient_error"]["result"]["gradient_error"] < 1e-3
     run = parts["run_bf16"]["result"]
     assert run["steps"] == 30 and run["last_loss"] < run["first_loss"]
     assert set(parts["batch_sizes"]["result"]) == {"2", "4"}
+
+
+@pytest.mark.nightly
+def test_the_gpu_suites_headline_goes_on_where_it_was(row: Any, tmp_path: Path) -> None:
+    """The regime's runs at a tiny size; what has a result is not done again, and numbers stand in a Markdown table."""
+    import workload
+
+    corpus = workload.write_corpus(tmp_path / "corpus", 512, 2000, 32)
+    given = ("--size", "tiny", "--parts", "headline", "--corpus", corpus, "--runs", tmp_path / "runs")
+    first = row("gpu_suite", *given)["parts"]["headline"]
+    assert {side: run["steps"] for side, run in first["result"].items()} == {"alone": 8, "together": 8}
+    assert row("gpu_suite", *given)["parts"]["headline"] == first
+    assert "| headline | together steps | 8 |" in (tmp_path / "row.md").read_text()
+
+
+@pytest.mark.nightly
+def test_a_bare_machine_gets_its_packages_from_a_folder(tmp_path: Path) -> None:
+    """Wheels are made where pip works, and used by a Python that has none of them."""
+    suite = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py"]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    subprocess.run([*suite, "--make_wheels", tmp_path / "wheels", "--python", python], check=True)
+    use = "import pathlib, sys, wheels\nwheels.use(pathlib.Path(sys.argv[1]))\n"
+    (tmp_path / "bare.py").write_text(use + "import pydantic\nprint(pydantic.__file__)\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    said = subprocess.run(
+        [sys.executable, tmp_path / "bare.py", tmp_path / "wheels"], env=environment, check=True, capture_output=True
+    )
+    assert b"ctcd-wheels-" in said.stdout
 
 
 @pytest.mark.parametrize(
