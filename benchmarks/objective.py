@@ -3,7 +3,8 @@
 Memory is the peak of forward and backward from hidden states at every token: the naive way makes logits at all of
 them, ours at the targets, chunk by chunk. Both are straight lines in the number of tokens (the naive one from the
 start, ours until it has a full chunk and from there on), so the naive way's need at --extrapolate_to tokens is read
-off its line where it does not fit, and measured where it does.
+off its line where it does not fit, and measured where it does. Where Liger-Kernel is installed, its fused linear
+loss is timed beside ours on the same questions (each direction by itself; on a GPU compiled, as it is meant to be).
 """
 
 from __future__ import annotations
@@ -80,9 +81,30 @@ class Heads(NamedTuple):
         step.naive_objective(logits, self.labels, self.graph).backward()
         self._forget()
 
+    def liger(self) -> None:
+        """Forward and backward by Liger-Kernel's fused linear loss (β 0: KL), a peer at a time, at the targets."""
+        loss, view = liger_loss(), self.batch.views[0]
+        flat = self.projections()
+        total = torch.zeros((), device=self.labels.device)
+        for i, own in enumerate(flat):
+            for _, j, weight in (edge for edge in self.graph.edges() if edge[0] == i):
+                other = [None if tensor is None else tensor.detach() for tensor in flat[j][:3]]
+                settings = {"weight_hard_loss": self.graph.hard[i], "weight_soft_loss": weight, "beta": 0.0}
+                apart = loss(**settings, compiled=self.labels.is_cuda)
+                total = total + apart(own.hidden, own.weight, *other[:2], view.targets, own.bias, other[2])
+        total.backward()
+        self._forget()
+
     def _forget(self) -> None:
         for tensor in (*self.hidden, *(p for model in self.models for p in model.parameters())):
             tensor.grad = None
+
+
+def liger_loss() -> Any:
+    """Liger-Kernel's loss class. Raises ImportError where it does not run."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    return LigerFusedLinearJSDLoss
 
 
 def gradient_errors(heads: Heads) -> dict[str, float]:
@@ -161,9 +183,16 @@ def measure(
         values[name] = gradient_errors(Heads.make(width, vocab_size, tokens[0], device, dtype))
     errors = {"gradient_error": max(found["ours"] for found in values.values()), "gradient_errors": values}
     heads = Heads.make(width, vocab_size, tokens[0], device, torch.float32)
-    seconds = common.interleaved({"naive": heads.naive, "ours": heads.ours}, repetitions, device)
-    times = {f"{name}_s": median(rounds) for name, rounds in seconds.items()}
-    times["naive_over_ours"] = common.ratio(seconds["naive"], seconds["ours"])
+    ways = {"naive": heads.naive, "ours": heads.ours}
+    try:
+        liger_loss()
+        ways["liger"] = heads.liger
+        skipped = {}
+    except ImportError as problem:
+        skipped = {"liger_skipped": f"Liger-Kernel is not there (pip install liger-kernel): {problem}"}
+    seconds = common.interleaved(ways, repetitions, device)
+    times: dict[str, Any] = {f"{name}_s": median(rounds) for name, rounds in seconds.items()} | skipped
+    times |= {f"{name}_over_ours": common.ratio(seconds[name], seconds["ours"]) for name in ways if name != "ours"}
     return {**errors, **memory(width, vocab_size, tokens, far, device, torch.float32), **times}
 
 

@@ -143,7 +143,7 @@ def full_graph(names: Sequence[str]) -> DistillationGraph:
 
 def co_training(models: Mapping[str, Any], graph: DistillationGraph, vocab_size: int) -> CoTraining:
     """The peers of `graph` in the container that training uses, in training mode."""
-    return CoTraining({name: models[name] for name in graph.names}, graph, vocab_size, 1.0, seed=1).train()
+    return CoTraining({name: models[name] for name in graph.names}, graph, vocab_size, seed=1).train()
 
 
 def random_batch(shape: Shape, device: torch.device) -> tuple[Batch, dict[str, Tensor]]:

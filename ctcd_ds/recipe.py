@@ -22,6 +22,7 @@ from ctcd_ds.kinds import other_file
 from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import KL, Divergence, Kind
 from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.signals import Hidden, Relation, Relations, Signal
 
 
 class Mistakes(UserError):
@@ -93,6 +94,7 @@ _TASKS_OF = {
     "objective.soft_positions": ("mlm",),
     "peers.*.mask_seed": ("mlm",),
     "peers.*.mask_fraction": ("mlm",),
+    "peers.*.relations": ("mlm", "clm"),
 }
 
 
@@ -130,10 +132,58 @@ class CourseSection(Section):
         return Course(**self.model_dump())
 
 
+def _number_or_course(value: Any) -> str:
+    return "[course]" if isinstance(value, dict | CourseSection) else "[number]"
+
+
 # Tags are left out of messages, as all parts of a place with a bracket are.
 Weight = Annotated[
     Annotated[CourseSection, Tag("[course]")] | Annotated[NotNegative, Tag("[number]")],
-    Discriminator(lambda value: "[course]" if isinstance(value, dict | CourseSection) else "[number]"),
+    Discriminator(_number_or_course),
+]
+
+
+Layer = Annotated[int, Field(ge=0)]
+Pair = Annotated[tuple[Layer, Layer], Field(strict=False)]
+
+
+def _by_kind(value: Any) -> str:
+    return "[words]" if isinstance(value, str) else "[layers]"
+
+
+class HiddenSection(Section):
+    """What is learned from another peer's hidden states. Layers count from 1; 0 is what comes into the first.
+
+    `layers`: of both peers the last, as many pairs evenly spread as the smaller one has layers, or pairs
+    [own layer, other's layer]. A model with an encoder and a decoder compares these of both.
+    """
+
+    weight: Weight
+    layers: Annotated[
+        Annotated[Literal["last", "even"], Tag("[words]")]
+        | Annotated[tuple[Pair, ...], Field(strict=False, min_length=1), Tag("[layers]")],
+        Discriminator(_by_kind),
+    ] = "last"
+
+
+class RelationsSection(Section):
+    """What is learned from how another peer relates tokens to each other in one layer's attention.
+
+    `layer`: the last of both, or [own layer, other's layer], from 1. `heads`: into so many parts all widths are cut, of
+    whatever number of heads the peers have. `of`: what is compared with itself among tokens; query-key: the attention.
+    """
+
+    weight: Weight
+    layer: Annotated[
+        Annotated[Literal["last"], Tag("[words]")] | Annotated[Pair, Tag("[layers]")], Discriminator(_by_kind)
+    ] = "last"
+    heads: Count
+    of: Annotated[tuple[Relation, ...], Field(strict=False, min_length=1)] = ("query", "key", "value")
+
+
+# As a weight, but never 0: what is divided by it would be anything.
+Temperature = Annotated[
+    Annotated[CourseSection, Tag("[course]")] | Annotated[Positive, Tag("[number]")], Discriminator(_number_or_course)
 ]
 
 
@@ -155,6 +205,7 @@ class PeerSection(Section):
     It begins as a Hugging Face config (`model`) with random weights, as a checkpoint (`pretrained`), or as some layers
     of a model (`init_from`), whose settings `model` may then repeat.
     `divergence`: other peer → how far from it this one is, where that is not what `objective.divergence` says.
+    `hidden`, `relations`: other peer → what is learned from its inside.
     `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
     `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
     """
@@ -166,6 +217,8 @@ class PeerSection(Section):
     hard: NotNegative | None = None
     soft: dict[str, Weight] = {}
     divergence: dict[str, Kind] = {}
+    hidden: dict[str, HiddenSection] = {}
+    relations: dict[str, RelationsSection] = {}
     label_noise: Annotated[float, Field(ge=0, le=1)] | None = None
     mask_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     mask_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -188,6 +241,15 @@ class PeerSection(Section):
         return 0.0 if self.frozen else 1.0 if self.hard is None else self.hard
 
     @property
+    def weights(self) -> dict[str, float | CourseSection]:
+        """Key → weight of all that it learns from others."""
+        inner = [("hidden", other, edge.weight) for other, edge in self.hidden.items()]
+        inner += [("relations", other, edge.weight) for other, edge in self.relations.items()]
+        return {f"soft.{other}": weight for other, weight in self.soft.items()} | {
+            f"{key}.{other}.weight": weight for key, other, weight in inner
+        }
+
+    @property
     def checkpoint(self) -> str | None:
         """The finished model that its weights are read from, all of them or some layers."""
         return self.pretrained if self.init_from is None else self.init_from.pretrained
@@ -206,7 +268,9 @@ class PeerSection(Section):
 
 
 class ObjectiveSection(Section):
-    """`soft_positions`: distil at the target positions, or at all that are not special tokens.
+    """`temperature`: τ of the soft losses, a number or how it changes over the run.
+
+    `soft_positions`: distil at the target positions, or at all that are not special tokens.
 
     `divergence`: what the soft losses are, KL(teaching ‖ learning), KL(learning ‖ teaching) (reverse_kl), or
     Jensen-Shannon's (jsd), to whose mixture the teaching peer gives the share `jsd_beta`.
@@ -214,7 +278,7 @@ class ObjectiveSection(Section):
     """
 
     task: Task = "mlm"
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     divergence: Kind = "kl"
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     soft_positions: Literal["targets", "all"] = "targets"
@@ -291,19 +355,33 @@ class Recipe(Section):
         """The distillation graph, peers in the recipe's order, then the cached teachers."""
         sections = {**self.peers, **dict.fromkeys(self.cached_teachers, PeerSection(frozen=True))}
         weights = [[peer.soft.get(other, 0.0) for other in sections] for peer in sections.values()]
-        courses = tuple(tuple(w.course if isinstance(w, CourseSection) else None for w in row) for row in weights)
+        soft = [[_largest(weight) for weight in row] for row in weights]
+        courses = tuple(tuple(course for _, course in row) for row in soft)
         usual, jsd = self.objective.divergence, Divergence("jsd", self.objective.jsd_beta)
         kinds = [[peer.divergence.get(other, usual) for other in sections] for peer in sections.values()]
         divergences = tuple(tuple(jsd if kind == "jsd" else Divergence(kind) for kind in row) for row in kinds)
         return DistillationGraph(
             names=tuple(sections),
             hard=tuple(peer.hard_weight for peer in sections.values()),
-            soft=tuple(tuple(w.course.largest if isinstance(w, CourseSection) else w for w in row) for row in weights),
+            soft=tuple(tuple(weight for weight, _ in row) for row in soft),
             trained=tuple(not peer.frozen for peer in sections.values()),
             courses=courses if any(map(any, courses)) else (),
             divergences=divergences if any(d != KL for row in divergences for d in row) else (),
+            temperature=tau.then if isinstance(tau := self.objective.temperature, CourseSection) else tau,
+            temperature_course=tau.course if isinstance(tau, CourseSection) else None,
+            signals=tuple(signal for signal in self._signals() if signal.weight),
             cached=len(self.cached_teachers),
         )
+
+    def _signals(self) -> Iterator[Signal]:
+        numbers = {name: n for n, name in enumerate(self.peers)}
+        causal = self.objective.task == "clm"
+        for name, peer in self.peers.items():
+            for other, h in peer.hidden.items():
+                yield Hidden(numbers[name], numbers[other], *_largest(h.weight), h.layers)
+            for other, r in peer.relations.items():
+                weight, course = _largest(r.weight)
+                yield Relations(numbers[name], numbers[other], weight, course, r.layer, r.heads, r.of, causal)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON-like data; what is null by default or not the task's is left out."""
@@ -319,6 +397,11 @@ class Recipe(Section):
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
         yaml.dump(self.resolved(), stream)
         return stream.getvalue()
+
+
+def _largest(weight: float | CourseSection) -> tuple[float, Course | None]:
+    """The most that a weight ever is, and its course, where it has one."""
+    return (weight.course.largest, weight.course) if isinstance(weight, CourseSection) else (weight, None)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -379,8 +462,12 @@ def _take_away(raw: Any, section: str, known: Mapping[str, Any]) -> Iterator[str
             what = "peer" if section == "peers" else "cached teacher"
             yield f"{section}.{name} = null: no {what} has this name; {did_you_mean(name, known)}"
         for peer in peers.values() if name not in peers.keys() | caches.keys() else ():
-            if isinstance(peer, dict) and isinstance(edges := peer.get("soft"), dict):
-                edges.pop(name, None)
+            for key in _EDGES if isinstance(peer, dict) else ():
+                if isinstance(edges := peer.get(key), dict):
+                    edges.pop(name, None)
+
+
+_EDGES = ("soft", "divergence", "hidden", "relations")  # keys of a peer that name others
 
 
 def recipe_mistakes(raw: Any) -> list[str]:
@@ -392,7 +479,15 @@ def recipe_mistakes(raw: Any) -> list[str]:
         Recipe.model_validate(raw)
     except ValidationError as problem:
         mistakes = [explain(error, Recipe) for error in problem.errors()]
-    for more in (_corpus_mistakes, _peer_mistakes, _cache_mistakes, _training_mistakes, _task_mistakes):
+    for more in (
+        _corpus_mistakes,
+        _peer_mistakes,
+        _cache_mistakes,
+        _temperature_mistakes,
+        _training_mistakes,
+        _task_mistakes,
+        _compile_mistakes,
+    ):
         mistakes += more(raw)
     return mistakes
 
@@ -458,17 +553,22 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
             continue
         yield from _source_mistakes(here, peer)
         yield from _layer_mistakes(here, name, peers)
-        soft = peer.get("soft") or {}
+        learned = {key: edges for key in ("soft", "hidden", "relations") if (edges := peer.get(key))}
         hard, frozen = peer.get("hard"), peer.get("frozen") is True
-        for other, weight in soft.items() if isinstance(soft, dict) else ():
-            if other == name:
-                yield f"{here}.soft.{other} = {weight}: a peer does not learn from itself"
-            elif other not in peers and other not in _named(raw, "cached_teachers"):
-                others = did_you_mean(other, {*peers, *_named(raw, "cached_teachers")} - {name})
-                yield f"{here}.soft.{other} = {weight}: no peer has this name; {others}"
-        weighted = any(soft.values()) if isinstance(soft, dict) else True
+        caches = _named(raw, "cached_teachers")
+        for key, edges in learned.items():
+            for other, edge in edges.items() if isinstance(edges, dict) else ():
+                said = edge if key == "soft" else "…"
+                if other == name:
+                    yield f"{here}.{key}.{other} = {said}: a peer does not learn from itself"
+                elif other in caches and key != "soft":
+                    yield f"{here}.{key}.{other} = {said}: of a cached teacher only predictions are kept; remove it"
+                elif other not in peers and other not in caches:
+                    others = did_you_mean(other, {*peers, *caches} - {name})
+                    yield f"{here}.{key}.{other} = {said}: no peer has this name; {others}"
+        weighted = [key for key, edges in learned.items() if _weighs(edges)]
         yield from _course_mistakes(here, peer)
-        of = peer.get("divergence") or {}
+        soft, of = learned.get("soft", {}), peer.get("divergence") or {}
         for other in of.keys() - soft.keys() if isinstance(of, dict) and isinstance(soft, dict) else ():
             near = did_you_mean(other, soft)
             yield f"{here}.divergence.{other} = {of[other]}: {here}.soft has no weight for it; {near}"
@@ -477,8 +577,8 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         if frozen:
             if hard:
                 yield f"{here}.hard = {hard}: a frozen peer learns nothing; remove hard, or remove frozen"
-            if weighted:
-                yield f"{here}.soft = {soft}: a frozen peer learns nothing; remove soft, or remove frozen"
+            for key in weighted:
+                yield f"{here}.{key} = {learned[key]}: a frozen peer learns nothing; remove {key}, or remove frozen"
             if not peer.get("pretrained"):
                 yield f"{here}.frozen = true: a frozen peer is a finished model; say which with pretrained: DIR"
         elif hard == 0 and not weighted:
@@ -487,9 +587,18 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         yield "peers: all are frozen, so there is nothing to train"
 
 
+def _weighs(edges: Any) -> bool:
+    """Whether any of these edges may have a weight; what has none, or no sense, is said elsewhere."""
+    if not isinstance(edges, dict):
+        return True
+    return any(edge.get("weight", True) if isinstance(edge, dict) else edge for edge in edges.values())
+
+
 def _cache_mistakes(raw: dict[str, Any]) -> Iterator[str]:
     """What cannot be together with cached teachers: they were asked once, all alike, and few tokens are kept."""
     caches, peers, objective = _named(raw, "cached_teachers"), _named(raw, "peers"), _named(raw, "objective")
+    if caches and isinstance(objective.get("temperature"), dict):
+        yield "objective.temperature: cached teachers were asked at one temperature; write it, or let them be peers"
     for name in caches:
         if not re.fullmatch(NAME, str(name)):
             yield f"cached_teachers.{name}: a teacher's name is letters, digits, _ and -, and begins with a letter"
@@ -518,23 +627,59 @@ def _course_mistakes(here: str, raw: dict[str, Any]) -> Iterator[str]:
         peer = PeerSection.model_validate(raw)
     except ValidationError:
         return  # said already
-    weights = list(peer.soft.values())
-    courses = [weight for weight in weights if isinstance(weight, CourseSection)]
-    for other, weight in peer.soft.items():
-        if isinstance(weight, CourseSection) and round(weight.after + weight.over, 9) > 1:
-            yield (
-                f"{here}.soft.{other}: after {weight.after:g} and over {weight.over:g} make more than the whole run, "
-                "which is 1: lower one of them"
-            )
+    courses = {key: weight for key, weight in peer.weights.items() if isinstance(weight, CourseSection)}
+    for key, course in courses.items():
+        yield from _length_mistakes(f"{here}.{key}", course)
     # Between two such moments weights are on lines and not below 0: a sum that is 0 anywhere is 0 at one of them.
-    moments = sorted({0.0, *(c.after for c in courses), *(c.after + c.over for c in courses)})
+    moments = sorted({0.0, *(c.after for c in courses.values()), *(c.after + c.over for c in courses.values())})
     for done in moments if courses and peer.hard == 0 else ():
-        if done < 1 and not any(w.course.at(done) if isinstance(w, CourseSection) else w for w in weights):
+        then = (w.course.at(done) if isinstance(w, CourseSection) else w for w in peer.weights.values())
+        if done < 1 and not any(then):
             yield (
-                f"{here}.hard = {peer.hard:g}: when {done:.0%} of the steps are done its soft weights are 0 too, and "
+                f"{here}.hard = {peer.hard:g}: when {done:.0%} of the steps are done its other weights are 0 too, and "
                 "the peer learns from nothing; give it a hard weight"
             )
             return
+
+
+def _length_mistakes(key: str, course: CourseSection) -> Iterator[str]:
+    if round(course.after + course.over, 9) > 1:
+        yield (
+            f"{key}: after {course.after:g} and over {course.over:g} make more than the whole run, which is 1: lower "
+            "one of them"
+        )
+
+
+def _temperature_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    objective = raw.get("objective")
+    try:
+        course = CourseSection.model_validate(objective.get("temperature") if isinstance(objective, dict) else None)
+    except ValidationError:
+        return  # a number, or said already
+    if not (course.first and course.then):
+        yield (
+            f"objective.temperature: {course.course}: logits are divided by it, so that it must be greater than 0 all "
+            "along; give first and then"
+        )
+    yield from _length_mistakes("objective.temperature", course)
+
+
+def _compile_mistakes(raw: dict[str, Any]) -> Iterator[str]:
+    """What compiled code would have to be made for again and again."""
+    training, objective, peers = (raw.get(key) for key in ("training", "objective", "peers"))
+    if not isinstance(training, dict) or training.get("compile") is not True:
+        return
+    if isinstance(objective, dict) and isinstance(objective.get("temperature"), dict):
+        yield (
+            "training.compile = true: objective.temperature changes, and the objective would be compiled anew for "
+            "each; write false, or one temperature"
+        )
+    for name, peer in peers.items() if isinstance(peers, dict) else ():
+        if isinstance(peer, dict) and peer.get("relations"):
+            yield (
+                f"training.compile = true: peers.{name}.relations looks into layers, which would be compiled one by "
+                "one; write false, or learn from hidden states"
+            )
 
 
 def _source_mistakes(here: str, peer: dict[str, Any]) -> Iterator[str]:

@@ -162,7 +162,7 @@ def other_tasks() -> list[dict[str, Any]]:
         built = {
             name: build_peer(name, section, corpus, 1, task.auto_class()) for name, section in recipe.peers.items()
         }
-        module = CoTraining(built, graph, corpus.vocab_size, 2.0).train()
+        module = CoTraining(built, replace(graph, temperature=2.0), corpus.vocab_size).train()
         tokens = np.random.default_rng(0).integers(5, 1000, (4, width or task.spans.row), dtype=np.int32)
         [batch] = task.batches(tokens, 1, np.zeros(4, np.int64), np.arange(4), 4)
         with FakeTensorMode(), Count() as count:

@@ -10,8 +10,8 @@ BAD = ["bad", "poor", "cold", "dull", "sad", "cruel", "stale", "sour"]
 STSB = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"]
 
 
-def write_model(folder: Path, seed: int = 1, model_type: str = "bert") -> Path:
-    """A tiny random masked LM with its WordPiece tokenizer, as `tools/export_hf.py` leaves one."""
+def write_model(folder: Path, seed: int = 1, model_type: str = "bert", **own: int) -> Path:
+    """A tiny random masked LM with its WordPiece tokenizer, as `tools/export_hf.py` leaves one; `own` sizes of it."""
     import torch
     from transformers import AutoConfig, AutoModelForMaskedLM, BertTokenizer
 
@@ -27,6 +27,7 @@ def write_model(folder: Path, seed: int = 1, model_type: str = "bert") -> Path:
     }
     ids = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": None, "eos_token_id": None}
     sizes |= {"max_position_embeddings": 24, "vocab_size": len(words), **ids}
+    sizes |= own
     config = AutoConfig.for_model(model_type, **sizes, **({"type_vocab_size": 1} if model_type == "roberta" else {}))
     torch.manual_seed(seed)
     AutoModelForMaskedLM.from_config(config).save_pretrained(folder)

@@ -139,6 +139,7 @@ def test_objective(row: Any) -> None:
     assert found["memory_ratio"] < 1 / 4
     assert found["gradient_error"] < 1e-5
     assert found["gradient_errors"]["bfloat16"]["soft_naive"] > 1e-3  # what fp32 logits are for
+    assert ("liger_over_ours" in found) != ("liger_skipped" in found)
     small, large = found["memory"]["naive_bytes_per_token"]
     assert small == pytest.approx(large, rel=0.02), "the naive way's memory is a straight line"
 

@@ -47,7 +47,7 @@ def together(kind: str) -> tuple[CoTraining, Batch]:
     ids = torch.randint(5, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     labels = torch.where(torch.arange(LENGTH) % 7 == 0, ids, -100)
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
-    module = CoTraining(peers, graph, VOCABULARY, 1.0, 0)
+    module = CoTraining(peers, graph, VOCABULARY)
     module.train()
     return module, Batch.of(inputs, labels, 2)
 
@@ -85,7 +85,7 @@ def test_without_the_random_state_of_the_first_run_it_would_not_be() -> None:
 def test_a_frozen_peer_has_no_backward_to_keep_anything_for() -> None:
     graph = DistillationGraph(("one", "other"), (1.0, 0.0), ((0.0, 2.0), (0.0, 0.0)), (True, False))
     whole, _ = together("bert")
-    module = CoTraining(whole.peers, graph, VOCABULARY, 1.0, 0)
+    module = CoTraining(whole.peers, graph, VOCABULARY)
     module.checkpoint_activations()
     assert [peer.is_activation_checkpointing for peer in module.peers.values()] == [True, False]
 

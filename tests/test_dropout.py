@@ -61,7 +61,7 @@ def test_every_dropout_of_a_peer_that_trains_is_ours() -> None:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     model = BertForMaskedLM(BertConfig(vocab_size=32, hidden_dropout_prob=0.2, **sizes))
     before = list(model.state_dict())
-    CoTraining({"only": model}, DistillationGraph(("only",), (1.0,), ((0.0,),), (True,)), 10, 1.0, 0)
+    CoTraining({"only": model}, DistillationGraph(("only",), (1.0,), ((0.0,),), (True,)), 10)
     found = [part for part in model.modules() if isinstance(part, nn.Dropout)]
     assert found and {(type(part), part.p) for part in found} <= {(Dropout, 0.2), (Dropout, 0.1)}
     assert list(model.state_dict()) == before

@@ -95,7 +95,7 @@ def test_every_shipped_experiment_builds(path: Path, size: str, tmp_path: Path, 
     assert len(planned) == len(cells) and all(cell.steps >= 1 and cell.flops > 0 for cell in planned)
     assert len(experiment.seeds) >= (2 if size == "tiny" else 3)
     assert experiment.question.endswith("?") and experiment.compare
-    small = size == "tiny" or path.stem in ("paper_cpu", "regime", "regime_masked")
+    small = size == "tiny" or path.stem in ("paper_cpu", "regime", "regime_masked", "signals")
     assert bool(experiment.note) == small, "results of a small size say so"
     if size == "tiny":
         assert (experiment.ranks, experiment.demo_data) == (1, True)
@@ -105,7 +105,7 @@ def test_the_experiments_of_the_plan_are_shipped() -> None:
     names = {path.stem for path in SHIPPED}
     assert names == {
         *("baselines", "weights", "length", "size_ratio", "negative_transfer", "community", "augmentation", "paper"),
-        *("paper_cpu", "regime", "regime_masked", "causal_baselines", "cross_architecture"),
+        *("paper_cpu", "regime", "regime_masked", "causal_baselines", "cross_architecture", "signals"),
     }
 
 

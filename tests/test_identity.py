@@ -60,6 +60,11 @@ def plan_of(folder: Path, *overrides: str, deepspeed: dict[str, Any] = FP32, wor
             ("peers.student.soft.teacher={then: 4, over: 0.5}", "training.steps=30"),
             "training.steps: the run has 20, now 30",
         ),
+        (
+            ("objective.temperature={first: 4, then: 1, over: 1}",),
+            ("objective.temperature={first: 4, then: 1, over: 1}", "training.steps=30"),
+            "training.steps: the run has 20, now 30",
+        ),
     ],
 )
 def test_what_would_change_a_loss_is_refused(

@@ -291,3 +291,23 @@ def test_every_divergence_has_the_gradient_that_autograd_finds(kind: Divergence,
     found = tau * (u - log_p.exp() * u.sum(-1, keepdim=True))
     torch.testing.assert_close(found, z.grad, rtol=1e-12, atol=1e-13)
     assert kind.summands(log_q, log_q)[0].sum(-1).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_soft_losses_are_those_of_other_libraries(beta: float, tau: float) -> None:
+    """GKD's divergence (arXiv 2306.13649, eq. 1; TRL and Liger-Kernel), β 0 and 1 the two KLs: theirs has no τ².
+
+    DistillKit's is the first KL with τ² in, as ours. Written with torch's own distributions, which they do not use.
+    """
+    kind = {0.0: KL, 1.0: Divergence("reverse_kl")}.get(beta, Divergence("jsd", beta))
+    torch.manual_seed(3)
+    logits = [(3 * torch.randn(23, V)).double() for _ in range(2)]
+    teacher, student = (torch.distributions.Categorical(logits=x / tau) for x in logits)
+    between = torch.distributions.Categorical(probs=beta * teacher.probs + (1 - beta) * student.probs)
+    apart = torch.distributions.kl_divergence
+    theirs = {0.0: apart(teacher, student), 1.0: apart(student, teacher)}.get(
+        beta, beta * apart(teacher, between) + (1 - beta) * apart(student, between)
+    )
+    losses = objective([Projection(x.float()) for x in logits], torch.zeros(23).long(), pair(kind=kind), tau)
+    assert losses.terms["loss/student/soft/teacher"].item() == pytest.approx(tau**2 * theirs.mean().item(), rel=1e-5)

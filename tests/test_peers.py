@@ -69,9 +69,7 @@ def test_every_architecture_gets_gradients_and_keeps_its_tied_weights(corpus: Co
     graph = Recipe.model_validate(
         {"corpus": {"path": "x"}, "peers": {"a": {"model": SMALL[kind]}}, "training": {"steps": 1}}
     ).graph()
-    module = CoTraining(
-        {"a": build_peer("a", section, corpus, 1, AutoModelForMaskedLM)}, graph, VOCABULARY, 1.0, seed=1
-    )
+    module = CoTraining({"a": build_peer("a", section, corpus, 1, AutoModelForMaskedLM)}, graph, VOCABULARY, seed=1)
     losses = module(batch(1), 0, 0)
     losses.total.backward()
     assert torch.isfinite(losses.total)
@@ -118,7 +116,7 @@ def test_a_frozen_peer_stays_in_eval_mode_and_is_not_optimised(corpus: Corpus) -
     peers = {"teacher": {"pretrained": "d", "frozen": True}, "student": {"model": bert(32, 2), "soft": {"teacher": 4}}}
     graph = Recipe.model_validate({"corpus": {"path": "x"}, "peers": peers, "training": {"steps": 1}}).graph()
     teacher = peer(corpus, model=bert(32, 3)).requires_grad_(False)
-    module = CoTraining({"teacher": teacher, "student": peer(corpus, "student", model=bert(32, 2))}, graph, 300, 1.0, 1)
+    module = CoTraining({"teacher": teacher, "student": peer(corpus, "student", model=bert(32, 2))}, graph, 300, 1)
     module.train()
     assert not module.peers["teacher"].training and module.peers["student"].training
     groups = module.parameter_groups({"student": OptimizerSection(), "teacher": OptimizerSection()})
@@ -132,7 +130,7 @@ def test_biases_and_norms_have_no_weight_decay(corpus: Corpus) -> None:
     graph = Recipe.model_validate(
         {"corpus": {"path": "x"}, "peers": {"a": {"model": bert(32, 2)}}, "training": {"steps": 1}}
     ).graph()
-    module = CoTraining({"a": peer(corpus, "a", model=bert(32, 2))}, graph, 300, 1.0, 1)
+    module = CoTraining({"a": peer(corpus, "a", model=bert(32, 2))}, graph, 300, 1)
     decayed, plain = module.parameter_groups({"a": OptimizerSection(weight_decay=0.1)})
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in plain["params"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import Divergence
+from ctcd_ds.objective.signals import Hidden, Relations
 from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, read_yaml, recipe_mistakes
 
 GOOD: dict[str, Any] = {
@@ -84,6 +87,36 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("peers.a/b", {"model": {"model_type": "bert"}}, "a peer's name is letters"),
         ("peers", {}, "at least one peer"),
         ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
+        ("objective.temperature", {"then": 2}, "objective.temperature: 0 until 0% of the steps, then 2: logits are"),
+        (
+            "objective.temperature",
+            {"first": 4, "then": 1, "after": 0.9, "over": 0.2},
+            "after 0.9 and over 0.2 make more",
+        ),
+        (
+            "peers.student.hidden",
+            {"techer": {"weight": 1}},
+            "student.hidden.techer = …: no peer has this name; did you",
+        ),
+        ("peers.student.hidden", {"student": {"weight": 1}}, "student.hidden.student = …: a peer does not learn from"),
+        ("peers.student.hidden", {"teacher": 1.0}, "peers.student.hidden.teacher = 1.0: must be a valid dict"),
+        ("peers.student.hidden", {"teacher": {"layers": "even"}}, "peers.student.hidden.teacher.weight: missing"),
+        ("peers.student.hidden.teacher", {"weight": -1}, "hidden.teacher.weight = -1: must be greater than or equal"),
+        ("peers.student.hidden.teacher", {"weight": 1, "layers": "all"}, "layers = 'all': must be 'last' or 'even'"),
+        ("peers.student.hidden.teacher", {"weight": 1, "layers": [[1, -2]]}, "layers.0.1 = -2: must be greater than"),
+        ("peers.student.hidden.teacher", {"weight": 1, "layers": []}, "hidden.teacher.layers = []: "),
+        ("peers.student.hidden.teacher", {"weight": {"then": 1, "after": 0.6, "over": 0.6}}, "after 0.6 and over 0.6"),
+        ("peers.student.relations.teacher", {"weight": 1}, "peers.student.relations.teacher.heads: missing"),
+        (
+            "peers.student.relations.teacher",
+            {"weight": 1, "heads": 4, "of": ["qery"]},
+            "of.0 = 'qery': must be 'query'",
+        ),
+        (
+            "peers.student.relations.teacher",
+            {"weight": 1, "heads": 4, "layer": [1]},
+            "relations.teacher.layer.1: missing",
+        ),
         ("objective.task", "cml", "objective.task = 'cml': must be 'mlm', 'clm' or 'span'"),
         ("objective.soft_positions", "some", "must be 'targets' or 'all'"),
         ("schedule.type", "stepwise", "must be 'linear', 'cosine' or 'constant'"),
@@ -157,10 +190,13 @@ def test_a_late_start_as_earlier_versions_wrote_it_is_read() -> None:
     first=st.floats(0, 9), then=st.floats(0, 9), steps=st.integers(1, 40), after=st.integers(0, 10),
     over=st.integers(0, 10),
 )  # fmt: skip
-def test_a_weight_is_on_its_course_at_every_step(first: float, then: float, steps: int, after: int, over: int) -> None:
+def test_weights_and_temperatures_are_on_their_course_at_every_step(
+    first: float, then: float, steps: int, after: int, over: int
+) -> None:
     """Against numpy's line between two points; shares are tenths of the run. A weight of 0 is no edge."""
     begins, lasts = min(after, 9) / 10, min(over, 10 - min(after, 9)) / 10
     raw = changed("peers.student.soft.teacher", {"first": first, "then": then, "after": begins, "over": lasts})
+    raw["objective"] = {"temperature": {"first": first + 1, "then": then + 1, "after": begins, "over": lasts}}
     assert recipe_mistakes(raw) == []
     whole = Recipe.model_validate(raw).graph()
     for step in range(steps):
@@ -169,9 +205,12 @@ def test_a_weight_is_on_its_course_at_every_step(first: float, then: float, step
         jumps = then if done >= begins else first
         expected = np.interp(done, [begins, begins + lasts], [first, then]) if lasts else jumps
         assert graph.soft[1][0] == pytest.approx(expected, abs=1e-12) and graph.soft[0][1] == 1.0
+        assert graph.temperature == pytest.approx(expected + 1, abs=1e-12)
         assert ((1, 0) in [(i, j) for i, j, _ in graph.edges()]) == (graph.soft[1][0] != 0)
         assert graph.at(0.5) == graph, "what holds at a step is a graph without courses"
     assert whole.distilling() == {"teacher", "student"}
+    said = recipe_mistakes({**raw, "training": {**raw["training"], "compile": True}})
+    assert len(said) == 1 and "objective.temperature changes" in said[0]
 
 
 def test_courses_are_said_in_words() -> None:
@@ -273,6 +312,43 @@ _ANYTHING = st.recursive(
 @given(_ANYTHING)
 def test_anything_at_all_gives_mistakes_and_never_a_crash(raw: Any) -> None:
     assert recipe_mistakes(raw)
+
+
+def test_signals_are_edges_of_the_graph_and_causal_where_models_are() -> None:
+    raw = changed("peers.student.hidden", {"teacher": {"weight": {"then": 2, "over": 0.5}, "layers": [[2, 3], [4, 6]]}})
+    raw["peers"]["teacher"]["relations"] = {"student": {"weight": 3, "heads": 8, "layer": [6, 4], "of": ["value"]}}
+    raw["peers"]["teacher"]["hidden"] = {"student": {"weight": 0}}
+    assert recipe_mistakes(raw) == []
+    graph = Recipe.model_validate(raw).graph()
+    relations = Relations(0, 1, 3.0, None, (6, 4), 8, ("value",))
+    assert graph.signals == (relations, Hidden(1, 0, 2.0, Course(0.0, 2.0, over=0.5), ((2, 3), (4, 6))))
+    assert [s.weight for s in graph.at(0.25).signals] == [3.0, 1.0]
+    assert [graph.name_of(s) for s in graph.signals] == [
+        "loss/teacher/relations/student",
+        "loss/student/hidden/teacher",
+    ]
+    assert graph.distilling() == {"teacher", "student"} and len(graph.terms()) == 4
+    said = recipe_mistakes({**raw, "training": {**raw["training"], "compile": True}})
+    assert len(said) == 1 and "peers.teacher.relations looks into layers" in said[0]
+    raw["objective"] = {"task": "clm"}
+    assert Recipe.model_validate(raw).graph().signals[0] == replace(relations, causal=True)
+    raw["objective"] = {"task": "span"}
+    assert any("peers.teacher.relations = " in m and "for objective.task mlm or clm" in m for m in recipe_mistakes(raw))
+
+
+def test_a_peer_may_learn_from_a_signal_alone() -> None:
+    student = {**GOOD["peers"]["student"], "hard": 0.0, "soft": {}, "hidden": {"teacher": {"weight": 1}}}
+    assert recipe_mistakes(changed("peers.student", student)) == []
+    student["hidden"] = {"teacher": {"weight": 0}}
+    assert any("the peer learns from nothing" in said for said in recipe_mistakes(changed("peers.student", student)))
+    cached = {**changed("objective.temperature", {"first": 4, "then": 1}), "cached_teachers": {"old": "some/dir"}}
+    cached["peers"]["student"]["hidden"] = {"old": {"weight": 1}}
+    said = recipe_mistakes(cached)
+    assert len(said) == 2 and "hidden.old = …: of a cached teacher only predictions are kept" in said[0]
+    assert "cached teachers were asked at one temperature" in said[1]
+    taken = {"frozen": True, "pretrained": "some/dir", "hidden": {"student": {"weight": 1}}}
+    said = recipe_mistakes(changed("peers.teacher", taken))
+    assert len(said) == 1 and "a frozen peer learns nothing; remove hidden" in said[0]
 
 
 def test_divergences_are_the_recipes_or_an_edges_own() -> None:

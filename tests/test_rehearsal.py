@@ -175,9 +175,7 @@ def test_a_teacher_without_a_head_is_refused_by_the_names_it_lacks(kind: Any, pa
 def test_peers_may_have_the_names_of_methods(corpus: Corpus, name: str) -> None:
     section = PeerSection(model=bert(32, 1))
     raw = {"corpus": {"path": "x"}, "peers": {name: {"model": bert(32, 1)}}, "training": {"steps": 1}}
-    module = CoTraining(
-        {name: build_peer(name, section, corpus, 1, AUTO)}, Recipe.model_validate(raw).graph(), 300, 1, 1
-    )
+    module = CoTraining({name: build_peer(name, section, corpus, 1, AUTO)}, Recipe.model_validate(raw).graph(), 300, 1)
     module.train().eval().bfloat16()
     assert not module.peers[name].training and next(module.parameters()).dtype == torch.bfloat16
     assert all(key.startswith(f"peers.{name}.") for key in module.state_dict())

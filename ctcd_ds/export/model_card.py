@@ -82,6 +82,8 @@ def write_card(
     graph = recipe.graph()
     terms += [f"soft loss from `{graph.names[j]}` with weight {graph.said(i, j)}"
               for i, j, _ in graph.edges() if graph.names[i] == name]  # fmt: skip
+    terms += [f"{signal} of `{graph.names[signal.teacher]}` with weight {signal.said()}"
+              for signal in graph.signals if graph.names[signal.learner] == name]  # fmt: skip
     drawn = draw(place / CURVES, rows, name, recipe.peers)
     results = _held_out(rows, manifest["step"], name, recipe.corpus.title, task.words)
     body = _BODY.format(

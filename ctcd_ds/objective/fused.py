@@ -183,8 +183,11 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, question: _Question, *flat: Tensor | None) -> tuple[Tensor, ...]:
         batch, graph, tau = question.batch, question.graph, question.temperature
         projections = question.projections(flat)
-        learning = [t and any(ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i]) for i, t in enumerate(graph.trained)]
         seen = {i: _Seen.nothing(batch.views[i].targets) for group in question.groups() for i in group}
+        learning = [  # who has no loss here may have one elsewhere
+            trained and i in seen and any(ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i])
+            for i, trained in enumerate(graph.trained)
+        ]
         divergent = {(i, j): graph.divergence(i, j) for i, j, _ in graph.edges()}
         pairs = {pair for edge, kind in divergent.items() if (pair := kind.pair(*edge)) is not None}
         cross = {pair: torch.zeros(batch.shared, 1, device=question.device) for pair in sorted(pairs)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import KL, Divergence
+from ctcd_ds.objective.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class DistillationGraph:
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
     `courses[i][j]`: how the weight of edge i ← j changes over the run, if it does; `soft` then has the most it ever is.
     `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
+    `temperature`: τ of all soft losses, or its end where it has a `temperature_course`.
+    `signals`: what is learned from the insides of peers, beside their predictions; in `soft` and `terms` is none of it.
     `cached`: so many names, the last ones, are of finished teachers without a model in the run: what they predict was
     written down before.
     """
@@ -27,6 +30,9 @@ class DistillationGraph:
     trained: tuple[bool, ...]
     courses: tuple[tuple[Course | None, ...], ...] = ()
     divergences: tuple[tuple[Divergence, ...], ...] = ()
+    temperature: float = 1.0
+    temperature_course: Course | None = None
+    signals: tuple[Signal, ...] = ()
     cached: int = 0
 
     def __post_init__(self) -> None:
@@ -40,10 +46,12 @@ class DistillationGraph:
         soft: Mapping[str, Mapping[str, float]],
         hard: Mapping[str, float] | None = None,
         frozen: Collection[str] = (),
+        temperature: float = 1.0,
+        signals: Collection[Signal] = (),
     ) -> DistillationGraph:
         """A graph by names: {learner: {teacher: weight}} with every peer as a key, {peer: weight of its hard loss}.
 
-        Hard weights are 1 unless given; frozen peers learn nothing.
+        Hard weights are 1 unless given; frozen peers learn nothing. In `signals` peers are numbers, in this order.
         """
         names, given = tuple(soft), hard or {}
         return cls(
@@ -51,15 +59,19 @@ class DistillationGraph:
             hard=tuple(0.0 if name in frozen else given.get(name, 1.0) for name in names),
             soft=tuple(tuple(soft[name].get(other, 0.0) for other in names) for name in names),
             trained=tuple(name not in frozen for name in names),
+            temperature=temperature,
+            signals=tuple(signals),
         )
 
     def at(self, done: float) -> DistillationGraph:
-        """The graph when `done` (0 to 1) of the run is over: every weight is what it is then."""
-        if not self.courses:
+        """The graph when `done` (0 to 1) of the run is over: every weight, and τ, is what it is then."""
+        if not self.courses and not self.signals and not self.temperature_course:
             return self
-        rows = zip(self.soft, self.courses, strict=True)
-        soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows)
-        return replace(self, soft=soft, courses=())
+        tau = self.temperature_course.at(done) if self.temperature_course else self.temperature
+        rows = zip(self.soft, self.courses, strict=True) if self.courses else ()
+        soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows) or self.soft
+        signals = tuple(signal.at(done) for signal in self.signals)
+        return replace(self, soft=soft, courses=(), temperature=tau, temperature_course=None, signals=signals)
 
     @property
     def live(self) -> DistillationGraph:
@@ -67,13 +79,15 @@ class DistillationGraph:
         if not self.cached:
             return self
         n = len(self.names) - self.cached
-        return DistillationGraph(
+        return replace(
+            self,
             names=self.names[:n],
             hard=self.hard[:n],
             soft=tuple(row[:n] for row in self.soft[:n]),
             trained=self.trained[:n],
             courses=tuple(row[:n] for row in self.courses[:n]),
             divergences=tuple(row[:n] for row in self.divergences[:n]),
+            cached=0,
         )
 
     def lessons(self) -> dict[int, dict[str, float]]:
@@ -100,8 +114,12 @@ class DistillationGraph:
         """The peers that teach another or learn from one."""
         return {self.names[k] for i, j, _ in self.edges() for k in (i, j)}
 
+    def name_of(self, signal: Signal) -> str:
+        """The loss of a signal by its name in metrics.jsonl."""
+        return f"loss/{self.names[signal.learner]}/{signal.kind}/{self.names[signal.teacher]}"
+
     def terms(self) -> list[str]:
-        """Every loss by its name in metrics.jsonl, hard losses first."""
+        """Every loss of predictions by its name in metrics.jsonl, hard losses first."""
         hard = [f"loss/{self.names[i]}/hard" for i in self.hard_peers()]
         return hard + [f"loss/{self.names[i]}/soft/{self.names[j]}" for i, j, _ in self.edges()]
 
@@ -116,7 +134,9 @@ class DistillationGraph:
         ]
         soft = [f"{self.names[i]:<12} learns from {self.names[j]:<18} weight {self.said(i, j)}"
                 for i, j, _ in self.edges()]  # fmt: skip
-        return hard + soft
+        inner = [f"{self.names[s.learner]:<12} learns from {self.names[s.teacher]:<18} weight {s.said()}: {s}"
+                 for s in self.signals]  # fmt: skip
+        return hard + soft + inner
 
     def said(self, i: int, j: int) -> str:
         """The weight of edge i ← j in words."""

@@ -67,3 +67,38 @@ def _divergence(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, graph: Disti
     log_m = torch.log(beta * q + (1 - beta) * p + 1e-300)
     parts = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
     return torch.where(beta * q + (1 - beta) * p > 0, parts, 0.0).sum(dim=-1)
+
+
+def reference_hidden(pairs: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> Tensor:
+    """The mean over pairs of the mean of (W h − h')², fp64; of each h [B, L, E], W [E', E] or None, h' [B, L, E']."""
+    total = torch.zeros((), dtype=torch.float64)
+    for own, weight, other in pairs:
+        mapped = own.double() if weight is None else torch.einsum("bli,oi->blo", own.double(), weight.double())
+        total = total + (mapped - other.detach().double()).pow(2).mean()
+    return total / len(pairs)
+
+
+def reference_relations(
+    own: Sequence[Tensor], other: Sequence[Tensor], heads: int, of: Sequence[str], causal: bool
+) -> Tensor:
+    """MiniLMv2's formula row by row, head by head, fp64; own, other: queries, keys, values, each [B, h, L, w]."""
+    losses = []
+    for kind in of:
+        left, right = {"query": (0, 0), "key": (1, 1), "value": (2, 2), "query-key": (0, 1)}[kind]
+        for row in range(own[0].shape[0]):
+            mine, theirs = (
+                [torch.cat(list(x[k][row].double()), dim=1).chunk(heads, dim=1) for k in (left, right)]
+                for x in (own, [tensor.detach() for tensor in other])
+            )
+            for head in range(heads):
+                p = _relation(mine[0][head], mine[1][head], causal)
+                q = _relation(theirs[0][head], theirs[1][head], causal)
+                losses += [sum(q[t, s] * (q[t, s] / p[t, s]).log() for s in range(t + 1 if causal else len(q)))
+                           for t in range(len(q))]  # fmt: skip
+    return torch.stack(losses).mean()  # type: ignore[arg-type]
+
+
+def _relation(left: Tensor, right: Tensor, causal: bool) -> Tensor:
+    """softmax(A Bᵀ / √width), [L, L]."""
+    scores = left @ right.t() / left.shape[1] ** 0.5
+    return torch.softmax(scores.tril() + torch.full_like(scores, -torch.inf).triu(1) if causal else scores, dim=1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ctcd_ds.peers.build import one_line, quiet_transformers
 from ctcd_ds.peers.checkpointing import can_checkpoint, repeated_layers
 from ctcd_ds.peers.heads import Way, project_by
 from ctcd_ds.peers.reading import as_inputs
+
+Result = TypeVar("Result")
 
 
 class Cost(NamedTuple):
@@ -53,20 +55,37 @@ _COUNTED: dict[tuple[str, int, int, Any], Cost] = {}
 
 
 def _count(config: Any, sequence_length: int, positions: int, auto: Any) -> Cost:
+    try:
+        return without_memory(lambda: _counted(config, auto, sequence_length, positions))
+    except Exception as problem:
+        kind = type(config).__name__.removesuffix("Config")
+        raise UserError(f"{kind} cannot run on a row of {sequence_length} tokens: {one_line(problem)}") from None
+
+
+def without_memory(look: Callable[[], Result]) -> Result:
+    """What is found out about a model that `look` makes, which takes no memory where the model's code lets us.
+
+    Raises what `look` raises where it has all the memory it wants.
+    """
     problem: Exception | None = None
     for place in _places():
         try:
             with quiet_transformers(), place:
-                return _counted(copy.deepcopy(config), auto, sequence_length, positions)
+                return look()
         except Exception as found:  # its code asks for a value that is not there, or transformers has no such path
             problem = found
     assert problem is not None
-    kind = type(config).__name__.removesuffix("Config")
-    raise UserError(f"{kind} cannot run on a row of {sequence_length} tokens: {one_line(problem)}") from None
+    raise problem
+
+
+def plain_model(config: Any, auto: Any) -> Any:
+    """Attention and experts as plain matrix products: of fused kernels neither the cost is known nor where they run."""
+    config = copy.deepcopy(config)
+    return auto.from_config(config, attn_implementation="eager", experts_implementation="batched_mm")
 
 
 def _places() -> Iterator[Any]:
-    """Where a model is made: without memory where its code lets us, which differs from type to type."""
+    """Where a model is made: which of these its code lets us differs from type to type."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     yield torch.device("meta")
@@ -78,8 +97,7 @@ def _places() -> Iterator[Any]:
 def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
     from transformers import AutoModelForSeq2SeqLM
 
-    # Attention and experts as plain matrix products: a fused kernel's cost would not be known, or depend on the kernel.
-    model = auto.from_config(config, attn_implementation="eager", experts_implementation="batched_mm")
+    model = plain_model(config, auto)
     model.eval().requires_grad_(False)
     word = config.get_text_config().vocab_size // 2
     written = positions if auto is AutoModelForSeq2SeqLM else length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ctcd_ds.peers.build import seed_of
 from ctcd_ds.peers.checkpointing import checkpoint_layers
 from ctcd_ds.peers.dropout import use_fast_dropout
 from ctcd_ds.peers.heads import compilable, project_positions, way_of
+from ctcd_ds.peers.signals import Signals
+from ctcd_ds.peers.states import States
 
 
 class Peers(nn.ModuleDict):
@@ -30,14 +33,14 @@ class Peers(nn.ModuleDict):
 class CoTraining(nn.Module):
     """N peers and their distillation graph.
 
-    Peers meet in the objective only, through detached targets. Dropout streams are keyed by `seed` and the peer's name,
+    Peers meet in the losses only, through detached targets. Dropout streams are keyed by `seed` and the peer's name,
     so a peer draws the same numbers whoever else is in the run.
 
     Args:
         peers: Hugging Face models with a language-modelling head and one vocabulary, by the names of the graph.
         vocab_size: columns of their logits from here on are padding.
-        temperature: τ of all soft losses.
-    Raises UserError where a model gives no logits that could be learned from.
+    Raises UserError where a model gives no logits that could be learned from, or none of the insides that the graph's
+    signals are about.
     """
 
     def __init__(
@@ -45,7 +48,6 @@ class CoTraining(nn.Module):
         peers: Mapping[str, nn.Module],
         graph: DistillationGraph,
         vocab_size: int,
-        temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -53,8 +55,9 @@ class CoTraining(nn.Module):
         use_fast_dropout(self)
         for peer in self.peers.values():
             way_of(peer)  # found before the first step, in fp32 for whoever learns
+        self.signals = Signals(dict(self.peers.items()), graph, seed) if graph.signals else None
         self.graph = graph
-        self.vocab_size, self.temperature, self.seed = vocab_size, temperature, seed
+        self.vocab_size, self.seed = vocab_size, seed
         self.compiled = False
 
     def train(self, mode: bool = True) -> CoTraining:
@@ -71,15 +74,18 @@ class CoTraining(nn.Module):
 
     def forward(self, batch: Batch, micro_step: int, rank: int = 0, graph: DistillationGraph | None = None) -> Losses:
         """The losses of one micro-batch; `micro_step` counts over the whole run, `graph` is what holds at this step."""
-        projections = []
-        graph = graph or self.graph
+        graph, projections, seen = graph or self.graph, [], []
         live = graph.live
-        for name, trained, view in zip(live.names, live.trained, batch.views, strict=True):
+        for n, (name, trained, view) in enumerate(zip(live.names, live.trained, batch.views, strict=True)):
             torch.manual_seed(seed_of(self.seed, "dropout", name, micro_step, rank))
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                projections.append(project_positions(self.peers[name], view.inputs, view.positions))
-        losses = fused_objective(projections, batch, live, self.vocab_size, self.temperature, self.compiled)
-        return with_cached(losses, projections, batch, graph, self.vocab_size, self.temperature)
+            peer = self.peers[name]
+            watch = self.signals.watch(peer, n, graph) if self.signals else nullcontext(States())
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()), watch as states:
+                projections.append(project_positions(peer, view.inputs, view.positions))
+                seen.append(states)
+        losses = fused_objective(projections, batch, live, self.vocab_size, graph.temperature, self.compiled)
+        losses = with_cached(losses, projections, batch, graph, self.vocab_size, graph.temperature)
+        return self.signals.added(losses, seen, graph) if self.signals else losses
 
     def compile_parts(self) -> None:
         """Compiles the objective's functions and each peer's encoder in place; batches have one shape all along.
@@ -108,7 +114,7 @@ class CoTraining(nn.Module):
             if not trained:
                 continue
             own = settings[name]
-            parameters = list(self.peers[name].parameters())
+            parameters = [*self.peers[name].parameters(), *(self.signals.learned_by(name) if self.signals else ())]
             for decay in (True, False):
                 members = [p for p in parameters if (p.ndim > 1) == decay]
                 common = {"peer": name, "lr": own.lr, "betas": own.betas, "eps": own.eps}

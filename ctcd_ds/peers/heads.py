@@ -132,23 +132,23 @@ def find_way(model: Any) -> Way:
     The model itself is not touched: it runs as a copy that shares its weights, since some models change as they run
     (BigBird gives up its sparse attention for good at the first short row).
     """
-    twin, tensor = _twin(model).eval(), next(model.parameters())
-    inputs = few_tokens(twin, rows=2, tokens=8)
+    double, tensor = twin(model).eval(), next(model.parameters())
+    inputs = few_tokens(double, rows=2, tokens=8)
     positions = torch.tensor([0, 3, 4, 6, 9, 15], device=tensor.device)
     tolerance = max(TOLERANCE, 8 * torch.finfo(tensor.dtype).eps)
     with torch.random.fork_rng([tensor.device] if tensor.is_cuda else []):
-        ways = list(_ways(twin, inputs, tolerance))
+        ways = list(_ways(double, inputs, tolerance))
         try:
             with torch.no_grad():
                 torch.manual_seed(0)
-                expected = _logits(twin(**inputs, **uncached(twin))).flatten(0, 1)[positions].float()
+                expected = _logits(double(**inputs, **uncached(double))).flatten(0, 1)[positions].float()
         except Exception as problem:  # whatever an architecture says about a row of tokens
             raise UserError(f"{type(model).__name__} cannot be a peer: {' '.join(str(problem).split())}") from None
         for way in ways:
             try:
                 with torch.no_grad():
                     torch.manual_seed(0)
-                    found = project(project_by(way, twin, inputs, positions), slice(None))
+                    found = project(project_by(way, double, inputs, positions), slice(None))
             except Exception:  # its head cannot run on [1, P, E]; the next way may do
                 continue
             if found.shape == expected.shape and _near(found, expected, tolerance):
@@ -156,8 +156,8 @@ def find_way(model: Any) -> Way:
     raise UserError(f"{type(model).__name__} cannot be a peer: it gives other logits each time it runs")
 
 
-def _twin(model: Any) -> Any:
-    """A copy that shares the model's weights, all but those that the probe fills."""
+def twin(model: Any) -> Any:
+    """A copy that shares the model's weights, all but those that the probe fills: some models change as they run."""
     own = {id(tensor) for tensor in _of_vocabulary_size(model).values()}
     shared = {id(tensor): tensor for tensor in _named_tensors(model).values() if id(tensor) not in own}
     return copy.deepcopy(model, shared)

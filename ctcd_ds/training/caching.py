@@ -145,7 +145,7 @@ def _answers(
     plan: Plan, peer: str, teacher: Any, draws: int, first: int, count: int, device: torch.device
 ) -> Iterator[np.ndarray]:
     """The records of `count` micro-batches from number `first` on, each [rows · positions]."""
-    cut, seed, tau = Cut(plan.deepspeed.micro_batch), plan.recipe.seed, plan.recipe.objective.temperature
+    cut, seed, tau = Cut(plan.deepspeed.micro_batch), plan.recipe.seed, plan.recipe.graph().temperature
     peers, positions, vocab_size = list(plan.recipe.peers), plan.task.asked(plan.recipe, peer), plan.corpus.vocab_size
     for number in range(first, first + count):
         (batch,) = cut.batches(plan.rows, plan.task, seed, number)

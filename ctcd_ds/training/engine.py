@@ -129,7 +129,7 @@ def build_engine(plan: Plan, universal: bool = False) -> Any:
     recipe, auto = plan.recipe, plan.task.auto_class()
     dtype = DTYPES[plan.deepspeed.precision]
     peers = build_peers(plan.sections, plan.corpus, recipe.seed, auto, dtype, plan.new_tokens)
-    module = CoTraining(peers, recipe.graph(), plan.corpus.vocab_size, recipe.objective.temperature, recipe.seed)
+    module = CoTraining(peers, recipe.graph(), plan.corpus.vocab_size, recipe.seed)
     module.train()
     if recipe.training.activation_checkpointing:
         module.checkpoint_activations()

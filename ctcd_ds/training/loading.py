@@ -49,6 +49,7 @@ def load(engine: Any, checkpoint: Path, manifest: Manifest) -> int:
 def consolidated(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     """The fp32 master weights of every trained peer, put together from all ranks' shards: peer → name → tensor.
 
+    What else is trained (the maps of `peers/signals.py`) is part of no model.
     Raises RunFailure where a file holds more than data.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -58,8 +59,9 @@ def consolidated(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=INSIDE)
     peers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        _, peer, name = key.split(".", 2)  # peers.<name>.…: the container's own prefix
-        peers.setdefault(peer, {})[name] = tensor
+        holder, peer, name = key.split(".", 2)  # peers.<name>.…: the container's own prefix
+        if holder == "peers":
+            peers.setdefault(peer, {})[name] = tensor
     return peers
 
 

@@ -19,6 +19,8 @@ from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
 from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
+from ctcd_ds.peers.signals import map_parameters, signal_mistakes, watched
+from ctcd_ds.peers.states import planned_shapes
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
@@ -36,6 +38,7 @@ class Plan:
 
     `sections`: the recipe's peers, or how they begin again in a run that has a checkpoint (`make_plan`).
     `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
+    `maps`: values that are learned beside the peers (`peers/signals.py`).
     `new_tokens`: peer → the corpus's tokens that its checkpoint does not know, where there are any.
     `teachers`: the cached ones, where the recipe has some.
     """
@@ -54,6 +57,7 @@ class Plan:
     sections: Mapping[str, PeerSection]
     begun: dict[str, list[str]]
     new_tokens: dict[str, list[int]]
+    maps: int
     teachers: CachedTeachers | None
 
     @property
@@ -73,8 +77,8 @@ class Plan:
 
     @property
     def trained(self) -> int:
-        """Parameters of all peers that are trained."""
-        return sum(c.parameters for name, c in self.costs.items() if not self.recipe.peers[name].frozen)
+        """Parameters that are trained, of all peers and maps."""
+        return self.maps + sum(c.parameters for name, c in self.costs.items() if not self.recipe.peers[name].frozen)
 
     @property
     def work(self) -> Work:
@@ -86,7 +90,7 @@ class Plan:
             sequence_length=self.recipe.corpus.sequence_length,
             flops_per_token=self.work_flops_per_token,
             trained=self.trained,
-            frozen=sum(c.parameters for c in self.costs.values()) - self.trained,
+            frozen=sum(c.parameters for name, c in self.costs.items() if self.recipe.peers[name].frozen),
             stage=config.stage,
             weight_bytes=config.weight_bytes,
             wire_bytes=config.wire_bytes,
@@ -165,10 +169,23 @@ def make_plan(
             mistakes.append(f"peers.{name}: {mistake}")
     if recipe.training.activation_checkpointing:
         mistakes += _checkpointing_mistakes(recipe, configs, costs)
-    if mistakes:
+    maps, said = _signals(recipe, configs, auto) if not mistakes else (0, [])
+    if mistakes := mistakes + said:
         raise Mistakes("this run", mistakes)
-    begun_with = (sections, begun, new_tokens, teachers)
+    begun_with = (sections, begun, new_tokens, maps, teachers)
     return Plan(recipe, corpus, config, world, device, rows, valid, task, configs, costs, steps, *begun_with)
+
+
+def _signals(recipe: Recipe, configs: Mapping[str, Any], auto: Any) -> tuple[int, list[str]]:
+    """(values of the maps that are learned beside the peers, what is to be learned from insides and is not there)."""
+    graph, shapes, mistakes = recipe.graph(), {}, []
+    for name in watched(graph):
+        try:
+            shapes[name] = planned_shapes(configs[name], auto)
+        except UserError as mistake:
+            mistakes.append(f"peers.{name}: {mistake}")
+    mistakes = mistakes or list(signal_mistakes(graph, shapes))
+    return (0 if mistakes else map_parameters(graph, shapes)), mistakes
 
 
 def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
@@ -293,7 +310,7 @@ def _new_tokens(section: PeerSection, corpus: Corpus) -> list[int]:
 
 def describe(plan: Plan) -> str:
     """The plan as text: peers, graph, cost, batch, length."""
-    recipe, config = plan.recipe, plan.deepspeed
+    recipe, config, graph = plan.recipe, plan.deepspeed, plan.recipe.graph()
     training = recipe.training
     lines = [f"{'peer':<14}{'architecture':<14}{'parameters':>12}{'w/o embed.':>12}  {'FLOPs/token':>12}  source"]
     for name, section in recipe.peers.items():
@@ -302,7 +319,7 @@ def describe(plan: Plan) -> str:
         source = f"{section.origin or 'from scratch'}{', frozen' if section.frozen else ''}"
         sizes = f"{c.parameters:>12,}{c.without_embeddings:>12,}  {flops / 1e6:>10.1f} M"
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
-    lines += ["", "distillation graph", *(f"  {line}" for line in recipe.graph().describe())]
+    lines += ["", "distillation graph", *(f"  {line}" for line in graph.describe())]
     lines += [f"  {name}: {said}" for name, said in _caches(plan)]
     lines += [f"  {name}: {said}" for name, said in plan.task.exceptions()]
     lines += [f"  {name}: not in its checkpoint, begins at random: {_some(new)}" for name, new in plan.begun.items()]
@@ -315,7 +332,7 @@ def describe(plan: Plan) -> str:
         *_corpora(plan),
         f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
         f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
-        f"{recipe.objective.temperature:g}",
+        f"{graph.temperature_course or f'{graph.temperature:g}'}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows, "
