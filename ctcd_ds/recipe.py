@@ -407,7 +407,8 @@ def _largest(weight: float | CourseSection) -> tuple[float, Course | None]:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML or JSON recipe, applies `a.b=c` overrides, validates everything.
 
-    `peers.NAME=null` takes a peer away, and what the others would learn from it (a cached teacher may take its place).
+    `peers.NAME=null` takes a peer away, and what the others would learn from it (a cached teacher may take its place);
+    `peers.NAME.soft=null` what it learns from others.
     Relative paths in it are relative to the current directory and come out absolute where they exist.
     Raises UserError (unreadable file) or Mistakes (all that is wrong, at once).
     """
@@ -418,6 +419,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     mistakes += _take_away(raw, "peers", peers)
     mistakes += _take_away(raw, "cached_teachers", caches)
     mistakes += _take_sources_away(raw, sources)
+    for peer in _named(raw, "peers").values():
+        for key in [key for key in _EDGES if isinstance(peer, dict) and key in peer and peer[key] is None]:
+            del peer[key]
     mistakes += recipe_mistakes(raw)
     if mistakes:
         raise Mistakes(f"recipe {path}", mistakes)

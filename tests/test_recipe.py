@@ -300,6 +300,12 @@ def test_null_takes_a_peer_away_with_what_points_at_it(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.json")
 
 
+def test_null_takes_away_what_a_peer_learns_from_others(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(changed("seed", 2)))
+    alone = load_recipe(tmp_path / "r.json", ["peers.teacher.soft=null", "peers.student.soft=null"])
+    assert not alone.graph().distilling() and set(alone.peers) == {"teacher", "student"}
+
+
 _KEYS = ("peers", "corpus", "training", "soft", "hard", "model", "teacher", "frozen", "optimizer", "x")
 _ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
