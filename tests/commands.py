@@ -31,7 +31,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, *argument
 
 def environment() -> dict[str, str]:
     """This environment with the interpreter's folder on the path (deepspeed, ninja) and no launcher's variables."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**clean, "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}"}
 
 
@@ -49,6 +49,11 @@ def run(script: str, *arguments: object, **variables: object) -> subprocess.Comp
 def deepspeed_line(ranks: int, *arguments: object) -> list[str]:
     """`deepspeed --num_accelerators RANKS …` as a user types it, on a free port."""
     return [str(word) for word in ("deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *arguments)]
+
+
+def forked_deepspeed(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`deepspeed_line` to its end, where the launcher and its ranks are forked."""
+    return run(str(Path(sys.executable).with_name("deepspeed")), *deepspeed_line(ranks, *arguments)[1:])
 
 
 def deepspeed(ranks: int, *arguments: object, timeout: int = PATIENCE_S) -> subprocess.CompletedProcess[str]:

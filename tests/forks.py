@@ -1,9 +1,10 @@
 """Python processes that start in a moment: forked from a server that has everything imported already.
 
 A start costs nine CPU seconds of imports, and the tests start hundreds. What is forked is a process like any other: a
-pid, signals, output, an exit code, an end of its own; it runs a script by its path as `python SCRIPT` would. What it
-cannot show is an import that is missing, or what a library reads from its environment while it is imported: for those
-there are true starts (`subprocess`, `deepspeed`), and with CTCD_TRUE_STARTS=1 every start is one.
+pid, signals, output, an exit code, an end of its own; it runs a script by its path as `python SCRIPT` would, or a
+module as `python -m MODULE`; so does every Python process that it starts itself. What it cannot show is an import that
+is missing, or what a library reads from its environment while it is imported: for those there are true starts
+(`subprocess`, `deepspeed`), and with CTCD_TRUE_STARTS=1 every start is one.
 
 As a script it is a server: `python tests/forks.py ADDRESS PID` serves until the process PID is gone. There are two of
 them for all workers of pytest, so that two ranks do not hash strings with one seed.
@@ -29,6 +30,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+_POPEN = subprocess.Popen  # the true one
 SERVERS = 2
 OWNER = "CTCD_TESTS_OWNER"  # the process that all workers of this pytest belong to
 # Libraries read these while they are imported, which was long ago in the server.
@@ -53,7 +55,7 @@ LIBRARIES = (
 
 
 class Forked:
-    """A forked process, by the part of `subprocess.Popen` that tests use."""
+    """A forked process, by the part of `subprocess.Popen` that tests use, and `subprocess.run`."""
 
     def __init__(self, channel: socket.socket, line: Sequence[str]) -> None:
         self._channel = channel
@@ -76,6 +78,16 @@ class Forked:
             self._channel.close()
         return self.returncode
 
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[None, None]:
+        self.wait(timeout)
+        return None, None
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -88,14 +100,22 @@ class Forked:
 
 
 def start(
-    line: Sequence[str], environment: Mapping[str, str], cwd: Path, stdout: IO[Any], stderr: IO[Any], server: int = 0
+    line: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: Path,
+    stdout: IO[Any],
+    stderr: IO[Any],
+    server: int = 0,
+    own_session: bool = False,
 ) -> Forked | subprocess.Popen[bytes]:
-    """Starts `python LINE…`, LINE beginning with a script's path. `server`: whose string hashes it has."""
+    """Starts `python LINE…`, LINE beginning with a script's path or `-m`. `server`: whose string hashes it has."""
     if "CTCD_TRUE_STARTS" in os.environ:
         whole = [sys.executable, *line]
-        return subprocess.Popen(whole, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        files = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+        return _POPEN(whole, env=environment, cwd=cwd, start_new_session=own_session, **files)
     channel = _connect(server % SERVERS)
-    request = json.dumps({"line": list(line), "environment": dict(environment), "cwd": str(cwd)}).encode()
+    wanted = {"line": list(line), "environment": dict(environment), "cwd": str(cwd), "own_session": own_session}
+    request = json.dumps(wanted).encode()
     with Path(os.devnull).open() as nothing:
         socket.send_fds(channel, [request], [nothing.fileno(), stdout.fileno(), stderr.fileno()])
     return Forked(channel, line)
@@ -193,16 +213,49 @@ def _import_everything() -> None:
         importlib.import_module(module.name)
 
 
+_LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
+
+
+def popen(line: Any, **options: Any) -> Any:
+    """subprocess.Popen, also in what is forked; but Python without pipes is forked, and `deepspeed` likewise."""
+    words = [] if isinstance(line, str) else list(map(str, line))
+    outputs = [options.get(name) or getattr(sys, f"__{name}__") for name in ("stdout", "stderr")]
+    plain = options.keys() <= {"env", "cwd", "stdout", "stderr", "start_new_session"}
+    if words[:1] not in ([sys.executable], [_LAUNCHER], ["deepspeed"]) or not plain or int in map(type, outputs):
+        return _POPEN(line, **options)
+    if words[0] == sys.executable:
+        words = words[2 if words[1] == "-u" else 1 :]
+    else:
+        words[0] = _LAUNCHER
+    environment, place = options.get("env") or os.environ, Path(options.get("cwd") or Path.cwd())
+    server, own_session = int(environment.get("RANK", 0)), options.get("start_new_session", False)
+    return start(words, environment, place, *outputs, server, own_session)
+
+
+def _run(line: Sequence[str]) -> None:
+    """As the interpreter does with these words."""
+    if line[0] == "-m":
+        sys.modules.pop(line[1], None)  # it becomes __main__
+        sys.argv[:] = line[1:]
+        sys.path[0] = str(Path.cwd())
+        runpy.run_module(line[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[:] = line
+        sys.path[0] = str(Path(line[0]).resolve().parent)
+        runpy.run_path(line[0], run_name="__main__")
+
+
 if __name__ == "__main__":
     request = _serve(sys.argv[1], int(sys.argv[2]))
-    script = request["line"][0]
     for key in {*request["environment"], *os.environ}:
-        if key.startswith(READ_ON_IMPORT) and request["environment"].get(key) != os.environ.get(key):
+        read = key.startswith(READ_ON_IMPORT) and key != "PYTHONPATH"
+        if read and request["environment"].get(key) != os.environ.get(key):
             sys.exit(f"{key} was read while importing: what sets it needs a true start")
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    sys.argv[:] = request["line"]
-    sys.path[0] = str(Path(script).resolve().parent)
+    if request["own_session"]:
+        os.setsid()
     sys.modules["numpy"].random.seed()
-    runpy.run_path(script, run_name="__main__")
+    subprocess.Popen = popen  # type: ignore[assignment,misc]
+    _run(request["line"])

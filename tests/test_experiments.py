@@ -6,13 +6,12 @@ import copy
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from commands import ROOT, command, environment, run
+from commands import ROOT, command, run
 from ctcd_ds.experiments.collecting import outcome
 from ctcd_ds.experiments.experiment import with_data
 from ctcd_ds.experiments.grid import CellPlan, expand
@@ -390,8 +389,7 @@ def test_resume_runs_no_finished_cell_again_and_tries_the_failed_one(real: tuple
 
 def test_cells_of_several_ranks_start_through_the_launcher(tmp_path: Path, corpus: Path) -> None:
     path = written(tmp_path, corpus, cells={"ctcd": {}}, compare=[], ranks=2)
-    line = [sys.executable, "tools/run_experiment.py", "--experiment", path, "--output_dir", tmp_path / "out"]
-    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    done = run("tools/run_experiment.py", "--experiment", path, "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     [cell] = read_results(tmp_path / "out").cells
     assert cell.state == "finished" and set(cell.peers) == {"teacher", "student"}

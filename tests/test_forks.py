@@ -66,6 +66,33 @@ def test_two_ranks_hash_and_draw_differently(script: Path, tmp_path: Path) -> No
     assert all(a != b for a, b in zip(first, second, strict=True))
 
 
+def test_what_it_starts_is_forked_as_well(tmp_path: Path) -> None:
+    """A module in a session of its own, and a launcher's way: `python -u SCRIPT`; with pipes it is a true start."""
+    (tmp_path / "within.py").write_text(
+        "import os, sys, torch; print(sys.argv[1:], __name__, os.getsid(0) == os.getpid())"
+    )
+    (tmp_path / "outer.py").write_text(
+        "import subprocess, sys\n"
+        "both = [subprocess.Popen([sys.executable, '-m', 'within', 'a b'], start_new_session=True),\n"
+        "        subprocess.Popen([sys.executable, '-u', 'within.py', '7'], stdout=sys.stdout)]\n"
+        "assert [one.wait() for one in both] == [0, 0], both\n"
+        "assert subprocess.run([sys.executable, '-m', 'within', '8']).returncode == 0\n"
+        "print(subprocess.run([sys.executable, '-c', 'print(9)'], capture_output=True, text=True).stdout)\n"
+        "print({type(one).__name__ for one in both}, file=sys.stderr)\n"
+    )
+    done = forks.run([str(tmp_path / "outer.py")], environment(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == [
+        "",
+        "",
+        "9",
+        "['7'] __main__ False",
+        "['8'] __main__ False",
+        "['a b'] __main__ True",
+    ]
+    assert ("Forked" in done.stderr) != ("CTCD_TRUE_STARTS" in os.environ)
+
+
 @pytest.mark.skipif("CTCD_TRUE_STARTS" in os.environ, reason="a true start takes any variable")
 def test_a_variable_that_was_read_while_importing_is_refused(script: Path) -> None:
     done = forks.run([str(script), "returns"], environment(DS_ACCELERATOR="cuda"), Path("/"))

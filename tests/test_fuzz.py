@@ -179,15 +179,18 @@ def empty(_: bytes) -> bytes:
     return b""
 
 
-def wrong_types(content: bytes) -> Iterator[bytes]:
-    """The same JSON with one value of another type, for each of its first keys, and no object at all."""
+WRONG = (None, 7, "x", [1], {"a": {}})
+
+
+def wrong_types(content: bytes, each: int) -> Iterator[bytes]:
+    """The same JSON with one value of another type, `each` of them for each of its first keys, and no object at all."""
     whole = json.loads(content)
     signed = whole.pop("sha256", None) is not None
     yield b"[1, 2]"
     yield b"null"
-    for key in list(whole)[:12]:
-        for value in (None, 7, "x", [1], {"a": {}}):
-            changed = {**whole, key: value}
+    for number, key in enumerate(list(whole)[:12]):
+        for place in range(number, number + each):
+            changed = {**whole, key: WRONG[place % len(WRONG)]}
             signature = {"sha256": canonical_sha256(changed)} if signed else {}  # else only that is wrong
             yield json.dumps({**changed, **signature}).encode()
 
@@ -234,12 +237,13 @@ def test_a_broken_file_is_a_message(
         assert code, f"{name} as {damage.__name__} went through"
 
 
+@pytest.mark.parametrize("each", [2, pytest.param(len(WRONG), marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("case", [case for case in READS if case[0].endswith(".json")], ids=label)
 def test_a_json_file_of_wrong_types_is_a_message(
-    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, case: tuple[str, list[str]]
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, case: tuple[str, list[str]], each: int
 ) -> None:
     name, line = case
-    for content in wrong_types((made / name).read_bytes()):
+    for content in wrong_types((made / name).read_bytes(), each):
         check(made, monkeypatch, capsys, line, name, content)
 
 

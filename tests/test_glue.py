@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from commands import run
 from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation import data, finetune, glue, metrics, results, tasks
 from glue_files import write_glue, write_model, write_tsv
 
-ROOT = Path(__file__).resolve().parents[1]
 SPELT = {
     "CoLA.tsv": {"0", "1"},
     "SST-2.tsv": {"0", "1"},
@@ -380,11 +378,11 @@ def test_a_hub_that_cannot_be_reached_is_said(home: Path, tmp_path: Path, monkey
 
 
 def test_the_command_ends_with_2_for_a_mistake_and_0_with_a_table(home: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/run_glue.py"), "--data_dir", str(home / "data"), "--epochs", "1"]
-    command += ["--output_dir", str(tmp_path / "out"), "--model", str(home / "hf/teacher"), "--tasks"]
-    wrong = subprocess.run([*command, "rtee"], capture_output=True, text=True, cwd=ROOT)
+    line = ["tools/run_glue.py", "--data_dir", home / "data", "--epochs", 1, "--output_dir", tmp_path / "out"]
+    line += ["--model", home / "hf/teacher", "--tasks"]
+    wrong = run(*line, "rtee")
     assert wrong.returncode == 2 and "did you mean 'rte'" in wrong.stderr and "Traceback" not in wrong.stderr
-    right = subprocess.run([*command, "rte,cola"], capture_output=True, text=True, cwd=ROOT)
+    right = run(*line, "rte,cola")
     assert right.returncode == 0, right.stderr
     assert "\nrte " in right.stdout and "\ncola" in right.stdout
     assert all("step" in line for line in right.stderr.splitlines() if line.strip())  # one bar, nothing else

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from commands import ROOT
+from ctcd_ds.training.ops import settle_extensions
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def ctcd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(ctcd: Path, place: Path, *words: object) -> str:
     """What a command says, started in `place`."""
+    settle_extensions()  # DeepSpeed's op is there already: this environment is another, and would build it anew
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     line = [str(word) for word in (ctcd, *words)]
     done = subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=500)

@@ -8,8 +8,6 @@ import lzma
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +24,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
+import forks
+from commands import ROOT, environment, run
 from ctcd_ds.cli import UserError
 from ctcd_ds.commands import verify
 from ctcd_ds.commands.corpus import held_out_sets
@@ -35,7 +35,6 @@ from ctcd_ds.corpus.sources import Reading
 from ctcd_ds.corpus.tokenizer_training import train_tokenizer
 from ctcd_ds.manifest import read_manifest, sampled_entry
 
-ROOT = Path(__file__).resolve().parents[1]
 TEXT = [text for _, text in sorted(topics.items())]
 ALL = Settings(valid_fraction=0)
 # One paragraph a document here, so that every form of input can say the same documents.
@@ -188,10 +187,6 @@ def test_the_dtype_is_the_one_that_megatron_would_take(size: int) -> None:
 # ---- again, after a kill, with something else
 
 
-def command(*arguments: Any) -> list[str]:
-    return [sys.executable, str(ROOT / "tools/prepare_corpus.py"), *map(str, arguments)]
-
-
 def test_a_killed_run_goes_on_behind_its_finished_shards(
     make: Callable[..., Path], tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -200,9 +195,9 @@ def test_a_killed_run_goes_on_behind_its_finished_shards(
     output = tmp_path / "killed"
     words = ("--input", tmp_path / "text.txt", "--tokenizer", tokenizer, "--output_dir", output)
     options = ("--valid_fraction", 0.05, "--shard_megabytes", 0.05, "--workers", 2)
-    process = subprocess.Popen(
-        command(*words, *options), start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    line = [str(ROOT / "tools/prepare_corpus.py"), *map(str, (*words, *options))]
+    with Path(os.devnull).open("w") as nothing:
+        process = forks.start(line, environment(), ROOT, nothing, nothing, own_session=True)
     progress = output / ".unfinished/progress.json"
     while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["documents"]):
         time.sleep(0.002)
@@ -369,11 +364,8 @@ def test_a_mistake_late_in_the_text_leaves_nothing_of_the_shards_before_it(
 
 
 def test_the_command_ends_with_2_and_one_message(tokenizer: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        command("--input", tmp_path / "none.txt", "--tokenizer", tokenizer, "--output_dir", tmp_path / "c"),
-        capture_output=True,
-        text=True,
-    )
+    line = ("--input", tmp_path / "none.txt", "--tokenizer", tokenizer, "--output_dir", tmp_path / "c")
+    done = run("tools/prepare_corpus.py", *line)
     assert done.returncode == 2
     assert done.stderr == f"error: --input {tmp_path / 'none.txt'} does not exist\n"
     assert not (tmp_path / "c").exists()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from commands import ROOT, command, deepspeed, environment, run
+from commands import ROOT, command, deepspeed, environment, forked_deepspeed, run
 from ctcd_ds.cluster.scaling_table import COLUMNS
 from ctcd_ds.recipe import read_yaml
 from runs import bert, chain_corpus, metrics
@@ -317,7 +317,7 @@ training: {{global_batch_rows: 16, steps: 6, log_every: 2, valid_every: 3, check
     return folder
 
 
-def launch(folder: Path, *extra: str, out: str = "run") -> Any:
+def launch(folder: Path, *extra: str, out: str = "run", deepspeed: Callable[..., Any] = deepspeed) -> Any:
     files = (
         "--recipe",
         folder / "recipe.yaml",
@@ -383,7 +383,7 @@ def test_a_finished_run_is_not_run_again(finished: Path, monkeypatch: pytest.Mon
 
 
 def test_under_the_launcher_a_mistake_is_said_once_with_exit_code_2(finished: Path) -> None:
-    done = launch(finished, "--set", "peers.student.soft.techer=4", out="never")
+    done = launch(finished, "--set", "peers.student.soft.techer=4", out="never", deepspeed=forked_deepspeed)
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("did you mean 'teacher'?") == 1
     assert not (finished / "never").exists()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.ranks import Ranks, find_ranks, first_node, slurm_port, tasks_of_nodes
+from ctcd_ds.training.run_directory import environment
 
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 OPEN_MPI = {f"OMPI_COMM_WORLD_{key}": value for key, value in
@@ -109,6 +114,13 @@ def test_threads_are_those_of_the_first_level(stated: str, threads: int, monkeyp
     assert find_ranks({}).threads() == threads
 
 
+def test_where_no_number_is_stated_the_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    threads = [Ranks(0, ranks, 0, ranks, "torchrun").threads() for ranks in (1, 2, 4, 8)]
+    assert threads == [6, 3, 1, 1]
+
+
 @pytest.mark.parametrize("stated", ["", "many", "0", ",2", "-1"])
 def test_threads_that_are_no_number_are_a_message(stated: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", stated)
@@ -141,3 +153,42 @@ def test_a_contradiction_is_one_clear_message(environment: dict[str, str], said:
     with pytest.raises(UserError) as found:
         find_ranks(environment)
     assert said in str(found.value)
+
+
+MODULE = "ctcd_ds.commands.pretrain"
+
+
+@pytest.mark.parametrize("script", ["launchers/pretrain.py", MODULE])
+@pytest.mark.parametrize(("world", "local_world"), [(2, 2), (8, 4)])
+def test_the_command_of_a_resumed_run_is_the_one_that_repeats_it(
+    script: str, world: int, local_world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told from what a launcher made of it, and taken by that launcher's own parser: ranks, script, our words."""
+    from deepspeed.launcher.runner import parse_args
+    from torch.distributed.run import get_args_parser
+
+    asked = ["--recipe", "a b.yaml", "--output_dir", "run", "--set", "seed=2"]
+    main = ModuleType("__main__")
+    main.__spec__ = ModuleSpec(script, None) if script == MODULE else None
+    monkeypatch.setitem(sys.modules, "__main__", main)
+
+    def said(source: str) -> list[str]:
+        return environment(Ranks(0, world, 0, local_world, source), "cpu")["command"]
+
+    monkeypatch.setattr(sys, "argv", [script, "--local_rank=0", *asked, "--resume"])
+    program, *words = said("deepspeed")
+    ours = parse_args(words)
+    assert program == "deepspeed" and (ours.user_script, ours.user_args) == (script, asked)
+    assert (ours.num_gpus, ours.num_nodes) == (local_world, world // local_world if world > local_world else -1)
+    assert ours.module == (script == MODULE)
+
+    monkeypatch.setattr(sys, "argv", [script, *asked, "--resume"])
+    program, *words = said("torchrun")
+    theirs = get_args_parser().parse_args(words)
+    assert program == "torchrun" and (theirs.training_script, theirs.training_script_args) == (script, asked)
+    assert (theirs.nnodes, theirs.nproc_per_node) == (str(world // local_world), str(local_world))
+    assert theirs.module == (script == MODULE)
+
+    plain = ["python", *(["-m"] if script == MODULE else []), script, *asked]
+    assert said("srun") == ["srun", "-n", str(world), *plain] and said("mpirun") == ["mpirun", "-n", str(world), *plain]
+    assert said("alone") == plain

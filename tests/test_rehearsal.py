@@ -144,8 +144,8 @@ def test_the_wanted_attention_is_the_models(corpus: Corpus) -> None:
     assert build_peer("a", section, corpus, 1, AUTO).config._attn_implementation == "eager"
 
 
-def test_untied_embeddings_and_two_dimensional_vocabularies_survive(corpus: Corpus) -> None:
-    for model in ({**bert(32, 1), "tie_word_embeddings": False}, tiny("mobilebert"), tiny("bart")):
+def test_untied_embeddings_two_dimensional_vocabularies_and_a_zeroed_padding_row_survive(corpus: Corpus) -> None:
+    for model in ({**bert(32, 1), "tie_word_embeddings": False}, tiny("mobilebert"), tiny("bart"), tiny("funnel")):
         assert rehearse(config(corpus, **model), AUTO, LENGTH, "fp32", "cpu") is None
 
 

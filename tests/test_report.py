@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands import ROOT, command, environment
+from commands import ROOT, command, run
 from ctcd_ds.evaluation.speed import ModelSpeed, Speed, Timing, write_speed
 from ctcd_ds.experiments.report.build import write_report
 from ctcd_ds.experiments.report.curves import Curves
@@ -60,8 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of these runs, by the command."""
     place = tmp_path_factory.mktemp("report")
-    line = [sys.executable, "tools/report.py", *runs, "--output_dir", place, "--agreement_rows", 32]
-    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    done = run("tools/report.py", *runs, "--output_dir", place, "--agreement_rows", 32)
     assert done.returncode == 0, done.stderr
     return place / "report.html"
 
@@ -106,6 +103,11 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text), "a link to another file"
     assert "default-src 'none'" in text and "<b>$1" not in text, "what users wrote is text, never markup"
     assert len(text) < 3_000_000
+
+
+def test_the_commands_that_repeat_the_runs_are_there_with_their_folder(page: Path) -> None:
+    commands = re.findall(r'<pre class="command">(.*?)</pre>', page.read_text())
+    assert commands and all(line.startswith(f"cd {ROOT} &amp;&amp; python {ROOT}/tests/runs.py ") for line in commands)
 
 
 def test_every_picture_is_drawn_inline_and_as_png(page: Path) -> None:
@@ -375,6 +377,15 @@ def test_no_screen_scrolls_sideways(browser: Any, page: Path, width: int) -> Non
     tab.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     assert tab.locator("figure svg").first.bounding_box()["width"] > 0.8 * min(width, 640) - 60
+
+
+@pytest.mark.browser
+def test_a_phone_shows_the_first_number_of_every_row(browser: Any, page: Path) -> None:
+    tab, _ = opened(browser, page, viewport={"width": 390, "height": 800})
+    for table in tab.locator("table").all():
+        first = table.locator("tbody tr td.n:not(.n ~ .n)")
+        boxes = [cell.bounding_box() for cell in first.all()]
+        assert boxes and all(box["x"] + box["width"] <= 390 for box in boxes), table.get_attribute("id")
 
 
 @pytest.mark.browser

@@ -141,7 +141,7 @@ def test_ids_are_native_on_text_and_on_lines_made_to_hurt(
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("albert", "gemma") else pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS]
+    "kind", [kind if kind == "albert" else pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS]
 )
 def test_ids_are_native_on_real_text(kind: str, model: Callable[[str], Path], shared_data: Path) -> None:
     import lzma

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.hosts import Network, skip_without
-from commands import PATIENCE_S, busy, deepspeed_line, environment
+from commands import PATIENCE_S, busy, deepspeed_line, environment, forked_deepspeed
 from runs import ROOT, Process, bert, chain_corpus, final_weights, metrics, start_ranks
 
 pytestmark = pytest.mark.faults
@@ -185,25 +185,28 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(corpus: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("phase", ["validation", "saving"])
 def test_a_signal_in_validation_or_saving_is_heard(corpus: Path, tmp_path: Path, phase: str) -> None:
-    """Under `deepspeed`, the signal to a rank while it does something else than a step: finished, saved, exit.json."""
+    """The signal to a rank while it does something else than a step, once under `deepspeed`: saved, exit.json."""
     run = tmp_path / "run"
-    slow = {
-        "validation": ["training.valid_every=1", "peers.teacher.model.num_hidden_layers=8"],
-        "saving": ["training.checkpoint_every=1", "peers.teacher.model.hidden_size=256"],
-    }[phase]
-    line = deepspeed_line(2, *pretrain(corpus, tmp_path, *slow))
-    with (tmp_path / "log").open("w") as file:
-        launcher = subprocess.Popen(line, env=environment(), cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-    try:
-        wait_for(lambda: logged(run) > 1, [launcher])
-        if phase == "saving":
-            wait_for(lambda: list(run.glob("checkpoints/.step-*.tmp")), [launcher])
-        [rank, *_] = ranks_of(launcher.pid)
-        os.kill(rank, signal.SIGUSR1)
-        launcher.wait(PATIENCE_S)
-    finally:
-        for pid in ranks_of(launcher.pid):
-            os.kill(pid, signal.SIGKILL)
+    if phase == "validation":
+        slow = ["training.valid_every=1", "peers.teacher.model.num_hidden_layers=8"]
+        line = deepspeed_line(2, *pretrain(corpus, tmp_path, *slow))
+        with (tmp_path / "log").open("w") as file:
+            where = {"env": environment(), "cwd": ROOT, "stdout": file, "stderr": file}
+            launcher = subprocess.Popen(line, start_new_session=True, **where)
+        try:
+            wait_for(lambda: logged(run) > 1, [launcher])
+            [rank, *_] = ranks_of(launcher.pid)
+            os.kill(rank, signal.SIGUSR1)
+            launcher.wait(PATIENCE_S)
+        finally:
+            for pid in ranks_of(launcher.pid):
+                os.kill(pid, signal.SIGKILL)
+    else:
+        slow = ["training.checkpoint_every=1", "peers.teacher.model.hidden_size=256"]
+        ranks = start_ranks(pretrain(corpus, tmp_path, *slow), 2, tmp_path / "log")
+        wait_for(lambda: logged(run) > 1 and list(run.glob("checkpoints/.step-*.tmp")), ranks)
+        ranks[0].send_signal(signal.SIGUSR1)
+        assert [rank.wait(PATIENCE_S) for rank in ranks] == [85, 85]
     state = exit_state(run)
     assert state["state"] == "saved" and state["reason"] == "SIGUSR1"
     assert (run / "checkpoints" / f"step-{state['step']:08d}" / "manifest.json").exists()
@@ -247,7 +250,8 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path, kills: int) -> N
     """One or a handful; `python tests/soak/kill_resume.py --kills 100` is the long form."""
     from soak.kill_resume import soak
 
-    assert soak(kills=kills, ranks=2, steps=24, precision="bf16", seed=3, folder=tmp_path) == kills
+    how = {"ranks": 2, "steps": 24, "precision": "bf16", "seed": 3, "folder": tmp_path}
+    assert soak(kills=kills, undisturbed=forked_deepspeed, **how) == kills
 
 
 def test_sigterm_to_deepspeed_itself_saves_though_it_tells_nobody(corpus: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,13 +148,14 @@ def test_what_cannot_be_trained_is_said_and_leaves_nothing(kind: str, tmp_path: 
         assert not list(tmp_path.iterdir())
 
 
-def test_characters_that_a_wordpiece_vocabulary_has_room_for_are_in_it(tmp_path: Path) -> None:
+def test_characters_that_a_wordpiece_vocabulary_has_room_for_are_in_it(tmp_path: Path, capsys: Any) -> None:
     """Chinese has thousands of characters; BERT's limit of 1,000 was made for alphabets."""
     characters = [chr(0x4E00 + number) for number in range(2500)]
     lines = ["".join(characters[n : n + 50]) for n in range(0, 2500, 50)] * 2
     train_tokenizer("wordpiece", lambda caption: iter(lines), 2505, lowercase=True, output_dir=tmp_path / "t")
     tokenizer = load_tokenizer(tmp_path / "t")
     assert len(tokenizer) == 2505 and tokenizer.unk_token_id not in tokenizer("".join(characters)).input_ids
+    assert " lines: 0.000%\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", MASKED)

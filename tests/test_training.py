@@ -52,7 +52,6 @@ def together_and_alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
         "fp32": FP32,
         "zero1": {"zero_optimization": {"stage": 1}},
         "bf16": {**BF16, "gradient_accumulation_steps": 2},
-        "accumulation": {**FP32, "gradient_accumulation_steps": 2},
     }
     jobs = []
     for kind, config in kinds.items():
@@ -62,7 +61,7 @@ def together_and_alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize("kind", ["fp32", "zero1", "bf16", "accumulation"])
+@pytest.mark.parametrize("kind", ["fp32", "zero1", "bf16"])
 @pytest.mark.parametrize("peer", ["teacher", "student"])
 def test_without_soft_weights_a_peer_trains_as_if_alone_bit_for_bit(
     together_and_alone: Path, kind: str, peer: str
@@ -80,17 +79,17 @@ def test_without_soft_weights_a_peer_trains_as_if_alone_bit_for_bit(
 
 @pytest.fixture(scope="module")
 def cut_in_many_ways(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same 50 steps of CTCD at 1 and 2 ranks and with accumulation 1, 2 and 4."""
+    """The same 20 steps of CTCD at 1 and 2 ranks and with accumulation 1 and 2."""
     folder, peers = tmp_path_factory.mktemp("cuts"), without_dropout(PEERS)
     for world in (1, 2):
         run_jobs(
             [
                 Job(
-                    {**recipe(corpus, peers, steps=50, valid_every=50), "objective": {"soft_positions": positions}},
+                    {**recipe(corpus, peers, steps=20, valid_every=20), "objective": {"soft_positions": positions}},
                     folder / f"{positions}-{world}x{accumulation}",
                     {**FP32, "gradient_accumulation_steps": accumulation},
                 )
-                for accumulation, positions in ((1, "targets"), (2, "targets"), (4, "targets"), (2, "all"))
+                for accumulation, positions in ((1, "targets"), (2, "targets"), (2, "all"))
             ],
             world,
             folder,
@@ -98,7 +97,7 @@ def cut_in_many_ways(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.parametrize("other", ["targets-1x2", "targets-1x4", "targets-2x1", "targets-2x2", "targets-2x4"])
+@pytest.mark.parametrize("other", ["targets-1x2", "targets-2x1", "targets-2x2"])
 def test_losses_do_not_depend_on_ranks_and_accumulation(cut_in_many_ways: Path, other: str) -> None:
     assert_equal_losses(cut_in_many_ways / "targets-1x1", cut_in_many_ways / other)
 
@@ -109,7 +108,7 @@ def test_soft_losses_at_all_positions_are_normalised_over_ranks_and_accumulation
 
 def assert_equal_losses(one: Path, other: Path) -> None:
     a, b = metrics(one), metrics(other)
-    assert len(a) == len(b) == 50
+    assert len(a) == len(b) == 20
     for step, row in a.items():
         for key in (k for k in row if k.startswith("loss/")):
             assert abs(row[key] - b[step][key]) <= 1e-5 * max(1.0, abs(row[key])), (step, key)
@@ -118,10 +117,10 @@ def assert_equal_losses(one: Path, other: Path) -> None:
 def test_losses_fall_and_the_soft_losses_are_there(cut_in_many_ways: Path) -> None:
     rows = metrics(cut_in_many_ways / "targets-1x1")
     for peer, other in (("teacher", "student"), ("student", "teacher")):
-        assert rows[50][f"loss/{peer}/hard"] < rows[1][f"loss/{peer}/hard"] - 0.1
-        assert rows[50][f"loss/{peer}/soft/{other}"] > 0
-        assert 0 <= rows[50][f"valid/{peer}/accuracy"] <= 1
-    assert 0 <= rows[50]["valid/agreement/teacher/student"] <= 1
+        assert rows[20][f"loss/{peer}/hard"] < rows[1][f"loss/{peer}/hard"] - 0.02
+        assert rows[20][f"loss/{peer}/soft/{other}"] > 0
+        assert 0 <= rows[20][f"valid/{peer}/accuracy"] <= 1
+    assert 0 <= rows[20]["valid/agreement/teacher/student"] <= 1
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(corpus: Path, tmp_path: Path) -> None:
@@ -243,10 +242,10 @@ def test_a_run_goes_on_with_any_number_of_ranks(corpus: Path, tmp_path: Path) ->
     AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "finished")
     peers["master"] = {"pretrained": str(tmp_path / "finished"), "frozen": True}
     peers["student"] |= {"soft": {"teacher": 2.0, "master": 2.0}}
-    plan = recipe(corpus, peers, steps=16, checkpoint_every=4, keep_checkpoints=9)
+    plan = recipe(corpus, peers, steps=8, checkpoint_every=2, keep_checkpoints=9)
     run_jobs([Job(plan, tmp_path / "whole"), Job(plan, tmp_path / "cut")], 1, tmp_path)
-    for step, world in ((4, 2), (8, 1), (12, 4)):
-        for later in range(step + 4, 17, 4):
+    for step, world in ((2, 2), (4, 1), (6, 4)):
+        for later in range(step + 2, 9, 2):
             drop_checkpoint(tmp_path / "cut", later)
         run_jobs([Job(plan, tmp_path / "cut", resume=True)], world, tmp_path)
     whole, cut = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")

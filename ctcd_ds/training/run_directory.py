@@ -204,12 +204,17 @@ def _repeating(ranks: Ranks) -> list[str]:
     """The words that do this run again: with its launcher, and without what a launcher or a resumption added."""
     words = [word for word in typed() if word != "--resume" and not word.startswith("--local_rank")]
     nodes = max(1, ranks.world // ranks.local_world)
+    match words:
+        case ["python", "-m", *module]:  # launchers write it in full
+            script = ["--module", *module]
+        case [_, *script]:
+            pass
     match ranks.source:
         case "deepspeed":
             several = ["--num_nodes", str(nodes)] if nodes > 1 else []
-            return ["deepspeed", *several, "--num_accelerators", str(ranks.local_world), *words[1:]]
+            return ["deepspeed", *several, "--num_accelerators", str(ranks.local_world), *script]
         case "torchrun":
-            return ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(ranks.local_world), *words[1:]]
+            return ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(ranks.local_world), *script]
         case "srun" | "mpirun":
             return [ranks.source, "-n", str(ranks.world), *words]
     return words

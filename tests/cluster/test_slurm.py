@@ -12,6 +12,7 @@ import pytest
 
 from cluster.hosts import skip_without, wait_for
 from cluster.slurm import PROGRAMS, Slurm, exit_state
+from commands import PATIENCE_S
 from runs import bert, chain_corpus, final_weights
 from test_glue import write_glue
 
@@ -81,7 +82,7 @@ def starts(run: Path) -> list[int]:
 def under_way(slurm: Slurm, place: Path, name: str, *options: object, steps: int = 10) -> tuple[Path, str]:
     """A run on two nodes that has done a few steps, and its job."""
     ids = slurm.submit(*job(place, name, "--nodes", 2, *options))
-    wait_for(lambda: logged(place / name) > steps, 200, "first steps")
+    wait_for(lambda: logged(place / name) > steps, PATIENCE_S, "first steps")
     return place / name, ids["pretrain"]
 
 
@@ -162,7 +163,7 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(slurm: Slurm, place: Path
     run, number = under_way(slurm, place, "cancelled", "--set", "training.steps=4000")
     slurm.client("scancel", number)
     slurm.wait(number, "CANCELLED")
-    wait_for(lambda: exit_state(run), 30, "exit.json")
+    wait_for(lambda: exit_state(run), PATIENCE_S, "exit.json")
     # SLURM tells the ranks and the script alike, and the script hands on USR1: either may come first.
     assert exit_state(run)["state"] == "saved" and exit_state(run)["reason"] in ("SIGTERM", "SIGUSR1")
     time.sleep(1)
@@ -185,14 +186,14 @@ def test_a_run_has_one_owner_from_submission_to_its_end(slurm: Slurm, place: Pat
         assert f"has job {number} in the queue" in refusal(*line)
     assert (run / "slurm" / "recipe.yaml").read_text() == before
     slurm.client("scontrol", "release", number)
-    wait_for(lambda: logged(run) > 3, 200, "first steps")
+    wait_for(lambda: logged(run) > 3, PATIENCE_S, "first steps")
     assert f"has job {number} in the queue" in refusal(*direct)
     (run / "slurm" / "jobs.json").unlink()  # as sbatch by hand leaves none
     said = refusal(*direct)
     assert f"on {slurm.job(number)['NodeList']}, job {number}, since" in said, said
     slurm.client("scancel", number)
     slurm.wait(number, "CANCELLED")
-    wait_for(lambda: exit_state(run).get("state") == "saved", 30, "exit.json")  # nobody disturbed it
+    wait_for(lambda: exit_state(run).get("state") == "saved", PATIENCE_S, "exit.json")  # nobody disturbed it
 
 
 def test_what_cannot_run_is_refused_before_anything_is_queued(slurm: Slurm, place: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from cluster.hosts import Host, Network, skip_without, wait_for
 from cluster.ssh import SSHD, start_sshd
-from commands import PATIENCE_S
+from commands import PATIENCE_S, busy
 from runs import ROOT, bert, chain_corpus, final_weights, metrics, start_ranks
 
 pytestmark = pytest.mark.cluster
@@ -226,8 +226,10 @@ def test_a_fault_ends_the_run_everywhere(place: Place, fault: str) -> None:
             lines = first.processes("bin/deepspeed")
             [pid] = [pid for pid, line in lines.items() if "--hostfile" in line and "nsenter" not in line]
             os.kill(pid, signal.SIGTERM)
-        wait_for(lambda: not ranks_of(first) and not ranks_of(second), LIMIT + 5, f"the ranks' end after {fault}")
-        wait_for(lambda: not place.running(), begun + LIMIT + 35 - time.monotonic(), f"the end of all after {fault}")
+        wait_for(lambda: not ranks_of(first) and not ranks_of(second), LIMIT + busy(5), f"the ranks' end after {fault}")
+        wait_for(
+            lambda: not place.running(), begun + LIMIT + busy(35) - time.monotonic(), f"the end of all after {fault}"
+        )
         launcher.wait(PATIENCE_S)
     finally:
         second.restore()

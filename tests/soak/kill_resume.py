@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from commands import deepspeed_line, environment
+from commands import deepspeed, deepspeed_line, environment
 from runs import ROOT, bert, chain_corpus, final_weights, metrics
 
 MOMENTS = ("any time", "after a row", "inside a save")
@@ -68,7 +69,7 @@ class Launched:
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 deepspeed_line(ranks, *line),
-                env={**environment(), "OMP_NUM_THREADS": "1"},
+                env=environment(),
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -153,24 +154,29 @@ def difference(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
     return None
 
 
-def soak(kills: int, ranks: int, steps: int, precision: str, seed: int, folder: Path) -> int:
-    """Runs the whole thing; returns the number of kills. Ends with SystemExit where a promise is broken."""
+def soak(
+    kills: int, ranks: int, steps: int, precision: str, seed: int, folder: Path, undisturbed: Callable[..., Any]
+) -> int:
+    """Runs the whole thing; returns the number of kills. Ends with SystemExit where a promise is broken.
+
+    `undisturbed`: what launches a run that is left alone, as `commands.deepspeed`.
+    """
     chance = random.Random(seed)
     line = write_run(folder, steps, precision)
-    whole = Launched([*line, "--output_dir", folder / "whole"], ranks, folder / "whole.log")
-    whole.wait_until_gone(1800)
+    undisturbed(ranks, *line, "--output_dir", folder / "whole")
     expected, done, part = end_of(folder / "whole"), 0, 0
     while done < kills:
         run, resume = folder / f"run{part}", False
         while True:
             arguments = [*line, "--output_dir", run, *(["--resume"] if resume else [])]
-            launched = Launched(arguments, ranks, folder / f"run{part}.log")
             if done < kills:
-                moment = chance.choice(MOMENTS)
+                launched, moment = Launched(arguments, ranks, folder / f"run{part}.log"), chance.choice(MOMENTS)
                 said = strike(launched, run, moment, chance)
                 done += said != "the end"
                 print(f"kill {done} of {kills} ({moment}, {_rows(run)} rows): {said}", flush=True)
-            launched.wait_until_gone(300)
+                launched.wait_until_gone(300)
+            else:
+                undisturbed(ranks, *arguments)
             state = json.loads((run / "exit.json").read_text())["state"] if (run / "exit.json").exists() else None
             if state == "finished":
                 break
@@ -190,9 +196,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as name:
         how = (arguments.kills, arguments.ranks, arguments.steps, arguments.precision, arguments.seed)
-        done = soak(*how, Path(name))
+        done = soak(*how, Path(name), deepspeed)
     print(f"{done} kills survived: {arguments.ranks} ranks, {arguments.precision}, seed {arguments.seed}")
 
 
