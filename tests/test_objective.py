@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -180,6 +183,36 @@ def test_through_the_projection_in_tiles_of_the_vocabulary(
     for mine, true in zip((t for p in ours for t in p[:3]), (t for e in exact for t in e), strict=True):
         assert mine is not None and mine.grad is not None and true.grad is not None
         torch.testing.assert_close(mine.grad.double(), true.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tau", "kind"), [(1.0, KL), (2.0, KL), (2.0, KINDS[1]), (2.0, KINDS[2])], ids=str)
+def test_compiled_it_is_one_graph_a_width_and_what_it_is_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, tau: float, kind: Divergence, dtype: torch.dtype
+) -> None:
+    """Traced whole, with weights that change from step to step and targets that are missing; losses and gradients."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = cache(lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend=backend))
+    monkeypatch.setattr(fused, "_compiled", compiled)
+    monkeypatch.setitem(fused.TILE_BYTES, "cpu", 4 * 50 * 64)
+    targets = torch.randint(V, (50,), generator=torch.Generator().manual_seed(4))
+    targets[::5] = -100
+    for step in range(3):
+        graph, found = pair(soft=(1 + step, 4 - step), kind=kind), []
+        for compile_ in (False, True):
+            made = projections(5, dtype)
+            losses = fused_objective(made, asked([targets] * 2, 50), graph, V, tau, compile_)
+            losses.total.backward()
+            found.append([losses.total.detach(), *(t.grad for p in made for t in p[:3] if t is not None)])
+        tolerance = {} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(found[1], found[0], **tolerance)
+    torch._dynamo.reset()
+    assert len(graphs) == 2 * len({64, V % 64})  # looking and gradients, of whole tiles and of the last
 
 
 def test_bf16_projection_gives_fp32_accuracy_on_its_own_inputs() -> None:

@@ -170,10 +170,12 @@ class _Seen(NamedTuple):
     picked: Tensor
 
     @classmethod
-    def nothing(cls, targets: Tensor) -> _Seen:
+    def nothing(cls, targets: Tensor, tau: float) -> _Seen:
         zeros = torch.zeros((len(targets), 1), device=targets.device)
+        # One tensor twice where it stays so: a compiled function is compiled anew where that changes.
+        softened = zeros if tau == 1.0 else zeros.clone()
         # The lowest finite number, not −∞: differences of two such are numbers.
-        return cls(torch.full_like(zeros, torch.finfo(torch.float32).min), zeros, zeros, zeros.squeeze(1))
+        return cls(torch.full_like(zeros, torch.finfo(torch.float32).min), zeros, softened, zeros.squeeze(1))
 
 
 class _Fused(torch.autograd.Function):
@@ -183,7 +185,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, question: _Question, *flat: Tensor | None) -> tuple[Tensor, ...]:
         batch, graph, tau = question.batch, question.graph, question.temperature
         projections = question.projections(flat)
-        seen = {i: _Seen.nothing(batch.views[i].targets) for group in question.groups() for i in group}
+        seen = {i: _Seen.nothing(batch.views[i].targets, tau) for group in question.groups() for i in group}
         learning = [  # who has no loss here may have one elsewhere
             trained and i in seen and any(ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i])
             for i, trained in enumerate(graph.trained)
