@@ -295,8 +295,8 @@ class TrainingSection(Section):
     """How long and how often. Exactly one of `steps` and `epochs`; intervals are in steps.
 
     `time_limit_minutes`: saves and stops then, exit code 85. `step_timeout_s`: a step that takes longer ends the run
-    and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`: the
-    encoders go through torch.compile with static shapes (the first step then takes minutes). `deterministic`: sums on a
+    and names the ranks that did not arrive (the first step, validation and saving have an hour). `compile`:
+    layers and objective go through torch.compile with static shapes (for GPUs). `deterministic`: sums on a
     GPU are made in one order, so that a run repeats bit for bit there too, at some speed; on the CPU it always does.
     `activation_checkpointing`: of each layer only the input is kept; backward runs it again, to the same numbers.
     The newest `keep_checkpoints` are kept; with `keep_every` also those of every so many steps; with `keep_best` also
