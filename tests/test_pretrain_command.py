@@ -143,7 +143,7 @@ def test_every_shipped_recipe_is_good(
     if "pretrained: " in path.read_text():
         from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-        BertForMaskedLM(BertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16)).save_pretrained(
+        BertForMaskedLM(BertConfig(hidden_size=24, num_attention_heads=12, intermediate_size=16)).save_pretrained(
             tmp_path / "finished"
         )
         AutoTokenizer.from_pretrained(corpus / "tokenizer").save_pretrained(tmp_path / "finished")
