@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from workload import Shape, Size
 
 from ctcd_ds import cli
 
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
 
@@ -205,7 +207,9 @@ class Suite:
             options += ["--resume"] if (self.runs / side / "manifest.json").exists() else []
             commands.append([sys.executable, common.ROOT / "launchers" / "pretrain.py", *options])
         # Both at once: at 128 rows a step the host is the limit, and there is one for each.
-        processes = [subprocess.Popen(list(map(str, command))) for command in commands]
+        # Each by itself: an earlier part's run left here what a launcher would say, its port too.
+        alone = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+        processes = [subprocess.Popen(list(map(str, command)), env=alone) for command in commands]
         codes = [process.wait() for process in processes]
         if any(codes):
             raise cli.RunFailure(f"the runs ended with {codes}; the same command goes on")

@@ -115,6 +115,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     before_anything_is_imported()
+    import common  # noqa: F401  (puts the checkout on the path: a bare machine has it installed nowhere)
+
     from ctcd_ds import cli
 
     cli.run(main)

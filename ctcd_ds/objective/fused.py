@@ -34,7 +34,7 @@ TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 192 * 2**20}
 # fp32 logits of one peer that are kept from forward to backward instead of being computed again (a GEMM of four).
 KEPT_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 _TILE_COLUMNS = 64  # widths that are no multiple of it run at a fraction of their rate
-_MANY_COLUMNS = 2048  # where there are more than that, of it: on an H200, 6,848 columns took twice the time of 3,392
+_MANY_COLUMNS = 2048  # where there are more than that, of it: on an H200 6,848 once took twice the time of 3,392
 
 
 class Losses(NamedTuple):
