@@ -774,7 +774,17 @@ def explain(error: Any, root: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"{field}: missing; it has no default"
     said = error["msg"].replace("Input should be", "must be")
-    return f"{field} = {value!r}: {said[0].lower() + said[1:]}"
+    if error["type"].startswith("bool_"):
+        said = "must be true or false"  # YAML 1.2 has no yes, no, on and off
+    return f"{field} = {value!r}: {said[0].lower() + said[1:]}{_without_quotes(error)}"
+
+
+def _without_quotes(error: Any) -> str:
+    """A cure where a number or a truth value was given as text."""
+    if not isinstance(text := error["input"], str) or not error["type"].startswith(("bool_", "float_", "int_")):
+        return ""
+    value = read_yaml(text) if re.fullmatch(r"[\w.+-]+", text) else None
+    return f"; write {text}, without quotes" if isinstance(value, bool | int | float) else ""
 
 
 def _keys_beside(location: Sequence[str], root: type[BaseModel]) -> list[str]:
@@ -806,18 +816,26 @@ def read_file(path: Path, what: str) -> Any:
     """
     if said := other_file(path, None, what):
         raise UserError(f"{what} {path}: {said}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{what} {path} cannot be read: {problem}") from None
+    text = read_text(path, what)
     try:
         content = json.loads(text) if path.suffix == ".json" else read_yaml(text)
-    except (YAMLError, ValueError) as problem:
+    except (YAMLError, ValueError, RecursionError) as problem:
         said = str(problem).split("\nTo suppress this check")[0].strip()
         raise UserError(f"{what} {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {said}") from None
     if said := other_file(path, content, what):
         raise UserError(f"{what} {path}: {said}")
     return content
+
+
+def read_text(path: Path, what: str) -> str:
+    """A file's text without a byte order mark. Raises UserError, which calls the file `what`, where it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        cure = "save it as UTF-8 (iconv -f ENCODING -t UTF-8)"
+        raise UserError(f"{what} {path} cannot be read: it is not UTF-8, byte {problem.start}: {cure}") from None
+    except OSError as problem:
+        raise UserError(f"{what} {path} cannot be read: {problem}") from None
 
 
 def apply_override(raw: Any, override: str) -> str | None:

@@ -100,12 +100,13 @@ def gzip_under_another_name(path: Path) -> None:
     path.write_bytes(tool(".gz", HALVES[0]) or b"")
 
 
-def utf16(path: Path) -> None:
-    path.write_text("\n".join(LINES), encoding="utf-16")
+def compressed_twice(path: Path) -> None:
+    twice = path.with_name("a.txt.gz")
+    twice.write_bytes(tool(".gz", tool(".gz", HALVES[0]) or b"") or b"")
 
 
-def utf16_without_a_mark(path: Path) -> None:
-    path.write_text("\n".join(LINES), encoding="utf-16-le")
+def encoded(encoding: str) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes("\n".join(["w", *LINES]).encode(encoding)) and None
 
 
 def latin1(path: Path) -> None:
@@ -116,13 +117,22 @@ def latin1(path: Path) -> None:
     "write, message",
     [
         (gzip_under_another_name, r"is compressed; let its name say so: \S*a\.txt\.gz"),
-        (utf16, "is UTF-16.*iconv -f UTF-16 "),
-        (utf16_without_a_mark, "looks like UTF-16.*iconv -f UTF-16LE "),
+        (compressed_twice, "is compressed twice: unpack it once"),
+        (encoded("utf-16"), "is UTF-16.*iconv -f UTF-16 "),
+        (encoded("utf-32"), "is UTF-32.*iconv -f UTF-32 "),
+        *(
+            (
+                encoded(f"utf-{name}"),
+                f"looks like UTF-16.*iconv -f UTF-{name} ".replace("-le", "LE").replace("-be", "BE"),
+            )
+            for name in ("16-le", "16-be", "32-le", "32-be")
+        ),
         (latin1, "byte 0xfc in line 2, at byte offset 7;.*iconv -f LATIN1 "),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_is_not_utf8_is_named_with_its_cure(write: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     write(tmp_path / "a.txt")
+    [path] = tmp_path.iterdir()
     with pytest.raises(UserError, match=message):
-        list(read(tmp_path / "a.txt"))
+        list(read(path))

@@ -62,7 +62,9 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("corpus.train_rows", 0, "corpus.train_rows = 0: must be greater than or equal to 1"),
         ("corpus.sequence_length", 128.5, "corpus.sequence_length = 128.5: must be a valid integer"),
         ("corpus.mask_fraction", 1.5, "corpus.mask_fraction = 1.5: must be less than 1"),
-        ("optimizer.lr", "5e-4", "optimizer.lr = '5e-4': must be a valid number"),
+        ("optimizer.lr", "5e-4", "optimizer.lr = '5e-4': must be a valid number; write 5e-4, without quotes"),
+        ("training.compile", "on", "training.compile = 'on': must be true or false"),
+        ("training.compile", "true", "training.compile = 'true': must be true or false; write true, without quotes"),
         ("optimizer.lr", 0, "optimizer.lr = 0: must be greater than 0"),
         ("optimizer.learning_rate", 1, "optimizer.learning_rate = 1: unknown key"),
         ("peers.student.optimiser", {}, "did you mean 'optimizer'?"),
@@ -251,7 +253,7 @@ def test_what_set_cannot_do_is_said(tmp_path: Path) -> None:
     assert "did you mean 'steps'" in problem.value.mistakes[2]
 
 
-@pytest.mark.parametrize("text", ["a: [1", "a: 1\na: 2", "\x00", "- 1\n- 2", "just words", ""])
+@pytest.mark.parametrize("text", ["a: [1", "a: 1\na: 2", "\x00", "- 1\n- 2", "just words", "", "a: " + "[" * 5000])
 def test_a_file_that_is_no_recipe_is_one_clear_message(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -259,10 +261,16 @@ def test_a_file_that_is_no_recipe_is_one_clear_message(tmp_path: Path, text: str
         load_recipe(path)
 
 
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    for name in ("recipe.json", "recipe.yaml"):
+        (tmp_path / name).write_text("\ufeff" + json.dumps(GOOD), encoding="utf-8")
+        assert list(load_recipe(tmp_path / name).peers) == list(GOOD["peers"])
+
+
 def test_a_missing_or_binary_file_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for name in ("absent.yaml", "binary.yaml"):
-        with pytest.raises(UserError, match=name):
+    for name, said in (("absent.yaml", "cannot be read"), ("binary.yaml", "is not UTF-8, byte 0: save it as UTF-8")):
+        with pytest.raises(UserError, match=rf"{name}.*{said}"):
             load_recipe(tmp_path / name)
 
 

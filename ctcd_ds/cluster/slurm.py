@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.owner import note_queued, owned
-from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_yaml
+from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_text, read_yaml
 
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
 _MARK = "# --- the job ---\n"
@@ -73,8 +73,8 @@ def load_cluster(path: Path | None) -> SlurmSettings:
     if path is None and not found.exists():
         return SlurmSettings()
     try:
-        raw = read_yaml(found.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as problem:
+        raw = read_yaml(read_text(found, "cluster file"))
+    except (YAMLError, RecursionError) as problem:
         raise UserError(f"cluster file {found} cannot be read: {problem}") from None
     try:
         cluster = SlurmSettings.model_validate({} if raw is None else raw)

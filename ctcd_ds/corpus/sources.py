@@ -180,7 +180,8 @@ def _lines(source: Source, advance: Callable[[float], Any]) -> Iterator[tuple[in
             except UnicodeDecodeError as problem:
                 raise _no_text(source, number, offset, problem) from None
             if "\0" in text and text.count("\0") * 3 > len(text):
-                raise _unreadable(source, f"{source.name} looks like UTF-16 or UTF-32{_recode('UTF-16LE', source)}")
+                cure = _recode(_wide(line, offset), source)
+                raise _unreadable(source, f"{source.name} looks like UTF-16 or UTF-32{cure}")
             offset += len(line)
             yield number, text.removeprefix("\ufeff").rstrip("\r\n")
             if number % 256 == 0:
@@ -196,6 +197,11 @@ def _no_text(source: Source, number: int, offset: int, problem: UnicodeDecodeErr
         for suffix, kind in FORMATS.items():
             if start.startswith(kind.magic):
                 return UserError(f"{source.name} is compressed; let its name say so: {source.name}{suffix}")
+    for suffix, kind in FORMATS.items():
+        if suffix_of(source.name) and start.startswith(kind.magic):
+            return UserError(f"{source.name} is compressed twice: unpack it once (inside is {suffix})")
+    if start[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return UserError(f"{source.name} is UTF-32, not UTF-8{_recode('UTF-32', source)}")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return UserError(f"{source.name} is UTF-16, not UTF-8{_recode('UTF-16', source)}")
     bad = problem.object[problem.start]
@@ -204,6 +210,13 @@ def _no_text(source: Source, number: int, offset: int, problem: UnicodeDecodeErr
         f"{source.name} is not UTF-8: byte 0x{bad:02x} in line {number}, at byte offset {offset + problem.start}"
         f"{_recode('LATIN1', source)} (or whatever its encoding is)",
     )
+
+
+def _wide(line: bytes, offset: int) -> str:
+    """The encoding of UTF-16 or UTF-32 without a mark, of which `line` stands at byte `offset`: where its zeros are."""
+    width = 4 if line.count(0) * 7 > len(line) * 4 else 2  # three zeros of four bytes, or one of two
+    firsts = line[-offset % width :: width]
+    return f"UTF-{8 * width}{'BE' if firsts.count(0) * 2 > len(firsts) else 'LE'}"
 
 
 def _recode(encoding: str, source: Source) -> str:

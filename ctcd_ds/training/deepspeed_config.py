@@ -16,7 +16,7 @@ from typing import Any
 
 from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.kinds import other_file
-from ctcd_ds.recipe import Recipe, read_file
+from ctcd_ds.recipe import Recipe, read_file, read_text
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -109,8 +109,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         read_file(path, "DeepSpeed config")  # says what else it is; if nothing else, it is no JSON
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
-    except (OSError, ValueError) as problem:
+        values = json.loads(read_text(path, "DeepSpeed config"), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as problem:
         raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
     if not isinstance(values, dict):
         raise UserError(f"DeepSpeed config {path} must be a JSON object, found {type(values).__name__}")
