@@ -165,7 +165,7 @@ def make_plan(
     costs: dict[str, Cost] = {}
     for name, peer in configs.items():
         try:
-            costs[name] = cost(peer, length, task.asked(recipe, name) / length, auto)
+            costs[name] = cost(peer, length, task.asked(recipe, name), auto, task.decoder_length(recipe))
         except UserError as mistake:
             mistakes.append(f"peers.{name}: {mistake}")
     if recipe.training.activation_checkpointing:

@@ -104,7 +104,7 @@ def _costs(run: LoggedRun) -> dict[str, Cost]:
             return {}
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         task = TASKS[recipe.objective.task]
-        found[name] = cost(config, length, task.asked(recipe, name) / length, task.auto_class())
+        found[name] = cost(config, length, task.asked(recipe, name), task.auto_class(), task.decoder_length(recipe))
     return found
 
 
