@@ -28,7 +28,8 @@ class Cost(NamedTuple):
     forwards), a frozen peer once. `largest`: values of the largest parameter.
     `activations`: values per token that its layers put out, which backward needs; `checkpointed`: of these, what is
     there at once with activation checkpointing: all inputs of layers, one layer run again, and what lies outside them
-    (None: transformers cannot).
+    (None: transformers cannot). `head_flops`: of `forward_flops` those of the output embedding, where it is left to the
+    objective; 0 where the model runs it itself.
     """
 
     parameters: int
@@ -37,6 +38,7 @@ class Cost(NamedTuple):
     largest: int
     activations: float
     checkpointed: float | None
+    head_flops: float
 
 
 def cost(config: Any, sequence_length: int, head_fraction: float, auto: Any) -> Cost:
@@ -105,7 +107,7 @@ def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
     sizes = [p.numel() for p in model.parameters()]
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     values = _Values(model)
-    flops = _flops(model, inputs, torch.arange(positions), values)
+    flops, head = _flops(model, inputs, torch.arange(positions), values)
     everything = values.outside + sum(values.inside)
     at_once = values.outside + sum(values.entered) + max(values.inside, default=0)
     return Cost(
@@ -115,6 +117,7 @@ def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
         max(sizes),
         everything / length,
         at_once / length if can_checkpoint(model) else None,
+        head / length,
     )
 
 
@@ -155,8 +158,9 @@ class _Values:
             self.outside += size
 
 
-def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: _Values) -> int:
-    """Of one forward with logits at `positions`; the fastest way that runs is the one that training takes."""
+def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: _Values) -> tuple[int, int]:
+    """(of one forward with logits at `positions`, of these what the objective does of it); the fastest way that runs is
+    the one that training takes."""
     from torch.utils.flop_counter import FlopCounterMode
 
     problem: Exception | None = None
@@ -171,6 +175,6 @@ def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: 
                 continue
         if len(projection.hidden) == len(positions):  # ProphetNet's head has more rows: of several next tokens
             last = 0 if projection.weight is None else 2 * len(positions) * projection.weight.numel()
-            return int(counter.get_total_flops()) + last
+            return int(counter.get_total_flops()) + last, last
     assert problem is not None
     raise problem
