@@ -330,6 +330,7 @@ def test_compiled_layers_show_the_same_hidden_states() -> None:
     [
         ("mlm", ("funnel", "bert"), Hidden(1, 0, 1.0), "FunnelForMaskedLM gives out no hidden state for each of its"),
         ("mlm", ("fnet", "bert"), Relations(1, 0, 1.0, heads=2), "a shows queries, keys and values of no layer"),
+        ("mlm", ("bart", "bart"), Relations(1, 0, 1.0, heads=2), "a has an encoder and a decoder, whose attention is"),
         ("mlm", ("bart", "bert"), Hidden(1, 0, 1.0), "one of the two has an encoder and a decoder"),
         ("mlm", ("bert", "bert"), Hidden(1, 0, 1.0, layers=((1, 1), (2, 3))),
          "peers.b.hidden.a.layers = ((1, 1), (2, 3)): layer 3 of a: it has 0 to 2"),

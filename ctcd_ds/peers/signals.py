@@ -127,6 +127,12 @@ def _mistakes(signal: Signal, shapes: Mapping[str, Shapes]) -> Iterator[str]:
         return
     assert isinstance(signal, Relations)
     for name, s in shapes.items():
+        if len(s.hidden) > 1:
+            yield (
+                f": {name} has an encoder and a decoder, whose attention is not told apart; learn from its hidden "
+                "states instead"
+            )
+            return
         if len(s.attention) != len(s.hidden[0]) - 1:
             shown = f"{len(s.attention)} of {count(len(s.hidden[0]) - 1, 'layer')}" if s.attention else "no layer"
             yield (
