@@ -490,7 +490,7 @@ def recipe_mistakes(raw: Any) -> list[str]:
     try:
         Recipe.model_validate(raw)
     except ValidationError as problem:
-        mistakes = [explain(error, Recipe) for error in problem.errors()]
+        mistakes = explained(problem, Recipe)
     for more in (
         _corpus_mistakes,
         _peer_mistakes,
@@ -788,15 +788,28 @@ def _foreign(raw: Mapping[str, Any], task: str) -> Iterator[tuple[str, dict[str,
                 yield f"{place}.{key}", section, key
 
 
-def explain(error: Any, root: type[BaseModel]) -> str:
-    """One of pydantic's errors about a file of type `root`, in the house's words."""
+def explained(problem: ValidationError, root: type[BaseModel]) -> list[str]:
+    """What pydantic found wrong with a file of type `root`, in the house's words."""
+    # A list whose items are wrong is "too short" besides: it has none left.
+    return [
+        _explained(error, root)
+        for error in problem.errors()
+        if error["type"] != "too_short" or len(error["input"]) < error["ctx"]["min_length"]
+    ]
+
+
+_FORMS = {"dict_type": "must be a mapping, KEY: VALUE", "tuple_type": "must be a list", "list_type": "must be a list"}
+
+
+def _explained(error: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
     field, value = ".".join(location), error["input"]
     if error["type"] == "extra_forbidden":
         return f"{field} = {value!r}: unknown key; {did_you_mean(location[-1], _keys_beside(location, root))}"
     if error["type"] == "missing":
         return f"{field}: missing; it has no default"
-    said = error["msg"].replace("Input should be", "must be")
+    said = _FORMS.get(error["type"].replace("model_type", "dict_type")) or error["msg"].replace("Input should", "must")
+    said = re.sub(r"^\w+ should (have .*) after validation, not \d+$", r"must \1", said)
     return f"{field} = {value!r}: {said[0].lower() + said[1:]}"
 
 

@@ -102,12 +102,17 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
             "student.hidden.techer = …: no peer has this name; did you",
         ),
         ("peers.student.hidden", {"student": {"weight": 1}}, "student.hidden.student = …: a peer does not learn from"),
-        ("peers.student.hidden", {"teacher": 1.0}, "peers.student.hidden.teacher = 1.0: must be a valid dict"),
+        ("peers.student.hidden", {"teacher": 1.0}, "peers.student.hidden.teacher = 1.0: must be a mapping"),
         ("peers.student.hidden", {"teacher": {"layers": "even"}}, "peers.student.hidden.teacher.weight: missing"),
         ("peers.student.hidden.teacher", {"weight": -1}, "hidden.teacher.weight = -1: must be greater than or equal"),
         ("peers.student.hidden.teacher", {"weight": 1, "layers": "all"}, "layers = 'all': must be 'last' or 'even'"),
         ("peers.student.hidden.teacher", {"weight": 1, "layers": [[1, -2]]}, "layers.0.1 = -2: must be greater than"),
-        ("peers.student.hidden.teacher", {"weight": 1, "layers": []}, "hidden.teacher.layers = []: "),
+        (
+            "peers.student.hidden.teacher",
+            {"weight": 1, "layers": []},
+            "hidden.teacher.layers = []: must have at least 1",
+        ),
+        ("peers.student.hidden.teacher", {"weight": 1, "layers": [2, 3]}, "teacher.layers.0 = 2: must be a list"),
         ("peers.student.hidden.teacher", {"weight": {"then": 1, "after": 0.6, "over": 0.6}}, "after 0.6 and over 0.6"),
         ("peers.student.relations.teacher", {"weight": 1}, "peers.student.relations.teacher.heads: missing"),
         (
@@ -132,6 +137,12 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
 def test_each_mistake_is_named_with_its_cure(path: str, value: Any, said: str) -> None:
     mistakes = recipe_mistakes(changed(path, value))
     assert any(said in mistake for mistake in mistakes), mistakes
+
+
+def test_a_list_with_a_wrong_item_has_one_mistake() -> None:
+    wrong = {"weight": 1, "layers": [[1, 2.5], [2, 4]]}
+    [said] = recipe_mistakes(changed("peers.student.hidden.teacher", wrong))
+    assert said.startswith("peers.student.hidden.teacher.layers.0.1 = 2.5: must be a valid integer")
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.owner import note_queued, owned
-from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_yaml
+from ctcd_ds.recipe import Count, Mistakes, Section, explained, read_yaml
 
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
 _MARK = "# --- the job ---\n"
@@ -80,7 +80,7 @@ def load_cluster(path: Path | None) -> SlurmSettings:
     try:
         cluster = SlurmSettings.model_validate({} if raw is None else raw)
     except ValidationError as problem:
-        raise Mistakes(f"cluster file {found}", [explain(error, SlurmSettings) for error in problem.errors()]) from None
+        raise Mistakes(f"cluster file {found}", explained(problem, SlurmSettings)) from None
     if cluster.tasks_per_node and cluster.gpus_per_node and cluster.tasks_per_node != cluster.gpus_per_node:
         raise UserError(
             f"cluster file {found}: tasks_per_node = {cluster.tasks_per_node} and gpus_per_node = "

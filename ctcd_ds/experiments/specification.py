@@ -30,7 +30,7 @@ from pydantic import Field, ValidationError
 
 from ctcd_ds.cli import did_you_mean, names
 from ctcd_ds.experiments.results import Value
-from ctcd_ds.recipe import Count, Mistakes, Section, apply_override, explain, read_file
+from ctcd_ds.recipe import Count, Mistakes, Section, apply_override, explained, read_file
 
 FULL = "full"
 _SIZES = ("tiny",)
@@ -167,7 +167,7 @@ def load_experiment(path: Path, size: str = FULL) -> Experiment:
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as problem:
-        raise Mistakes(f"experiment {path}", [explain(error, Experiment) for error in problem.errors()]) from None
+        raise Mistakes(f"experiment {path}", explained(problem, Experiment)) from None
     if mistakes := list(_mistakes(experiment)):
         raise Mistakes(f"experiment {path}", mistakes)
     places: dict[str, Any] = {key: str((path.parent / raw[key]).resolve()) for key in ("recipe", "deepspeed_config")}

@@ -27,7 +27,8 @@ class Cost(NamedTuple):
     two forwards), a frozen peer once. `largest`: values of the largest parameter.
     `activations`: values per token that its layers put out, which backward needs; `checkpointed`: of these, what is
     there at once with activation checkpointing: all inputs of layers, one layer run again, and what lies outside them
-    (None: transformers cannot).
+    (None: transformers cannot). `head_flops`: of `forward_flops` those of the output embedding, where it is left to the
+    objective; 0 where the model runs it itself.
     """
 
     parameters: int
@@ -36,6 +37,7 @@ class Cost(NamedTuple):
     largest: int
     activations: float
     checkpointed: float | None
+    head_flops: float
 
 
 def cost(config: Any, length: int, asked: int, auto: Any, decoder_length: int | None = None) -> Cost:
@@ -102,7 +104,7 @@ def _counted(config: Any, length: int, asked: int, auto: Any, decoder_length: in
     sizes = [p.numel() for p in model.parameters()]
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     values = _Values(model)
-    flops = _flops(model, inputs, torch.arange(asked), values)
+    flops, head = _flops(model, inputs, torch.arange(asked), values)
     everything = values.outside + sum(values.inside)
     at_once = values.outside + sum(values.entered) + max(values.inside, default=0)
     return Cost(
@@ -112,6 +114,7 @@ def _counted(config: Any, length: int, asked: int, auto: Any, decoder_length: in
         max(sizes),
         everything / length,
         at_once / length if can_checkpoint(model) else None,
+        head / length,
     )
 
 
@@ -152,8 +155,9 @@ class _Values:
             self.outside += size
 
 
-def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: _Values) -> int:
-    """Of one forward with logits at `positions`; the fastest way that runs is the one that training takes."""
+def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: _Values) -> tuple[int, int]:
+    """(of one forward with logits at `positions`, of these what the objective does of it); the fastest way that runs is
+    the one that training takes."""
     from torch.utils.flop_counter import FlopCounterMode
 
     problem: Exception | None = None
@@ -168,6 +172,6 @@ def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: 
                 continue
         if len(projection.hidden) == len(positions):  # ProphetNet's head has more rows: of several next tokens
             last = 0 if projection.weight is None else 2 * len(positions) * projection.weight.numel()
-            return int(counter.get_total_flops()) + last
+            return int(counter.get_total_flops()) + last, last
     assert problem is not None
     raise problem
