@@ -156,7 +156,7 @@ def test_losses_and_gradients_of_a_mixture_are_those_of_plain_fp64(
 ) -> None:
     """One to three BERTs of other widths: every gradient of every weight, the maps' too."""
     peers = models(*(bert(*size) for size in sizes))
-    cooling = replace(graph_of(len(peers), signals, soft), temperature_course=Course(4.0, 2.0, over=1.0))
+    cooling = replace(graph_of(len(peers), signals, soft), temperature=Course(4.0, 2.0, over=1.0))
     graph, batch = cooling.at(0.5), asked(len(peers))
     module = CoTraining(peers, graph, 64, seed=1).eval()
     losses = module(batch, 0)
@@ -176,7 +176,7 @@ def test_losses_and_gradients_of_a_mixture_are_those_of_plain_fp64(
         logits.append(output.logits.flatten(0, 1)[view.positions])
         hidden.append(seen.hidden[0])
         attention.append(seen.attention)
-    expected, *_ = reference_objective(logits, batch.views[0].targets, graph, temperature=3.0)
+    expected, *_ = reference_objective(logits, batch.views[0].targets, replace(graph, temperature=3.0))
     for n, signal in enumerate(signals):
         own, other = signal.learner, signal.teacher
         pairs = signal.pairs(sizes[own][1], sizes[other][1])

@@ -15,6 +15,7 @@ from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.manifest import read_json
+from ctcd_ds.objective.course import in_words
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
@@ -331,8 +332,7 @@ def describe(plan: Plan) -> str:
         "",
         *_corpora(plan),
         f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
-        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
-        f"{graph.temperature_course or f'{graph.temperature:g}'}",
+        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature {in_words(graph.temperature)}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows, "
