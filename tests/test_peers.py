@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from corpora import write_corpus
+from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.objective.batch import Batch
 from ctcd_ds.peers.accounting import cost
@@ -153,6 +154,13 @@ def test_what_is_wrong_with_a_model_is_said_before_it_is_built(
 ) -> None:
     found = list(config_mistakes(PeerSection(model=model), corpus, LENGTH, AutoModelForMaskedLM))
     assert any(said in mistake for mistake in found), found
+
+
+def test_key_heads_that_are_left_out_are_those_of_a_large_model(corpus: Corpus) -> None:
+    small = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = peer_config(PeerSection(model=small), corpus, AutoModelForCausalLM)
+    with pytest.raises(UserError, match="num_key_value_heads = 32 does not divide num_attention_heads = 4; give both"):
+        cost(config, LENGTH, LENGTH, AutoModelForCausalLM)
 
 
 def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:

@@ -61,7 +61,17 @@ def _count(config: Any, length: int, asked: int, auto: Any, decoder_length: int)
         return without_memory(lambda: _counted(config, length, asked, auto, decoder_length))
     except Exception as problem:
         kind = type(config).__name__.removesuffix("Config")
-        raise UserError(f"{kind} cannot run on a row of {length} tokens: {one_line(problem)}") from None
+        said = _odd_heads(config) or one_line(problem)
+        raise UserError(f"{kind} cannot run on a row of {length} tokens: {said}") from None
+
+
+def _odd_heads(config: Any) -> str | None:
+    """The likeliest reason in a small model: where the config leaves the key heads out, its class has a large one's."""
+    own = config.get_text_config()
+    heads, keys = getattr(own, "num_attention_heads", None), getattr(own, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(keys, int) and (keys < 1 or heads % keys):
+        return f"num_key_value_heads = {keys} does not divide num_attention_heads = {heads}; give both"
+    return None
 
 
 def without_memory(look: Callable[[], Result]) -> Result:

@@ -141,7 +141,8 @@ def make_plan(
             try:
                 new_tokens[name] = _new_tokens(section, corpus)
             except UserError as mistake:
-                said = [f"{section.checkpoint_key} = {section.checkpoint!r}: its tokenizer {mistake}"]
+                place = f"{section.checkpoint_key} = {section.checkpoint!r}"
+                said = [f"{place}: its tokenizer {mistake}; prepare the corpus with the tokenizer of this checkpoint"]
         mistakes += [f"peers.{name}.{mistake}" for mistake in said]
     begun: dict[str, list[str]] = {}
     if not mistakes:
