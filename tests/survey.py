@@ -93,7 +93,7 @@ def look(corpus: Corpus, task: str, kind: str) -> Found:
         return Found(reason=mistakes[0])
     config = peer_config(section, corpus, auto)
     try:
-        cost(config, LENGTH, 1.0, auto)
+        cost(config, LENGTH, LENGTH, auto)
     except UserError as mistake:
         return Found(reason=str(mistake))
     said = rehearse(config, auto, LENGTH, "fp32", "cpu", asked.unfit)

@@ -76,7 +76,7 @@ def test_it_is_what_the_page_says_and_its_cost_is_counted(corpus: Path, task: st
 
 def cost_is_the_profilers(config: Any, auto: Any) -> None:
     """FLOPs against torch's profiler, a counter of its own, over a real model with logits everywhere."""
-    found = cost(config, LENGTH, 1.0, auto)
+    found = cost(config, LENGTH, LENGTH, auto)
     model = auto.from_config(config, attn_implementation="eager", experts_implementation="batched_mm").eval()
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.largest == max(p.numel() for p in model.parameters())

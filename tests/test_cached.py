@@ -71,7 +71,7 @@ def test_the_gradient_is_right_on_average_and_that_of_the_largest_few_is_not(dra
     drawn = {"big0": draw(logits.expand(many, V), shifts, draws, tau)}
     student = torch.randn(1, V).expand(many, V).clone().requires_grad_()
     batch = Batch((View({}, None, torch.zeros(0), 1),), many, torch.tensor(1.0), np.arange(0), drawn)
-    losses = with_cached(NONE, [Projection(student)], batch, taught(1, [{0: 1.0}], False), V, tau)
+    losses = with_cached(NONE, [Projection(student)], batch, replace(taught(1, [{0: 1.0}], False), temperature=tau), V)
     losses.total.backward()
     assert student.grad is not None
     p, q = (torch.softmax(z.detach().double() / tau, dim=1) for z in (student[:1], logits))
@@ -120,7 +120,7 @@ def oracle(
     """`reference_objective` with log q̂ for the logits of a cached teacher; the entropies put right."""
     everything = [*logits, *(shares(d).log().mul(tau) for d in drawn)]
     everything = [torch.cat([z, torch.zeros(len(targets) - len(z), V)]) if len(z) == shared else z for z in everything]
-    total, _, _ = reference_objective(everything, targets, replace(graph, cached=0), tau, shared)
+    total, _, _ = reference_objective(everything, targets, replace(graph, cached=0, temperature=tau), shared)
     for i, lessons in graph.lessons().items():
         for name, weight in lessons.items():
             d = drawn[graph.names.index(name) - len(logits)]
@@ -176,8 +176,9 @@ def test_values_and_gradients_are_the_oracles(
     ours = [[t.clone().requires_grad_() if t is not None else None for t in p[:3]] for p in made]
     exact = [[t.double().requires_grad_() if t is not None else None for t in p[:3]] for p in made]
     projections = [Projection(*parts, *p[3:]) for parts, p in zip(ours, made, strict=True)]  # type: ignore[arg-type]
-    losses = fused_objective(projections, batch, graph.live, V, tau)
-    losses = with_cached(losses, projections, batch, graph, V, tau)
+    graph = replace(graph, temperature=tau)
+    losses = fused_objective(projections, batch, graph.live, V)
+    losses = with_cached(losses, projections, batch, graph, V)
     true = oracle(
         [exact_logits(parts, p) for parts, p in zip(exact, made, strict=True)], targets, graph, tau, shared, drawn
     )

@@ -162,7 +162,7 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
     for kind in ("bert", "distilbert", "electra", "roberta", "albert"):
         section = PeerSection(model=SMALL[kind])
         config, model = peer_config(section, corpus, AutoModelForMaskedLM), peer(corpus, model=SMALL[kind]).eval()
-        found = cost(config, LENGTH, 1.0, AutoModelForMaskedLM)
+        found = cost(config, LENGTH, LENGTH, AutoModelForMaskedLM)
         assert found.parameters == sum(p.numel() for p in model.parameters())
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ids, _ = inputs(rows=2)
@@ -173,5 +173,5 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
 
 def test_a_head_at_some_positions_costs_their_share(corpus: Corpus) -> None:
     config = peer_config(PeerSection(model=SMALL["bert"]), corpus, AutoModelForMaskedLM)
-    whole, half = (cost(config, LENGTH, share, AutoModelForMaskedLM).forward_flops for share in (1.0, 0.5))
+    whole, half = (cost(config, LENGTH, asked, AutoModelForMaskedLM).forward_flops for asked in (LENGTH, LENGTH // 2))
     assert whole - half == 0.5 * 2 * (32 * 32 + 32 * 320)

@@ -93,6 +93,9 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
             {"first": 4, "then": 1, "after": 0.9, "over": 0.2},
             "after 0.9 and over 0.2 make more",
         ),
+        ("peers.student.temperature", {"teacher": 0}, "student.temperature.teacher = 0: must be greater than 0"),
+        ("peers.student.temperature", {"teacher": {"then": 2}}, "temperature.teacher: 0 until 0% of the steps, then 2"),
+        ("peers.student.temperature", {"techer": 2}, "temperature.techer = 2: peers.student.soft has no weight for it"),
         (
             "peers.student.hidden",
             {"techer": {"weight": 1}},
@@ -207,7 +210,10 @@ def test_weights_and_temperatures_are_on_their_course_at_every_step(
     """Against numpy's line between two points; shares are tenths of the run. A weight of 0 is no edge."""
     begins, lasts = min(after, 9) / 10, min(over, 10 - min(after, 9)) / 10
     raw = changed("peers.student.soft.teacher", {"first": first, "then": then, "after": begins, "over": lasts})
-    raw["objective"] = {"temperature": {"first": first + 1, "then": then + 1, "after": begins, "over": lasts}}
+    cooling = {"first": first + 1, "then": then + 1, "after": begins, "over": lasts}
+    raw["objective"] = {"temperature": cooling}
+    raw["peers"]["teacher"]["temperature"] = {"student": 2.5}
+    raw["peers"]["student"]["temperature"] = {"teacher": cooling | {"first": then + 1, "then": first + 1}}
     assert recipe_mistakes(raw) == []
     whole = Recipe.model_validate(raw).graph()
     for step in range(steps):
@@ -217,11 +223,15 @@ def test_weights_and_temperatures_are_on_their_course_at_every_step(
         expected = np.interp(done, [begins, begins + lasts], [first, then]) if lasts else jumps
         assert graph.soft[1][0] == pytest.approx(expected, abs=1e-12) and graph.soft[0][1] == 1.0
         assert graph.temperature == pytest.approx(expected + 1, abs=1e-12)
+        assert graph.tau(0, 1) == 2.5 and graph.tau(1, 0) == pytest.approx(first + then - expected + 1, abs=1e-12)
         assert ((1, 0) in [(i, j) for i, j, _ in graph.edges()]) == (graph.soft[1][0] != 0)
         assert graph.at(0.5) == graph, "what holds at a step is a graph without courses"
     assert whole.distilling() == {"teacher", "student"}
     said = recipe_mistakes({**raw, "training": {**raw["training"], "compile": True}})
-    assert len(said) == 1 and "objective.temperature changes" in said[0]
+    assert ["objective.temperature changes" in said[0], "peers.student.temperature.teacher changes" in said[1]] == [
+        1,
+        1,
+    ]
 
 
 def test_courses_are_said_in_words() -> None:
@@ -359,10 +369,11 @@ def test_a_peer_may_learn_from_a_signal_alone() -> None:
     student["hidden"] = {"teacher": {"weight": 0}}
     assert any("the peer learns from nothing" in said for said in recipe_mistakes(changed("peers.student", student)))
     cached = {**changed("objective.temperature", {"first": 4, "then": 1}), "cached_teachers": {"old": "some/dir"}}
-    cached["peers"]["student"]["hidden"] = {"old": {"weight": 1}}
+    cached["peers"]["student"] |= {"hidden": {"old": {"weight": 1}}, "soft": {"old": 1}, "temperature": {"old": 2}}
     said = recipe_mistakes(cached)
-    assert len(said) == 2 and "hidden.old = …: of a cached teacher only predictions are kept" in said[0]
+    assert len(said) == 3 and "hidden.old = …: of a cached teacher only predictions are kept" in said[0]
     assert "cached teachers were asked at one temperature" in said[1]
+    assert "student.temperature.old: cached teachers were asked at objective.temperature" in said[2]
     taken = {"frozen": True, "pretrained": "some/dir", "hidden": {"student": {"weight": 1}}}
     said = recipe_mistakes(changed("peers.teacher", taken))
     assert len(said) == 1 and "a frozen peer learns nothing; remove hidden" in said[0]

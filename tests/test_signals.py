@@ -158,7 +158,7 @@ def test_losses_and_gradients_of_a_mixture_are_those_of_plain_fp64(
 ) -> None:
     """One to three BERTs of other widths: every gradient of every weight, the maps' too."""
     peers = models(*(bert(*size) for size in sizes))
-    cooling = replace(graph_of(len(peers), signals, soft), temperature_course=Course(4.0, 2.0, over=1.0))
+    cooling = replace(graph_of(len(peers), signals, soft), temperature=Course(4.0, 2.0, over=1.0))
     graph, batch = cooling.at(0.5), asked(len(peers))
     module = CoTraining(peers, graph, 64, seed=1).eval()
     losses = module(batch, 0)
@@ -178,7 +178,7 @@ def test_losses_and_gradients_of_a_mixture_are_those_of_plain_fp64(
         logits.append(output.logits.flatten(0, 1)[view.positions])
         hidden.append(seen.hidden[0])
         attention.append(seen.attention)
-    expected, *_ = reference_objective(logits, batch.views[0].targets, graph, temperature=3.0)
+    expected, *_ = reference_objective(logits, batch.views[0].targets, replace(graph, temperature=3.0))
     for n, signal in enumerate(signals):
         own, other = signal.learner, signal.teacher
         pairs = signal.pairs(sizes[own][1], sizes[other][1])
@@ -330,7 +330,7 @@ def test_compiled_layers_show_the_same_hidden_states() -> None:
     [
         ("mlm", ("funnel", "bert"), Hidden(1, 0, 1.0), "FunnelForMaskedLM gives out no hidden state for each of its"),
         ("mlm", ("fnet", "bert"), Relations(1, 0, 1.0, heads=2), "a shows queries, keys and values of no layer"),
-        ("mlm", ("bart", "bart"), Relations(1, 0, 1.0, heads=2), "a has an encoder and a decoder, whose attention is"),
+        ("mlm", ("bart", "bart"), Relations(1, 0, 1.0, heads=2), "b has an encoder and a decoder, whose attention is"),
         ("mlm", ("bart", "bert"), Hidden(1, 0, 1.0), "one of the two has an encoder and a decoder"),
         ("mlm", ("bert", "bert"), Hidden(1, 0, 1.0, layers=((1, 1), (2, 3))),
          "peers.b.hidden.a.layers = ((1, 1), (2, 3)): layer 3 of a: it has 0 to 2"),

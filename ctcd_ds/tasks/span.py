@@ -165,16 +165,10 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         written = pairs[np.stack([gone & begins, gone], axis=2)].reshape(len(tokens), -1)
         return np.concatenate([left, end], axis=1), np.concatenate([written, end], axis=1)
 
-    @staticmethod
-    def asked(recipe: Recipe, peer: str) -> int:
-        """All positions of the decoder."""
-        return Spans.of(recipe.corpus).decoder
-
     @classmethod
-    def lengths(cls, recipe: Recipe) -> tuple[int, int]:
-        """The question's and the answer's."""
-        spans = Spans.of(recipe.corpus)
-        return spans.encoder, spans.decoder
+    def decoder_length(cls, recipe: Recipe) -> int:
+        """A sentinel a span, what it stands for, the end."""
+        return Spans.of(recipe.corpus).decoder
 
     def describe(self) -> str:
         """What is asked of all peers."""

@@ -53,15 +53,15 @@ class Task(ABC):
         """UTF-8 bytes of text that a target stands for, where the targets are the text; else None."""
         return None
 
-    @staticmethod
-    @abstractmethod
-    def asked(recipe: Recipe, peer: str) -> int:
-        """At how many positions of a row this peer gives logits, at most."""
+    @classmethod
+    def decoder_length(cls, recipe: Recipe) -> int:
+        """Tokens of a row that a decoder reads, behind an encoder that reads `sequence_length`."""
+        return recipe.corpus.sequence_length
 
     @classmethod
-    def lengths(cls, recipe: Recipe) -> tuple[int, int]:
-        """Tokens of a row in an encoder, or a model that has no other part, and in a decoder."""
-        return recipe.corpus.sequence_length, recipe.corpus.sequence_length
+    @abstractmethod
+    def asked(cls, recipe: Recipe, peer: str) -> int:
+        """At how many positions of a row this peer gives logits, at most."""
 
     @abstractmethod
     def rows(self, split: str) -> Rows:

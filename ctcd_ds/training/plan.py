@@ -15,6 +15,7 @@ from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.manifest import read_json
+from ctcd_ds.objective.course import in_words
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
@@ -170,7 +171,7 @@ def make_plan(
     costs: dict[str, Cost] = {}
     for name, peer in configs.items():
         try:
-            costs[name] = cost(peer, length, task.asked(recipe, name) / length, auto)
+            costs[name] = cost(peer, length, task.asked(recipe, name), auto, task.decoder_length(recipe))
         except UserError as mistake:
             mistakes.append(f"peers.{name}: {mistake}")
     if recipe.training.activation_checkpointing:
@@ -207,7 +208,7 @@ def signals_of(recipe: Recipe, configs: Mapping[str, Any]) -> tuple[SignalCost, 
             mistakes.append(f"peers.{name}: {mistake}")
     if mistakes := mistakes or list(signal_mistakes(graph, shapes)):
         return SignalCost(), mistakes
-    return signal_cost(graph, shapes, task.lengths(recipe)), []
+    return signal_cost(graph, shapes, (recipe.corpus.sequence_length, task.decoder_length(recipe))), []
 
 
 def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
@@ -353,8 +354,7 @@ def describe(plan: Plan) -> str:
         "",
         *_corpora(plan),
         f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
-        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
-        f"{graph.temperature_course or f'{graph.temperature:g}'}",
+        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature {in_words(graph.temperature)}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows, "

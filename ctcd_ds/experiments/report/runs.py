@@ -105,7 +105,7 @@ def _costs(run: LoggedRun) -> dict[str, Cost]:
     recipe, task = run.recipe, TASKS[run.recipe.objective.task]
     length = recipe.corpus.sequence_length
     return {
-        name: cost(config, length, task.asked(recipe, name) / length, task.auto_class())
+        name: cost(config, length, task.asked(recipe, name), task.auto_class(), task.decoder_length(recipe))
         for name, config in _configs(run).items()
     }
 
