@@ -5,6 +5,8 @@ A map belongs to the learner: it is in its optimizer groups, clipped with it, in
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
@@ -141,13 +143,17 @@ def _mistakes(signal: Signal, shapes: Mapping[str, Shapes]) -> Iterator[str]:
             )
             return
     yield from _beyond("layer", signal.layer, {name: len(s.attention) for name, s in shapes.items()}, 1)
+    common = math.gcd(*(width for s in shapes.values() for widths in s.attention for width in widths))
     for name, s in shapes.items():
         query, key, _ = s.attention[-1]
         if "query-key" in signal.of and query != key:
             yield f".of: query-key: {name} has queries of {query} values and keys of {key}; leave it out"
         asked = {widths[n] for widths in s.attention for kind in signal.of for n in OPERANDS[kind]}
         if odd := sorted(width for width in asked if width % signal.heads):
-            yield f".heads = {signal.heads}: does not divide {odd[0]}, the width of {name}'s queries, keys or values"
+            yield (
+                f".heads = {signal.heads}: does not divide {odd[0]}, the width of {name}'s queries, keys or values; "
+                f"take {common} or what divides it"
+            )
 
 
 def _beyond(key: str, stated: Any, depths: Mapping[str, int], first: int) -> Iterator[str]:
@@ -155,7 +161,7 @@ def _beyond(key: str, stated: Any, depths: Mapping[str, int], first: int) -> Ite
     for pair in () if isinstance(stated, str) else [stated] if isinstance(stated[0], int) else stated:
         for layer, (name, depth) in zip(pair, depths.items(), strict=True):
             if not first <= layer <= depth:
-                yield f".{key} = {stated}: layer {layer} of {name}: it has {first} to {depth}"
+                yield f".{key} = {json.dumps(stated)}: layer {layer} of {name}: it has {first} to {depth}"
 
 
 def _compared(signal: Signal, own: Shapes, other: Shapes) -> Compared:

@@ -170,12 +170,6 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         """A sentinel a span, what it stands for, the end."""
         return Spans.of(recipe.corpus).decoder
 
-    @classmethod
-    def lengths(cls, recipe: Recipe) -> tuple[int, int]:
-        """The question's and the answer's."""
-        spans = Spans.of(recipe.corpus)
-        return spans.encoder, spans.decoder
-
     def describe(self) -> str:
         """What is asked of all peers."""
         spans = self.spans

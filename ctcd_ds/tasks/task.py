@@ -63,11 +63,6 @@ class Task(ABC):
     def asked(cls, recipe: Recipe, peer: str) -> int:
         """At how many positions of a row this peer gives logits, at most."""
 
-    @classmethod
-    def lengths(cls, recipe: Recipe) -> tuple[int, int]:
-        """Tokens of a row in an encoder, or a model that has no other part, and in a decoder."""
-        return recipe.corpus.sequence_length, recipe.corpus.sequence_length
-
     @abstractmethod
     def rows(self, split: str) -> Rows:
         """The corpus's rows of a split, framed as this task's models read them. UserError where there are none."""

@@ -209,7 +209,7 @@ def signals_of(recipe: Recipe, configs: Mapping[str, Any]) -> tuple[SignalCost, 
             mistakes.append(f"peers.{name}: {mistake}")
     if mistakes := mistakes or list(signal_mistakes(graph, shapes)):
         return SignalCost(), mistakes
-    return signal_cost(graph, shapes, task.lengths(recipe)), []
+    return signal_cost(graph, shapes, (recipe.corpus.sequence_length, task.decoder_length(recipe))), []
 
 
 def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
