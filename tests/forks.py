@@ -42,7 +42,6 @@ LIBRARIES = (
     "datasets",
     "deepspeed.checkpoint.ds_to_universal",
     "deepspeed.ops.adam",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # as deepspeed.initialize does: most of torch.compile
     "matplotlib.figure",
     "scipy.stats",
     "sklearn.metrics",

@@ -257,6 +257,22 @@ def test_a_link_to_nowhere_in_place_of_the_checkpoints_is_named(
     assert code == 2 and f"points to {tmp_path / 'scratch'}, which is no directory" in err
 
 
+def test_a_run_that_compiles_nothing_never_loads_the_compiler(good: dict[str, Any], tmp_path: Path) -> None:
+    """Two libraries would load it at every start, for nothing: a third of the start's time."""
+    (tmp_path / "recipe.json").write_text(json.dumps(good))
+    (tmp_path / "d.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "start.py").write_text(
+        "import runpy, sys\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'launchers' / 'pretrain.py')!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print('with' if 'torch._inductor.compile_fx' in sys.modules else 'without', 'a compiler')\n"
+    )
+    files = ("--recipe", tmp_path / "recipe.json", "--deepspeed_config", tmp_path / "d.json")
+    done = run(str(tmp_path / "start.py"), *files, "--output_dir", tmp_path / "run")
+    assert "finished: 6 steps" in done.stdout and done.stdout.endswith("without a compiler\n"), done.stderr
+
+
 def test_a_taken_port_is_a_message_with_what_to_write(good: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(good))
     files = ("--recipe", tmp_path / "recipe.json", "--deepspeed_config", "ds_configs/cpu.json")

@@ -20,6 +20,7 @@ from typing import Any
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.compressed import FORMATS, decompressed, refuse_damage, suffix_of
+from ctcd_ds.hub import settle_hub
 from ctcd_ds.manifest import file_entry
 
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -330,6 +331,7 @@ def _read_dataset(source: Source, reading: Reading, advance: Callable[[float], A
 
 
 def _read_hub(source: Source, reading: Reading, advance: Callable[[float], Any]) -> Iterator[str]:
+    settle_hub()
     import datasets
 
     try:

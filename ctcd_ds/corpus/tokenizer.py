@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import ABSENT, BERT_LAYOUT, MASKED_LM, Role, SpecialIds
+from ctcd_ds.hub import settle_hub
 from ctcd_ds.manifest import canonical_sha256
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def bring_tokenizer(
     else:
         _refuse_a_path(source)
         print(f"tokenizer {source}: no such file or directory here; asking the Hugging Face hub", flush=True)
+        settle_hub()
         tokenizer = load_tokenizer(source)
     if lowercase is not None and lowercase != lowercases(tokenizer):
         does = "lowercases" if lowercases(tokenizer) else "does not lowercase"

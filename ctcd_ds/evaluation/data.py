@@ -12,6 +12,7 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.evaluation.forms import form_of
 from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task
+from ctcd_ds.hub import settle_hub
 
 HUB = "hub"
 
@@ -78,6 +79,7 @@ def _existing(folder: Path, table: Table) -> Path | None:
 
 def from_hub(task: Task, repository: str | None = None) -> TaskData:
     """Loads one task through `datasets`: from its cache, or over the network."""
+    settle_hub()
     import datasets
 
     repository = repository or task.hub

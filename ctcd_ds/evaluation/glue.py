@@ -41,6 +41,7 @@ from ctcd_ds.evaluation.results import Cell, Grid, best_seed, make_directory, re
 from ctcd_ds.evaluation.submission import write_predictions, write_zip
 from ctcd_ds.evaluation.task_file import own_tasks
 from ctcd_ds.evaluation.tasks import GLUE, Task, named
+from ctcd_ds.hub import settle_hub
 from ctcd_ds.kinds import instead
 from ctcd_ds.peers.reading import fit_tokenizer
 
@@ -147,6 +148,7 @@ def _may_be_of_the_hub(name: str) -> bool:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    settle_hub()
     others = ["*.json", "*.txt", "*.model"]
     try:
         place = Path(snapshot_download(name, allow_patterns=[*others, "model*.safetensors"]))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import ABSENT, Corpus, SpecialIds
+from ctcd_ds.hub import settle_hub
 from ctcd_ds.kinds import instead
 from ctcd_ds.peers.layers import chosen, depth_of, from_layers, with_layers
 from ctcd_ds.peers.reading import uncached
@@ -160,7 +161,10 @@ def _place_mistake(checkpoint: str) -> str | None:
     if place.exists():
         return f"no config.json there: {instead(place, 'model')}"
     looks_local = checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1
-    return "no such directory" if looks_local else None
+    if looks_local:
+        return "no such directory"
+    settle_hub()
+    return None
 
 
 def _layers_mistakes(

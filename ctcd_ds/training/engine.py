@@ -55,14 +55,12 @@ def settle_arithmetic(deterministic: bool) -> None:
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.use_deterministic_algorithms(deterministic)
+    # use_deterministic_algorithms() would load the compiler, a third of a start's time: build_engine tells it.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     if deterministic:
-        import torch._inductor.config as compiler
-
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         # Nothing here reads what it has not written: no pass over each new buffer.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        compiler.deterministic = True  # chooses no kernel by what was fastest this time
 
 
 def start_processes(ranks: Ranks) -> torch.device:
@@ -119,6 +117,20 @@ def _unlink_shared_memory() -> None:
     Path("/dev/shm", name).unlink(missing_ok=True)
 
 
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed asks of every optimizer whether it is its Muon, which is never ours; importing that compiles functions.
+
+    It would load all of torch's compiler for them, a third of a start's time.
+    """
+    from deepspeed.runtime import compiler
+
+    compiling, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiling
+
+
 def build_engine(plan: Plan, universal: bool = False) -> Any:
     """Builds all peers and wraps their container in a DeepSpeed engine with AdamW, two groups a peer.
 
@@ -134,7 +146,12 @@ def build_engine(plan: Plan, universal: bool = False) -> Any:
     if recipe.training.activation_checkpointing:
         module.checkpoint_activations()
     if recipe.training.compile:
+        import torch._inductor.config as compiler
+
+        compiler.deterministic = recipe.training.deterministic  # chooses no kernel by what was fastest this time
         module.compile_parts()
+    else:
+        _import_muon_uncompiled()
     settings = {name: recipe.optimizer_of(name) for name in recipe.peers}
     # Fused AdamW touches each value once; as plain torch.optim.AdamW it needs no compiled op of DeepSpeed's.
     optimizer = torch.optim.AdamW(module.parameter_groups(settings), fused=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -36,7 +37,8 @@ def evaluate(engine: Any, plan: Plan, device: torch.device) -> dict[str, float]:
     cut = Cut(plan.deepspeed.micro_batch, rank=dist.get_rank(), world=dist.get_world_size())
     for total, rows in zip(sums, plan.valid.values(), strict=True):
         for batch in valid_batches(rows, plan.task, cut, plan.recipe.training.valid_rows):
-            with torch.compiler.set_stance("force_eager"):  # compiled encoders know one shape, and training mode
+            # Compiled encoders know one shape, and training mode.
+            with torch.compiler.set_stance("force_eager") if module.compiled else nullcontext():
                 total += _sums(module, batch.to(device), pairs)
     module.train()
     dist.all_reduce(sums)

@@ -17,7 +17,7 @@ from runs import bert, chain_corpus, final_weights
 from test_glue import write_glue
 
 pytestmark = pytest.mark.cluster
-STEPS = 300  # enough that what is done to a run happens before its end
+STEPS = 500  # enough that all that is done to a run happens before its end
 
 
 @pytest.fixture(scope="module")
@@ -104,36 +104,32 @@ def test_a_chain_on_two_nodes_ends_with_the_table_and_the_weights_of_one_node(
     assert set(json.loads((run / "glue" / "results.json").read_text())["models"]) == {"teacher", "student"}
 
 
-def test_the_signal_before_the_time_limit_saves_requeues_and_goes_on(
+def test_signal_preemption_and_power_cut_cost_no_more_than_the_steps_since_a_checkpoint(
     slurm: Slurm, place: Path, reference: dict[str, Any]
 ) -> None:
-    run, number = under_way(slurm, place, "limit")
-    slurm.client("scancel", "--batch", "--signal=USR1", number)
-    assert slurm.wait(number, "COMPLETED", "FAILED")["Restarts"] == "1"
-    assert len(starts(run)) == 2 and starts(run)[1] > 10
+    """One run meets all three, is requeued each time, and ends with the weights of the run that met nothing."""
+    run, number = under_way(slurm, place, "disturbed")
+    slurm.client("scancel", "--batch", "--signal=USR1", number)  # as before the time limit
+    wait_for(lambda: len(starts(run)) == 2, PATIENCE_S, "the start after the signal")
+    assert starts(run)[1] > 10
     assert "saved" in next((run / "slurm").glob("pretrain-*.log")).read_text()
-    assert_equal(reference, run)
 
-
-def test_a_preempted_run_is_requeued_and_not_completed(slurm: Slurm, place: Path, reference: dict[str, Any]) -> None:
-    run, number = under_way(slurm, place, "preempted")
+    before = logged(run)
+    wait_for(lambda: logged(run) > before, PATIENCE_S, "steps after the signal")
     wrap = ("--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
     urgent = slurm.client("sbatch", "--parsable", *wrap).strip()
     slurm.wait(urgent, "RUNNING", "COMPLETED")
     assert exit_state(run)["state"] == "saved" and slurm.job(number)["JobState"] == "PENDING"
-    assert slurm.wait(number, "COMPLETED", "FAILED")["Restarts"] == "1"
-    assert_equal(reference, run)
+    saved = exit_state(run)["step"]
+    wait_for(lambda: len(starts(run)) == 3, PATIENCE_S, "the start after preemption")
+    assert starts(run)[2] == saved
 
-
-def test_a_node_without_power_costs_the_steps_since_the_last_checkpoint(
-    slurm: Slurm, place: Path, reference: dict[str, Any]
-) -> None:
-    run, number = under_way(slurm, place, "power", steps=45)
+    wait_for(lambda: logged(run) > saved + 25, PATIENCE_S, "steps after preemption")  # with a checkpoint among them
     [lost] = slurm.client("scontrol", "show", "hostnames", slurm.job(number)["NodeList"]).split()[1:]
     slurm.network[lost].kill()
-    assert slurm.wait(number, "COMPLETED", "FAILED")["Restarts"] == "1"
+    assert slurm.wait(number, "COMPLETED", "FAILED")["Restarts"] == "3"
     assert lost not in slurm.job(number)["NodeList"]
-    assert starts(run)[0] == 0 and starts(run)[1] >= 40
+    assert starts(run)[0] == 0 and starts(run)[3] > saved
     assert_equal(reference, run)
     slurm.network[lost].boot()
     slurm.start_node(lost)
@@ -159,22 +155,14 @@ def test_a_run_that_always_fails_at_the_same_step_is_not_requeued_for_ever(slurm
     slurm.wait(ids["export"], "CANCELLED")
 
 
-def test_a_cancelled_job_has_saved_and_stays_cancelled(slurm: Slurm, place: Path) -> None:
-    run, number = under_way(slurm, place, "cancelled", "--set", "training.steps=4000")
-    slurm.client("scancel", number)
-    slurm.wait(number, "CANCELLED")
-    wait_for(lambda: exit_state(run), PATIENCE_S, "exit.json")
-    # SLURM tells the ranks and the script alike, and the script hands on USR1: either may come first.
-    assert exit_state(run)["state"] == "saved" and exit_state(run)["reason"] in ("SIGTERM", "SIGUSR1")
-    time.sleep(1)
-    assert slurm.job(number)["JobState"] == "CANCELLED"
-
-
 def test_a_run_has_one_owner_from_submission_to_its_end(slurm: Slurm, place: Path) -> None:
-    """Waiting, running, and begun without submit.py: a second start on any host is refused and told who has it."""
+    """Waiting, running, and begun without submit.py: a second start on any host is refused and told who has it.
+
+    It ends cancelled: saved, and not requeued.
+    """
     (place / "held.yaml").write_text((place / "trusted.yaml").read_text() + "sbatch: [--hold]\n")
     steps = ("--set", "training.steps=20000")
-    submission = [*job(place, "owned"), "--cluster", place / "held.yaml", *steps]
+    submission = [*job(place, "owned", "--nodes", 2), "--cluster", place / "held.yaml", *steps]
     number, run = slurm.submit(*submission)["pretrain"], place / "owned"
     direct = ["launchers/pretrain.py", *job(place, "owned")[:6], *steps, "--resume"]
 
@@ -190,10 +178,16 @@ def test_a_run_has_one_owner_from_submission_to_its_end(slurm: Slurm, place: Pat
     assert f"has job {number} in the queue" in refusal(*direct)
     (run / "slurm" / "jobs.json").unlink()  # as sbatch by hand leaves none
     said = refusal(*direct)
-    assert f"on {slurm.job(number)['NodeList']}, job {number}, since" in said, said
+    first = slurm.client("scontrol", "show", "hostnames", slurm.job(number)["NodeList"]).split()[0]
+    assert f"on {first}, job {number}, since" in said, said
+    assert not (run / "exit.json").exists(), "nobody disturbed it"
     slurm.client("scancel", number)
     slurm.wait(number, "CANCELLED")
-    wait_for(lambda: exit_state(run).get("state") == "saved", PATIENCE_S, "exit.json")  # nobody disturbed it
+    wait_for(lambda: exit_state(run), PATIENCE_S, "exit.json")
+    # SLURM tells the ranks and the script alike, and the script hands on USR1: either may come first.
+    assert exit_state(run)["state"] == "saved" and exit_state(run)["reason"] in ("SIGTERM", "SIGUSR1")
+    time.sleep(1)
+    assert slurm.job(number)["JobState"] == "CANCELLED"
 
 
 def test_what_cannot_run_is_refused_before_anything_is_queued(slurm: Slurm, place: Path) -> None:
