@@ -26,6 +26,7 @@ COMMANDS: dict[str, list[str]] = {
     "two peers": ["step.py", "--ways", "naive,naive_kept,naive_selected,ours,alone"],
     "three peers": ["step.py", *THREE],
     "two causal peers": ["step.py", "--task", "clm", *CAUSAL, "--ways", "naive,naive_kept,ours,alone"],
+    "hidden states and relations": ["step.py", "--ways", "bare,ours,hidden,relations"],
     "objective": ["objective.py"],
     "loader": ["loader.py"],
     "overhead": ["overhead.py"],

@@ -7,12 +7,20 @@ naive_kept      the same with what CTCD-DS does for the CPU beside its mathemati
 naive_selected  the same as naive_kept, but logits are selected at the targets before the softmax
 ours            CTCD-DS: heads at the targets, the fused objective, fused AdamW
 alone           CTCD-DS with each peer by itself, hard loss only; their sum
+
+and what recipe keys add to it, which are nothing to a step without them:
+
+bare            ours by hand: heads and objective called one after another, nothing that knows of such keys
+hidden          ours, and the last peer learns from the first one's hidden states too, `layers: even`
+relations       ours, and from its last layer's attention
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,15 +33,25 @@ import torch
 import workload
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from workload import Shape
 
 from ctcd_ds import cli
 from ctcd_ds.objective.batch import Batch
+from ctcd_ds.objective.fused import fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.signals import Hidden, Relations, Signal
+from ctcd_ds.peers.build import seed_of
 from ctcd_ds.peers.cotrain import CoTraining
+from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.recipe import OptimizerSection
 
-WAYS = ("naive", "naive_kept", "naive_selected", "ours", "alone")
+KEYS = ("hidden", "relations")
+WAYS = ("naive", "naive_kept", "naive_selected", "ours", "alone", "bare", *KEYS)
+RATIOS = (
+    ("naive", "ours"), ("naive_kept", "ours"), ("naive_selected", "ours"), ("ours", "alone"), ("ours", "bare"),
+    *((key, "ours") for key in KEYS),
+)  # fmt: skip
 TOLERANCE = 1e-4
 
 
@@ -112,6 +130,51 @@ def our_step(module: CoTraining, batch: Batch) -> common.Step:
     return optimised(lambda: module(batch, 0, 0).total, torch.optim.AdamW(groups, fused=True))
 
 
+def bare_step(module: CoTraining, batch: Batch) -> common.Step:
+    """`our_step` without the container's forward."""
+
+    def loss() -> Tensor:
+        projections = []
+        for name, view in zip(module.graph.names, batch.views, strict=True):
+            torch.manual_seed(seed_of(module.seed, "dropout", name, 0, 0))
+            projections.append(project_positions(module.peers[name], view.inputs, view.positions))
+        return fused_objective(projections, batch, module.graph, module.vocab_size).total
+
+    groups = module.parameter_groups(dict.fromkeys(module.graph.names, OptimizerSection()))
+    return optimised(loss, torch.optim.AdamW(groups, fused=True))
+
+
+def with_key(module: CoTraining, key: str) -> CoTraining:
+    """The same peers with a graph in which the last learns from the inside of the first too."""
+    learner = len(module.graph.names) - 1
+    heads = math.gcd(*(peer.config.num_attention_heads for peer in module.peers.values()))
+    causal = not any(peer.config.model_type == "bert" for peer in module.peers.values())
+    signal: Signal = Hidden(learner, 0, 1.0, layers="even")
+    if key == "relations":
+        signal = Relations(learner, 0, 1.0, heads=heads, causal=causal)
+    made = workload.co_training(module.peers, replace(module.graph, signals=(signal,)), module.vocab_size)
+    return made.to(next(module.parameters()))
+
+
+class _Operations(TorchDispatchMode):
+    """Counts torch's operations by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted[str(operation)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(step: common.Step) -> Counter[str]:
+    """Those of torch that a step calls, backward and optimizer too."""
+    with _Operations() as seen:
+        step()
+    return seen.counted
+
+
 def naive_step(
     models: Mapping[str, Any], graph: DistillationGraph, collated: Mapping[str, Tensor], select: bool = False
 ) -> common.Step:
@@ -168,8 +231,10 @@ def make_ways(
                 single = DistillationGraph((peer,), (1.0,), ((0.0,),), (True,))
                 own = replace(batch, views=batch.views[:1])
                 ways[f"alone/{peer}"] = our_step(workload.co_training(models, single, module.vocab_size), own)
-        elif name == "ours":
-            ways[name] = our_step(module, batch)
+        elif name == "bare":
+            ways[name] = bare_step(module, batch)
+        elif name in ("ours", *KEYS):
+            ways[name] = our_step(with_key(module, name) if name in KEYS else module, batch)
         else:
             ways[name] = naive_step(dict(models.items()), graph, collated, select=name == "naive_selected")
     return ways
@@ -191,12 +256,13 @@ def measure(shape: Shape, wanted: list[str], repetitions: int, device: torch.dev
             ending.callback(naive.close)
         peaks = {name: _peak_bytes(step, device) for name, step in ways.items()}
         seconds = common.interleaved({**ways, "gemm": gemm}, repetitions, device)
+        counted = {name: operations(ways[name]) for name in ("bare", "ours", *KEYS) if name in ways and "bare" in ways}
     rate = gemm.rate(seconds.pop("gemm"))
     if "alone" in wanted:
         alone = [name for name in ways if name.startswith("alone/")]
         seconds["alone"] = common.total([seconds[name] for name in alone])
         peaks["alone"] = max(peaks[name] for name in alone)
-    return {**_summary(shape, seconds, rate, device, dtype), **_peaks(peaks, wanted), **apart}
+    return {**_summary(shape, seconds, rate, device, dtype), **_peaks(peaks, wanted), **_counts(counted), **apart}
 
 
 def _peak_bytes(step: common.Step, device: torch.device) -> int:
@@ -207,7 +273,7 @@ def _summary(
     shape: Shape, seconds: dict[str, list[float]], rate: float, device: torch.device, dtype: str
 ) -> dict[str, Any]:
     values: dict[str, Any] = {f"{name}_s": median(rounds) for name, rounds in seconds.items()}
-    for above, below in (("naive", "ours"), ("naive_kept", "ours"), ("naive_selected", "ours"), ("ours", "alone")):
+    for above, below in RATIOS:
         if above in seconds and below in seconds:
             values[f"{above}_over_{below}"] = common.ratio(seconds[above], seconds[below])
     values |= {"flops_per_step": shape.flops(), "gemm_flops_per_s": rate}
@@ -218,6 +284,14 @@ def _summary(
         if device.type == "cuda" and (peak := common.peak_flops(torch.cuda.get_device_name(device), dtype)):
             values["mfu"] = reached / peak
     return {**values, "rounds": {name: [round(s, 6) for s in rounds] for name, rounds in seconds.items()}}
+
+
+def _counts(counted: Mapping[str, Counter[str]]) -> dict[str, Any]:
+    """How many of torch's operations each way calls; whether ours calls the same ones as by hand."""
+    if not {"bare", "ours"} <= counted.keys():
+        return {}
+    found: dict[str, Any] = {f"{name}_operations": each.total() for name, each in counted.items()}
+    return {**found, "ours_calls_what_bare_calls": counted["ours"] == counted["bare"]}
 
 
 def _peaks(peaks: dict[str, int], wanted: list[str]) -> dict[str, int]:

@@ -113,8 +113,8 @@ class Shape:
 
     def flops(self) -> float:
         """What one training step must do: matrix products only, heads at the targets only."""
-        share = 1.0 if self.task_name == "clm" else self.masking.count(self.length) / self.length
-        costs = (cost(peer.config, self.length, share, self.task.auto_class()) for peer in meta_models(self))
+        asked = self.length if self.task_name == "clm" else self.masking.count(self.length)
+        costs = (cost(peer.config, self.length, asked, self.task.auto_class()) for peer in meta_models(self))
         return sum(3 * c.forward_flops for c in costs) * self.rows * self.length
 
 

@@ -204,7 +204,7 @@ class PeerSection(Section):
 
     It begins as a Hugging Face config (`model`) with random weights, as a checkpoint (`pretrained`), or as some layers
     of a model (`init_from`), whose settings `model` may then repeat.
-    `divergence`: other peer → how far from it this one is, where that is not what `objective.divergence` says.
+    `divergence`, `temperature`: other peer → what holds for this soft loss in place of the objective's.
     `hidden`, `relations`: other peer → what is learned from its inside.
     `label_noise`: the share of this peer's hard targets that are replaced by random tokens; held-out targets never are.
     `mask_seed`, `mask_fraction`: masks of its own, of the same rows; null is what the recipe says for all.
@@ -217,6 +217,7 @@ class PeerSection(Section):
     hard: NotNegative | None = None
     soft: dict[str, Weight] = {}
     divergence: dict[str, Kind] = {}
+    temperature: dict[str, Temperature] = {}
     hidden: dict[str, HiddenSection] = {}
     relations: dict[str, RelationsSection] = {}
     label_noise: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -360,6 +361,8 @@ class Recipe(Section):
         usual, jsd = self.objective.divergence, Divergence("jsd", self.objective.jsd_beta)
         kinds = [[peer.divergence.get(other, usual) for other in sections] for peer in sections.values()]
         divergences = tuple(tuple(jsd if kind == "jsd" else Divergence(kind) for kind in row) for row in kinds)
+        own = ([peer.temperature.get(other) for other in sections] for peer in sections.values())
+        temperatures = tuple(tuple(tau if tau is None else _known(tau) for tau in row) for row in own)
         return DistillationGraph(
             names=tuple(sections),
             hard=tuple(peer.hard_weight for peer in sections.values()),
@@ -367,8 +370,8 @@ class Recipe(Section):
             trained=tuple(not peer.frozen for peer in sections.values()),
             courses=courses if any(map(any, courses)) else (),
             divergences=divergences if any(d != KL for row in divergences for d in row) else (),
-            temperature=tau.then if isinstance(tau := self.objective.temperature, CourseSection) else tau,
-            temperature_course=tau.course if isinstance(tau, CourseSection) else None,
+            temperature=_known(self.objective.temperature),
+            temperatures=temperatures if any(tau is not None for row in temperatures for tau in row) else (),
             signals=tuple(signal for signal in self._signals() if signal.weight),
             cached=len(self.cached_teachers),
         )
@@ -397,6 +400,11 @@ class Recipe(Section):
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
         yaml.dump(self.resolved(), stream)
         return stream.getvalue()
+
+
+def _known(number: float | CourseSection) -> float | Course:
+    """A number, or how it changes, as the graph knows it."""
+    return number.course if isinstance(number, CourseSection) else number
 
 
 def _largest(weight: float | CourseSection) -> tuple[float, Course | None]:
@@ -471,7 +479,7 @@ def _take_away(raw: Any, section: str, known: Mapping[str, Any]) -> Iterator[str
                     edges.pop(name, None)
 
 
-_EDGES = ("soft", "divergence", "hidden", "relations")  # keys of a peer that name others
+_EDGES = ("soft", "divergence", "temperature", "hidden", "relations")  # keys of a peer that name others
 
 
 def recipe_mistakes(raw: Any) -> list[str]:
@@ -482,7 +490,7 @@ def recipe_mistakes(raw: Any) -> list[str]:
     try:
         Recipe.model_validate(raw)
     except ValidationError as problem:
-        mistakes = [explain(error, Recipe) for error in problem.errors()]
+        mistakes = explained(problem, Recipe)
     for more in (
         _corpus_mistakes,
         _peer_mistakes,
@@ -572,10 +580,11 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
                     yield f"{here}.{key}.{other} = {said}: no peer has this name; {others}"
         weighted = [key for key, edges in learned.items() if _weighs(edges)]
         yield from _course_mistakes(here, peer)
-        soft, of = learned.get("soft", {}), peer.get("divergence") or {}
-        for other in of.keys() - soft.keys() if isinstance(of, dict) and isinstance(soft, dict) else ():
-            near = did_you_mean(other, soft)
-            yield f"{here}.divergence.{other} = {of[other]}: {here}.soft has no weight for it; {near}"
+        for key in ("divergence", "temperature"):
+            soft, of = learned.get("soft", {}), peer.get(key) or {}
+            for other in of.keys() - soft.keys() if isinstance(of, dict) and isinstance(soft, dict) else ():
+                near = did_you_mean(other, soft)
+                yield f"{here}.{key}.{other} = {of[other]}: {here}.soft has no weight for it; {near}"
         if peer.get("label_noise") and (frozen or hard == 0):
             yield f"{here}.label_noise = {peer['label_noise']}: the peer has no hard loss that noise could harm"
         if frozen:
@@ -617,6 +626,11 @@ def _cache_mistakes(raw: dict[str, Any]) -> Iterator[str]:
                     f"peers.{name}.{key} = {peer[key]}: cached teachers were asked where the recipe masks; remove "
                     "it, or let the teacher be a frozen peer"
                 )
+        for other in caches.keys() & _named(peer, "temperature").keys():
+            yield (
+                f"peers.{name}.temperature.{other}: cached teachers were asked at objective.temperature; remove it, or "
+                "let the teacher be a frozen peer"
+            )
         for other, weight in _named(peer, "soft").items():
             kind = _named(peer, "divergence").get(other, objective.get("divergence", "kl"))
             if other in caches and weight and kind != "kl":
@@ -655,28 +669,37 @@ def _length_mistakes(key: str, course: CourseSection) -> Iterator[str]:
 
 
 def _temperature_mistakes(raw: dict[str, Any]) -> Iterator[str]:
-    objective = raw.get("objective")
-    try:
-        course = CourseSection.model_validate(objective.get("temperature") if isinstance(objective, dict) else None)
-    except ValidationError:
-        return  # a number, or said already
-    if not (course.first and course.then):
-        yield (
-            f"objective.temperature: {course.course}: logits are divided by it, so that it must be greater than 0 all "
-            "along; give first and then"
-        )
-    yield from _length_mistakes("objective.temperature", course)
+    for key, written in _changing_temperatures(raw):
+        try:
+            course = CourseSection.model_validate(written)
+        except ValidationError:
+            continue  # said already
+        if not (course.first and course.then):
+            yield (
+                f"{key}: {course.course}: logits are divided by it, so that it must be greater than 0 all along; give "
+                "first and then"
+            )
+        yield from _length_mistakes(key, course)
+
+
+def _changing_temperatures(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, what is written there) of every temperature that is on a course."""
+    places = [("objective.temperature", _named(raw, "objective").get("temperature"))]
+    for name, peer in _named(raw, "peers").items():
+        own = _named(peer, "temperature").items()
+        places += [(f"peers.{name}.temperature.{other}", written) for other, written in own]
+    return ((key, written) for key, written in places if isinstance(written, dict))
 
 
 def _compile_mistakes(raw: dict[str, Any]) -> Iterator[str]:
     """What compiled code would have to be made for again and again."""
-    training, objective, peers = (raw.get(key) for key in ("training", "objective", "peers"))
+    training, peers = raw.get("training"), raw.get("peers")
     if not isinstance(training, dict) or training.get("compile") is not True:
         return
-    if isinstance(objective, dict) and isinstance(objective.get("temperature"), dict):
+    for key, _ in _changing_temperatures(raw):
         yield (
-            "training.compile = true: objective.temperature changes, and the objective would be compiled anew for "
-            "each; write false, or one temperature"
+            f"training.compile = true: {key} changes, and the objective would be compiled anew for each; write false, "
+            "or one temperature"
         )
     for name, peer in peers.items() if isinstance(peers, dict) else ():
         if isinstance(peer, dict) and peer.get("relations"):
@@ -765,17 +788,32 @@ def _foreign(raw: Mapping[str, Any], task: str) -> Iterator[tuple[str, dict[str,
                 yield f"{place}.{key}", section, key
 
 
-def explain(error: Any, root: type[BaseModel]) -> str:
-    """One of pydantic's errors about a file of type `root`, in the house's words."""
+def explained(problem: ValidationError, root: type[BaseModel]) -> list[str]:
+    """What pydantic found wrong with a file of type `root`, in the house's words."""
+    # A list whose items are wrong is "too short" besides: it has none left.
+    return [
+        _explained(error, root)
+        for error in problem.errors()
+        if error["type"] != "too_short" or len(error["input"]) < error["ctx"]["min_length"]
+    ]
+
+
+_FORMS = {
+    **dict.fromkeys(("tuple_type", "list_type"), "must be a list"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),  # YAML 1.2 has no yes, no, on and off
+    "dict_type": "must be a mapping, KEY: VALUE",
+}
+
+
+def _explained(error: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
     field, value = ".".join(location), error["input"]
     if error["type"] == "extra_forbidden":
         return f"{field} = {value!r}: unknown key; {did_you_mean(location[-1], _keys_beside(location, root))}"
     if error["type"] == "missing":
         return f"{field}: missing; it has no default"
-    said = error["msg"].replace("Input should be", "must be")
-    if error["type"].startswith("bool_"):
-        said = "must be true or false"  # YAML 1.2 has no yes, no, on and off
+    said = _FORMS.get(error["type"].replace("model_type", "dict_type")) or error["msg"].replace("Input should", "must")
+    said = re.sub(r"^\w+ should (have .*) after validation, not \d+$", r"must \1", said)
     return f"{field} = {value!r}: {said[0].lower() + said[1:]}{_without_quotes(error)}"
 
 

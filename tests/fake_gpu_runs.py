@@ -120,7 +120,8 @@ def combinations() -> list[dict[str, Any]]:
         }
         module = CoTraining(models, full_graph(names), 1000).train()  # finds each model's way, with numbers
         for precision, views, tau in product(DTYPES, VIEWS, (1.0, 2.0)):
-            module.temperature, module.compiled = tau, tau == 2.0  # then with numbers as tensors, and nothing compiled
+            module.graph = replace(module.graph, temperature=tau)
+            module.compiled = tau == 2.0  # then with numbers as tensors, and nothing compiled
             with FakeTensorMode(), Count() as count:
                 fake_gpu.move(module, DTYPES[precision])
                 module(batch_of(views, names, 4, LENGTH_OF_FEW, 1000), 0).total.backward()

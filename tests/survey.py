@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,14 @@ from transformers.models.auto.modeling_auto import (
 from architectures import LENGTH, tiny
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.objective.graph import DistillationGraph
+from ctcd_ds.objective.signals import Hidden, Relations
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, config_mistakes, peer_config, quiet_transformers
 from ctcd_ds.peers.heads import Way, way_of
 from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
+from ctcd_ds.peers.signals import signal_mistakes
+from ctcd_ds.peers.states import Shapes, planned_shapes
 from ctcd_ds.recipe import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Task
@@ -50,16 +54,24 @@ logits with those of the plain model.
 head runs at the positions only; *tap*: the output embedding is left to the objective, which works in tiles of the
 vocabulary (and knows the *scale*, soft *cap* or *bias* that the model puts after it); *all*: all logits are made, and
 then gathered. **apart**: whether `corpus.documents: apart` can be had. Routers of experts learn from the objective
-alone: losses that balance them are no part of it.
+alone: losses that balance them are no part of it. **hidden**, **relations**: whether the recipe keys of these names
+([recipes.md](recipes.md#more-than-predictions)) can be had, as learner and as teacher: the type gives out a state for
+each token, and shows the queries, keys and values of each layer's attention; *encoder + decoder*: among types that have
+both.
 """
 
 
 @dataclass(frozen=True)
 class Found:
-    """`logits`: as the page says it. `apart`: of causal models. `reason`: why it can be no peer, None where it can."""
+    """`logits`, `hidden`: as the page says it. `apart`: of causal models. `relations`: where the task has them.
+
+    `reason`: why it can be no peer, None where it can.
+    """
 
     logits: str = ""
     apart: bool | None = None
+    hidden: str = ""
+    relations: bool | None = None
     reason: str | None = None
 
 
@@ -81,7 +93,7 @@ def look(corpus: Corpus, task: str, kind: str) -> Found:
         return Found(reason=mistakes[0])
     config = peer_config(section, corpus, auto)
     try:
-        cost(config, LENGTH, 1.0, auto)
+        cost(config, LENGTH, LENGTH, auto)
     except UserError as mistake:
         return Found(reason=str(mistake))
     said = rehearse(config, auto, LENGTH, "fp32", "cpu", asked.unfit)
@@ -91,7 +103,22 @@ def look(corpus: Corpus, task: str, kind: str) -> Found:
     if task == "clm":
         unfit = _task(corpus, task, documents="apart").unfit
         apart = rehearse(config, auto, LENGTH, "fp32", "cpu", unfit) is None
-    return Found(_words(way), apart)
+    hidden, relations = insides(lambda: planned_shapes(config, auto))
+    return Found(_words(way), apart, hidden, None if task == "span" else relations)
+
+
+def insides(look_inside: Callable[[], Shapes]) -> tuple[str, bool]:
+    """(what of its hidden states can be learned, whether its attention's relations can), as a run decides it."""
+    try:
+        shapes = look_inside()
+    except UserError:
+        return "no", False
+    between = {"it": shapes, "its like": shapes}
+    asked = (Hidden(0, 1, 1.0), Relations(0, 1, 1.0))
+    graphs = (DistillationGraph.of({name: {} for name in between}, signals=[signal]) for signal in asked)
+    hidden, relations = (not list(signal_mistakes(graph, between)) for graph in graphs)
+    stacks = "encoder + decoder" if len(shapes.hidden) == 2 else "yes"
+    return stacks if hidden else "no", relations
 
 
 def _task(corpus: Corpus, task: str, **corpus_keys: Any) -> Task:
@@ -113,8 +140,10 @@ def _words(way: Way) -> str:
 def line(task: str, kind: str, found: Found) -> str:
     """Its line on the page."""
     checked = "yes" if found.reason is None else f"no: {found.reason.replace('|', '/')}"
-    apart = [] if task != "clm" else [{None: "", True: "yes", False: "no"}[found.apart]]
-    return f"| {' | '.join([f'`{kind}`', found.logits, *apart, checked])} |"
+    said = {None: "", True: "yes", False: "no"}
+    apart = [said[found.apart]] if task == "clm" else []
+    relations = [said[found.relations]] if task != "span" else []
+    return f"| {' | '.join([f'`{kind}`', found.logits, *apart, found.hidden, *relations, checked])} |"
 
 
 def page(found: dict[str, dict[str, Found]]) -> str:
@@ -124,9 +153,12 @@ def page(found: dict[str, dict[str, Found]]) -> str:
 
 def _section(task: str, kinds: dict[str, Found]) -> Iterator[str]:
     checked = sum(found.reason is None for found in kinds.values())
-    columns = ["type", "logits", *(["apart"] if task == "clm" else []), "checked"]
+    apart, relations = (["apart"] if task == "clm" else []), (["relations"] if task != "span" else [])
+    columns = ["type", "logits", *apart, "hidden", *relations, "checked"]
+    states = sum(found.hidden not in ("", "no") for found in kinds.values())
+    attention = f", {sum(found.relations or False for found in kinds.values())} relations" if relations else ""
     yield f"## {_HEADINGS[task]}\n"
-    yield f"{checked} of {len(kinds)} types.\n"
+    yield f"{checked} of {len(kinds)} types; of these {states} have hidden states{attention}.\n"
     yield f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
     yield from (line(task, kind, found) for kind, found in kinds.items())
     yield ""

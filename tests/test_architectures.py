@@ -18,10 +18,11 @@ from ctcd_ds.export.hf import export
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, peer_config
 from ctcd_ds.peers.reading import as_inputs, uncached
+from ctcd_ds.peers.states import planned_shapes, shapes_of
 from ctcd_ds.recipe import PeerSection
 from ctcd_ds.tasks import TASKS
 from runs import Job, chain_corpus, drop_checkpoint, final_weights, run_jobs
-from survey import KINDS, PAGE, PREFACE, ROOT, SENTINELS, line, look, recipe
+from survey import KINDS, PAGE, PREFACE, ROOT, SENTINELS, insides, line, look, recipe
 
 # Some of each task that differ most, one that is refused among them: in `make test`; the others in
 # `make test-architectures`.
@@ -65,12 +66,17 @@ def test_it_is_what_the_page_says_and_its_cost_is_counted(corpus: Path, task: st
     )
     if found.reason is None:
         section, auto = PeerSection(model=tiny(kind)), TASKS[task].auto_class()
-        cost_is_the_profilers(peer_config(section, opened, auto), auto)
+        config = peer_config(section, opened, auto)
+        cost_is_the_profilers(config, auto)
+        model = build_peer("it", section, opened, 1, auto)
+        at_the_start = insides(lambda: shapes_of(model))
+        assert at_the_start == insides(lambda: planned_shapes(config, auto)), "the model itself shows what the plan saw"
+        assert at_the_start[0] == found.hidden and found.relations in (None, at_the_start[1])
 
 
 def cost_is_the_profilers(config: Any, auto: Any) -> None:
     """FLOPs against torch's profiler, a counter of its own, over a real model with logits everywhere."""
-    found = cost(config, LENGTH, 1.0, auto)
+    found = cost(config, LENGTH, LENGTH, auto)
     model = auto.from_config(config, attn_implementation="eager", experts_implementation="batched_mm").eval()
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.largest == max(p.numel() for p in model.parameters())
@@ -159,7 +165,7 @@ def test_the_readme_states_what_the_page_counts() -> None:
     page, readme = PAGE.read_text(), " ".join((ROOT / "README.md").read_text().split())
     assert page.startswith(PREFACE)
     assert re.findall(r"^\| `(.+?)` \|", page, re.M) == [kind for kinds in KINDS.values() for kind in kinds]
-    counts = re.findall(r"^(\d+) of (\d+) types\.$", page, re.M)
+    counts = re.findall(r"^(\d+) of (\d+) types; of these ", page, re.M)
     words = ("masked", "causal", "sequence-to-sequence")
     for (good, of), (task, kinds), word in zip(counts, KINDS.items(), words, strict=True):
         refused = sum(refused_task == task for refused_task, _ in REFUSED)

@@ -74,6 +74,15 @@ def test_step_with_three_peers_and_in_bf16(row: Any) -> None:
 
 
 @pytest.mark.parametrize("task", ["mlm", "clm"])
+def test_keys_cost_who_has_them_and_a_step_without_them_is_what_it_would_be_by_hand(row: Any, task: str) -> None:
+    found = row("step", "--task", task, *SHAPE, "--ways", "bare,ours,hidden,relations")
+    assert_positive(found, "ours_over_bare", "hidden_over_ours", "relations_over_ours", "hidden_peak_bytes")
+    assert found["ours_calls_what_bare_calls"] and found["ours_operations"] == found["bare_operations"]
+    assert min(found["hidden_operations"], found["relations_operations"]) > found["ours_operations"]
+    assert found["peak_bytes"] == found["bare_peak_bytes"]
+
+
+@pytest.mark.parametrize("task", ["mlm", "clm"])
 def test_different_maths_is_not_timed(task: str) -> None:
     """The check sees a wrong weight (in the loss) and a target that is not detached (in the gradients only)."""
     import step
@@ -111,9 +120,9 @@ def test_what_a_step_must_do_is_counted_like_training_counts_it() -> None:
 
     shape = workload.Shape((workload.Size(2, 32), workload.Size(1, 64)), 32, 4, 512)
     models = workload.build_models(shape).values()
-    share = round(0.15 * 30) / 32
+    asked = round(0.15 * 30)
     assert (
-        shape.flops() == sum(3 * cost(m.config, 32, share, AutoModelForMaskedLM).forward_flops for m in models) * 4 * 32
+        shape.flops() == sum(3 * cost(m.config, 32, asked, AutoModelForMaskedLM).forward_flops for m in models) * 4 * 32
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import ctcd_ds.objective.fused as fused
@@ -28,6 +29,8 @@ from ctcd_ds.objective.fused import Losses, fused_objective
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.projection import Projection, project
 from ctcd_ds.objective.reference import reference_objective
+from ctcd_ds.peers.build import build_peers
+from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
 from ctcd_ds.recipe import Mistakes, Recipe, recipe_mistakes
 from ctcd_ds.tasks import TASKS
@@ -68,7 +71,7 @@ def test_the_gradient_is_right_on_average_and_that_of_the_largest_few_is_not(dra
     drawn = {"big0": draw(logits.expand(many, V), shifts, draws, tau)}
     student = torch.randn(1, V).expand(many, V).clone().requires_grad_()
     batch = Batch((View({}, None, torch.zeros(0), 1),), many, torch.tensor(1.0), np.arange(0), drawn)
-    losses = with_cached(NONE, [Projection(student)], batch, taught(1, [{0: 1.0}], False), V, tau)
+    losses = with_cached(NONE, [Projection(student)], batch, replace(taught(1, [{0: 1.0}], False), temperature=tau), V)
     losses.total.backward()
     assert student.grad is not None
     p, q = (torch.softmax(z.detach().double() / tau, dim=1) for z in (student[:1], logits))
@@ -117,7 +120,7 @@ def oracle(
     """`reference_objective` with log q̂ for the logits of a cached teacher; the entropies put right."""
     everything = [*logits, *(shares(d).log().mul(tau) for d in drawn)]
     everything = [torch.cat([z, torch.zeros(len(targets) - len(z), V)]) if len(z) == shared else z for z in everything]
-    total, _, _ = reference_objective(everything, targets, replace(graph, cached=0), tau, shared)
+    total, _, _ = reference_objective(everything, targets, replace(graph, cached=0, temperature=tau), shared)
     for i, lessons in graph.lessons().items():
         for name, weight in lessons.items():
             d = drawn[graph.names.index(name) - len(logits)]
@@ -173,8 +176,9 @@ def test_values_and_gradients_are_the_oracles(
     ours = [[t.clone().requires_grad_() if t is not None else None for t in p[:3]] for p in made]
     exact = [[t.double().requires_grad_() if t is not None else None for t in p[:3]] for p in made]
     projections = [Projection(*parts, *p[3:]) for parts, p in zip(ours, made, strict=True)]  # type: ignore[arg-type]
-    losses = fused_objective(projections, batch, graph.live, V, tau)
-    losses = with_cached(losses, projections, batch, graph, V, tau)
+    graph = replace(graph, temperature=tau)
+    losses = fused_objective(projections, batch, graph.live, V)
+    losses = with_cached(losses, projections, batch, graph, V)
     true = oracle(
         [exact_logits(parts, p) for parts, p in zip(exact, made, strict=True)], targets, graph, tau, shared, drawn
     )
@@ -331,6 +335,22 @@ def test_every_rank_reads_what_the_live_teacher_would_say(place: Path, tmp_path:
             assert len(drawn.tokens) == batch.shared > 0, number
             assert (shares(drawn, plan.corpus.vocab_size) - q).abs().max() < 1 / 6 + 1e-5
             torch.testing.assert_close(drawn.entropy, torch.special.entr(q).sum(dim=1).float(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_learners_head_that_runs_again_is_in_the_flops(place: Path, cache: Path) -> None:
+    """A step with what is cached, less the same without it, as torch counts them."""
+    plan = planned(cached_form(live(place), cache), accumulation=1)
+    graph, rows = plan.recipe.graph(), plan.recipe.training.global_batch_rows
+    peers = build_peers(plan.recipe.peers, plan.corpus, 1, plan.task.auto_class())
+    module = CoTraining(peers, graph, plan.corpus.vocab_size)
+    [batch] = Cut(rows).batches(plan.rows, plan.task, 1, 0, plan.teachers)
+    counted = []
+    for some in (graph, graph.live):
+        with FlopCounterMode(display=False) as counter:
+            module(batch, 0, 0, some).total.backward()
+        counted.append(counter.get_total_flops())
+    assert plan.flops_beside * plan.tokens_per_step == pytest.approx(counted[0] - counted[1], rel=1e-9)
+    assert f"{plan.flops_beside / 1e6:.2f} M for cached teachers)" in describe(plan)
 
 
 def test_a_kill_in_the_middle_changes_no_byte(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_what_the_dry_run_says_is_what_is_held_within_a_factor_of_two(kind: str)
     """Beyond weights and gradients, in fp32: between the estimate and twice it, with and without."""
     auto, rows = MODELS.get(kind, MODELS["bert"])[0], 16
     config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **FUSED[kind])
-    found, model = cost(config, LENGTH, 1 / LENGTH, auto), auto.from_config(config).train()
+    found, model = cost(config, LENGTH, 1, auto), auto.from_config(config).train()
     ids, positions = torch.randint(5, VOCABULARY, (rows, LENGTH)), torch.arange(rows) * LENGTH
 
     def learn() -> None:

@@ -215,6 +215,9 @@ def test_some_cells_come_with_what_they_need_and_the_comparisons_among_them(tmp_
         ({"cells": {"a": {"needs": "b"}}}, "cells.a needs 'b': no other cell has this name"),
         ({"cells": {"a": {"needs": "b"}, "b": {"needs": ["a"]}}}, "need each other in a circle"),
         ({"compare": [{"peer": "teacher", "against": "alon"}]}, "compare.0.against = 'alon': no cell has this name"),
+        ({"lm_eval": {"tasks": "piqa", "num_fewshot": -1}}, "lm_eval.num_fewshot = -1"),
+        ({"lm_eval": {"tasks": "piqa"}}, "lm_eval: the harness asks causal language models, and alone-seed-1 has"),
+        ({"lm_eval": {"tasks": "no.yaml"}, "set": {"objective.task": "clm"}}, "/no.yaml does not exist"),
         (
             {"cells": {"a": {}, "b": {"set": {"peers.teacher.pretrained": {"cell": "a", "peer": "s"}}}}, "compare": []},
             "a-seed-1 has no peer 's'",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,22 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import command
+from ctcd_ds.cluster.slurm import SlurmSettings
 from ctcd_ds.evaluation import glue, harness
 from ctcd_ds.evaluation.claims import called
 from ctcd_ds.evaluation.finetune import FinetuneSettings
-from ctcd_ds.experiments import collecting
+from ctcd_ds.experiments import collecting, queueing, running
+from ctcd_ds.experiments.grid import expand
+from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell, plan_cells
+from ctcd_ds.experiments.specification import load_experiment
 from ctcd_ds.export.hf import export
 from glue_files import sentence, write_causal, write_model, write_tsv
-from runs import Job, chain_corpus, run_jobs
+from runs import FP32, Job, chain_corpus, run_jobs
 from test_tasks import GPT2, LLAMA
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra is not installed: pip install 'ctcd-ds[lm-eval]'")
 
+ABOUT = {"experiment": "e", "size": "full", "recipe": "", "corpus": "", "command": [], "git_commit": None}
 TASKS = ("hellaswag", "piqa", "arc_easy", "lambada", "wikitext")
 
 
@@ -132,15 +140,29 @@ def test_it_is_what_the_harness_says_by_itself(home: Path, tmp_path: Path) -> No
         assert measured == {metric: pytest.approx(found[f"{metric},none"]) for metric in measured}
 
 
-def test_an_exported_peer_is_asked_and_fine_tuned_and_its_card_says_both(tmp_path: Path) -> None:
-    raw = {
-        "corpus": {"path": str(chain_corpus(tmp_path / "tales")), "sequence_length": 32},
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> PlannedCell:
+    """The only cell of an experiment, trained."""
+    place = tmp_path_factory.mktemp("trained")
+    recipe = {
+        "corpus": {"path": str(chain_corpus(place / "tales")), "sequence_length": 32},
         "objective": {"task": "clm"},
         "peers": {"a": {"model": LLAMA, "soft": {"b": 1.0}}, "b": {"model": GPT2, "soft": {"a": 1.0}}},
         "training": {"global_batch_rows": 8, "steps": 4, "valid_rows": 8},
     }
-    run_jobs([Job(raw, tmp_path / "run")], 1, tmp_path)
-    export(tmp_path / "run", "a", tmp_path / "hf")
+    (place / "recipe.json").write_text(json.dumps(recipe))
+    asked = {"question": "What do they know?", "recipe": "recipe.json", "deepspeed_config": "cpu.json", "seeds": [1]}
+    (place / "experiment.json").write_text(json.dumps({**asked, "cells": {"both": {}}}))
+    (place / "cpu.json").write_text(json.dumps(FP32))
+    experiment = load_experiment(place / "experiment.json")
+    [cell] = plan_cells(experiment, expand(experiment, recipe, place / "out"), place / "out", 1, "cpu")
+    cell.run.parent.mkdir(parents=True)
+    run_jobs([Job(cell.cell.recipe, cell.run)], 1, place)
+    return cell
+
+
+def test_an_exported_peer_is_asked_and_fine_tuned_and_its_card_says_both(trained: PlannedCell, tmp_path: Path) -> None:
+    export(trained.run, "a", tmp_path / "hf")
     pages = ["w5 w6 w7 w8", "w9 w10"]
     write_rows(tmp_path / "rows/wikitext/test.jsonl", [{"page": page} for page in pages])
     labelled = [[f"w{5 + n} w7", n % 2] for n in range(16)]
@@ -162,17 +184,71 @@ def test_an_exported_peer_is_asked_and_fine_tuned_and_its_card_says_both(tmp_pat
     assert any(said.startswith("accuracy, fine-tuned for 1 epochs") for said in lines)
 
 
-def test_a_task_file_of_ones_own_says_where_its_rows_are(home: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", [{"q": "it was", "a": ["good", "bad"], "is": n % 2} for n in range(4)])
+@pytest.fixture(scope="module")
+def own_task(trained: PlannedCell) -> Path:
+    """A task file beside the experiment's."""
+    place = trained.run.parents[2]
+    write_rows(place / "rows.jsonl", [{"q": "it was", "a": ["good", "bad"], "is": n % 2} for n in range(4)])
     own = {
-        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{tmp_path}/rows.jsonl"}},
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{place}/rows.jsonl"}},
         "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{a}}",
         "doc_to_target": "{{is}}", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
-    (tmp_path / "mine.yaml").write_text(json.dumps(own))
-    content = harness.run([home / "hf/gpt2"], [str(tmp_path / "mine.yaml")], None, tmp_path / "out")
+    (place / "mine.yaml").write_text(json.dumps(own))
+    return place / "mine.yaml"
+
+
+def test_a_task_file_of_ones_own_says_where_its_rows_are(home: Path, own_task: Path, tmp_path: Path) -> None:
+    content = harness.run([home / "hf/gpt2"], [str(own_task)], None, tmp_path / "out")
     assert content["models"]["gpt2"]["tasks"]["mine@0-shot"]["median"] == 50.0
     assert content["tasks"]["mine@0-shot"]["dev_rows"] == 4
+
+
+class InProcess(running.Machine):
+    """A place where commands run in this process, which has imported what they need."""
+
+    def __init__(self, directory: Path, monkeypatch: Any) -> None:
+        super().__init__([{}], directory)
+        self.lines: list[Sequence[str]] = []
+        self._monkeypatch = monkeypatch
+
+    def call(self, cell: str, line: Sequence[str], environment: Any) -> None:
+        self.lines.append(line)
+        self._monkeypatch.setattr(sys, "argv", line[2:])
+        assert not importlib.import_module(line[2]).main()
+
+
+def test_an_experiment_asks_its_exports_once_and_again_where_something_else_is_asked(
+    trained: PlannedCell, own_task: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    out = trained.run.parents[1]
+    raw = json.loads((out.parent / "experiment.json").read_text())
+
+    def scored(**asked: Any) -> tuple[ExperimentPlan, list[Sequence[str]]]:
+        (out.parent / "experiment.json").write_text(json.dumps({**raw, "lm_eval": {"tasks": own_task.name, **asked}}))
+        experiment = load_experiment(out.parent / "experiment.json")
+        machine, plan = InProcess(out, monkeypatch), ExperimentPlan(experiment, [trained], out, ABOUT)
+        assert running.do_cell(trained, plan, machine) == running.found_ending(trained, experiment)
+        return plan, machine.lines
+
+    plan, lines = scored()
+    assert [line[2].rpartition(".")[2] for line in lines] == ["export", "lm_eval"]
+    results = collecting.collect(plan, {trained.name: running.Outcome("finished")}, 1.0)
+    assert {name: peer.glue["mine 0-shot"].median for name, peer in results.cells[0].peers.items()} == {
+        "a": 50,
+        "b": 50,
+    }
+    assert results.conditions["both"].peers["a"]["glue/mine 0-shot"].values == [50.0]
+    assert not scored()[1], "what is done is not done again"
+    plan, lines = scored(num_fewshot=1)
+    assert [line[2].rpartition(".")[2] for line in lines] == ["lm_eval"]
+    assert "mine 1-shot" in collecting.task_scores(trained.run, trained.run / "hf/b")
+
+    job = queueing.submission(trained, plan.experiment, SlurmSettings(), 1, "{}", ["7"])
+    (trained.run / "lm_eval/asked.json").unlink()
+    script = job.scripts()["lm_eval"].replace("$PYTHON", "true")
+    subprocess.run(["bash", "-c", script], check=True)
+    assert list(job.scripts()) == ["pretrain", "lm_eval"] and running.is_done(trained, plan.experiment)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +293,18 @@ def test_the_command_prints_a_table(home: Path, monkeypatch: Any, capsys: Any, t
     assert "piqa in part 0-shot  6     acc " in out and "scored on 4 of 6 dev rows" in out
 
 
-def test_without_the_extra_it_is_said(home: Path, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("tools/run_lm_eval.py", ["--model", "{home}/hf/gpt2", "--tasks", "piqa"]),
+        ("tools/run_experiment.py", ["--experiment", "ds_configs/experiments/causal_baselines.yaml"]),
+    ],
+)
+def test_without_the_extra_it_is_said(
+    home: Path, monkeypatch: Any, capsys: Any, tmp_path: Path, script: str, words: list[str]
+) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    line = ["--model", home / "hf/gpt2", "--tasks", "piqa", "--output_dir", tmp_path / "out"]
-    code, _, err = command(monkeypatch, capsys, "tools/run_lm_eval.py", *line)
+    line = [word.format(home=home) for word in words]
+    code, _, err = command(monkeypatch, capsys, script, *line, "--output_dir", tmp_path / "out")
     assert (code, err) == (2, "error: lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm-eval]'\n")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,7 +27,7 @@ KINDS = (KL, Divergence("reverse_kl"), Divergence("jsd"), Divergence("jsd", 0.1)
 
 
 def random_graph(n: int, seed: int) -> DistillationGraph:
-    """Any graph of n peers: some edges missing, some peers frozen (never all)."""
+    """Any graph of n peers: some edges missing, some peers frozen (never all), temperatures of some edges' own."""
     g = torch.Generator().manual_seed(seed)
     weights = torch.rand(n, n + 1, generator=g) * 4 * (torch.rand(n, n + 1, generator=g) < 0.7)
     trained = [True] + [bool(x) for x in torch.rand(n - 1, generator=g) < 0.8]
@@ -34,12 +35,14 @@ def random_graph(n: int, seed: int) -> DistillationGraph:
     hard[0] = hard[0] or 1.0
     soft = [[float(weights[i, j]) if i != j and trained[i] else 0.0 for j in range(n)] for i in range(n)]
     kinds = [[KINDS[int(k)] for k in row] for row in torch.randint(len(KINDS), (n, n), generator=g)]
+    own = [[(None, 1.0, 3.0)[int(k)] for k in row] for row in torch.randint(3, (n, n), generator=g)]
     return DistillationGraph(
         names=tuple(f"peer{i}" for i in range(n)),
         hard=tuple(hard),
         soft=tuple(map(tuple, soft)),
         trained=tuple(trained),
         divergences=tuple(map(tuple, kinds)),
+        temperatures=tuple(map(tuple, own)),
     )
 
 
@@ -63,7 +66,8 @@ def objective(
     projections: list[Projection], targets: Tensor, graph: DistillationGraph, temperature: float = 1.0
 ) -> Losses:
     """All peers asked the same."""
-    return fused_objective(projections, asked([targets] * len(projections)), graph, V, temperature)
+    graph = replace(graph, temperature=temperature)
+    return fused_objective(projections, asked([targets] * len(projections)), graph, V)
 
 
 def named(graph: DistillationGraph, hard: Tensor, soft: Tensor) -> dict[str, Tensor]:
@@ -87,7 +91,7 @@ def assert_agrees(logits: list[Tensor], targets: Tensor, graph: DistillationGrap
     ours = [x.clone().requires_grad_(graph.trained[i]) for i, x in enumerate(logits)]
     exact = [x.double().requires_grad_(graph.trained[i]) for i, x in enumerate(logits)]
     losses = objective([Projection(x) for x in ours], targets, graph, tau)
-    total, hard, soft = reference_objective(exact, targets, graph, tau)
+    total, hard, soft = reference_objective(exact, targets, replace(graph, temperature=tau))
     expected = named(graph, hard, soft)
     assert losses.terms.keys() == expected.keys()
     for found, true in [(losses.total, total), *((losses.terms[name], expected[name]) for name in expected)]:
@@ -181,7 +185,9 @@ def test_through_the_projection_in_tiles_of_the_vocabulary(
     logits = [scale * (h @ w.t()) for h, w, _ in exact]
     capped = [x if cap is None else cap * torch.tanh(x / cap) for x in logits]
     total, *_ = reference_objective(
-        [(x + e[2])[:, :V] for x, e in zip(capped, exact, strict=True)], targets, pair(kind=kind), 2.0
+        [(x + e[2])[:, :V] for x, e in zip(capped, exact, strict=True)],
+        targets,
+        replace(pair(kind=kind), temperature=2.0),
     )
     total.backward()
     torch.testing.assert_close(losses.total.double(), total, rtol=1e-5, atol=1e-5)
@@ -191,9 +197,13 @@ def test_through_the_projection_in_tiles_of_the_vocabulary(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("tau", "kind"), [(1.0, KL), (2.0, KL), (2.0, KINDS[1]), (2.0, KINDS[2])], ids=str)
+@pytest.mark.parametrize(
+    ("tau", "own", "kind"),
+    [(1.0, (), KL), (2.0, (), KL), (2.0, (), KINDS[1]), (2.0, (), KINDS[2]), (1.0, ((None, 3.0), (2.0, None)), KL)],
+    ids=str,
+)
 def test_compiled_it_is_one_graph_a_width_and_what_it_is_uncompiled(
-    monkeypatch: pytest.MonkeyPatch, tau: float, kind: Divergence, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, tau: float, own: Any, kind: Divergence, dtype: torch.dtype
 ) -> None:
     """Traced whole, with weights that change from step to step and targets that are missing; losses and gradients."""
     graphs: list[Any] = []
@@ -208,10 +218,11 @@ def test_compiled_it_is_one_graph_a_width_and_what_it_is_uncompiled(
     targets = torch.randint(V, (50,), generator=torch.Generator().manual_seed(4))
     targets[::5] = -100
     for step in range(3):
-        graph, found = pair(soft=(1 + step, 4 - step), kind=kind), []
+        graph = replace(pair(soft=(1 + step, 4 - step), kind=kind), temperature=tau, temperatures=own)
+        found = []
         for compile_ in (False, True):
             made = projections(5, dtype)
-            losses = fused_objective(made, asked([targets] * 2, 50), graph, V, tau, compile_)
+            losses = fused_objective(made, asked([targets] * 2, 50), graph, V, compile_)
             losses.total.backward()
             found.append([losses.total.detach(), *(t.grad for p in made for t in p[:3] if t is not None)])
         tolerance = {} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
@@ -281,16 +292,16 @@ def test_peers_with_targets_of_their_own_agree_with_the_oracle(
     targets = [torch.randint(V, (len(x),)) for x in logits]
     for labels in targets:
         labels[: shared // 2] = -100
-    graph = random_graph(n, seed)
+    graph = replace(random_graph(n, seed), temperature=tau)
     ours = [x.clone().requires_grad_(trained) for x, trained in zip(logits, graph.trained, strict=True)]
     exact = [x.double().requires_grad_(trained) for x, trained in zip(logits, graph.trained, strict=True)]
     moves = any(graph.hard) or (shared > 0 and any(graph.edges()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fused.TILE_BYTES, "cpu", 4 * max(len(x) for x in logits) * tile_columns)
-        found = fused_objective([Projection(x) for x in ours], asked(targets, shared), graph, V, tau)
+        found = fused_objective([Projection(x) for x in ours], asked(targets, shared), graph, V)
         if moves:
             found.total.backward()
-    total, hard, soft = reference_objective(exact, targets, graph, tau, shared)
+    total, hard, soft = reference_objective(exact, targets, graph, shared)
     torch.testing.assert_close(found.total.double(), total, rtol=1e-5, atol=1e-5)
     for name, true in named(graph, hard, soft).items():
         torch.testing.assert_close(found.terms[name].double(), true, rtol=1e-5, atol=1e-5)

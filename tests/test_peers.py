@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from corpora import write_corpus
+from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.objective.batch import Batch
 from ctcd_ds.peers.accounting import cost
@@ -155,6 +156,13 @@ def test_what_is_wrong_with_a_model_is_said_before_it_is_built(
     assert any(said in mistake for mistake in found), found
 
 
+def test_key_heads_that_are_left_out_are_those_of_a_large_model(corpus: Corpus) -> None:
+    small = {"model_type": "qwen2", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = peer_config(PeerSection(model=small), corpus, AutoModelForCausalLM)
+    with pytest.raises(UserError, match="num_key_value_heads = 32 does not divide num_attention_heads = 4; give both"):
+        cost(config, LENGTH, LENGTH, AutoModelForCausalLM)
+
+
 def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
     """Forward FLOPs against torch's own counter; heads on all positions, so that the counter sees the same work."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -162,7 +170,7 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
     for kind in ("bert", "distilbert", "electra", "roberta", "albert"):
         section = PeerSection(model=SMALL[kind])
         config, model = peer_config(section, corpus, AutoModelForMaskedLM), peer(corpus, model=SMALL[kind]).eval()
-        found = cost(config, LENGTH, 1.0, AutoModelForMaskedLM)
+        found = cost(config, LENGTH, LENGTH, AutoModelForMaskedLM)
         assert found.parameters == sum(p.numel() for p in model.parameters())
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             ids, _ = inputs(rows=2)
@@ -173,5 +181,5 @@ def test_parameters_and_flops_are_those_of_the_models(corpus: Corpus) -> None:
 
 def test_a_head_at_some_positions_costs_their_share(corpus: Corpus) -> None:
     config = peer_config(PeerSection(model=SMALL["bert"]), corpus, AutoModelForMaskedLM)
-    whole, half = (cost(config, LENGTH, share, AutoModelForMaskedLM).forward_flops for share in (1.0, 0.5))
+    whole, half = (cost(config, LENGTH, asked, AutoModelForMaskedLM).forward_flops for asked in (LENGTH, LENGTH // 2))
     assert whole - half == 0.5 * 2 * (32 * 32 + 32 * 320)

@@ -95,18 +95,26 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
             {"first": 4, "then": 1, "after": 0.9, "over": 0.2},
             "after 0.9 and over 0.2 make more",
         ),
+        ("peers.student.temperature", {"teacher": 0}, "student.temperature.teacher = 0: must be greater than 0"),
+        ("peers.student.temperature", {"teacher": {"then": 2}}, "temperature.teacher: 0 until 0% of the steps, then 2"),
+        ("peers.student.temperature", {"techer": 2}, "temperature.techer = 2: peers.student.soft has no weight for it"),
         (
             "peers.student.hidden",
             {"techer": {"weight": 1}},
             "student.hidden.techer = …: no peer has this name; did you",
         ),
         ("peers.student.hidden", {"student": {"weight": 1}}, "student.hidden.student = …: a peer does not learn from"),
-        ("peers.student.hidden", {"teacher": 1.0}, "peers.student.hidden.teacher = 1.0: must be a valid dict"),
+        ("peers.student.hidden", {"teacher": 1.0}, "peers.student.hidden.teacher = 1.0: must be a mapping"),
         ("peers.student.hidden", {"teacher": {"layers": "even"}}, "peers.student.hidden.teacher.weight: missing"),
         ("peers.student.hidden.teacher", {"weight": -1}, "hidden.teacher.weight = -1: must be greater than or equal"),
         ("peers.student.hidden.teacher", {"weight": 1, "layers": "all"}, "layers = 'all': must be 'last' or 'even'"),
         ("peers.student.hidden.teacher", {"weight": 1, "layers": [[1, -2]]}, "layers.0.1 = -2: must be greater than"),
-        ("peers.student.hidden.teacher", {"weight": 1, "layers": []}, "hidden.teacher.layers = []: "),
+        (
+            "peers.student.hidden.teacher",
+            {"weight": 1, "layers": []},
+            "hidden.teacher.layers = []: must have at least 1",
+        ),
+        ("peers.student.hidden.teacher", {"weight": 1, "layers": [2, 3]}, "teacher.layers.0 = 2: must be a list"),
         ("peers.student.hidden.teacher", {"weight": {"then": 1, "after": 0.6, "over": 0.6}}, "after 0.6 and over 0.6"),
         ("peers.student.relations.teacher", {"weight": 1}, "peers.student.relations.teacher.heads: missing"),
         (
@@ -131,6 +139,12 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
 def test_each_mistake_is_named_with_its_cure(path: str, value: Any, said: str) -> None:
     mistakes = recipe_mistakes(changed(path, value))
     assert any(said in mistake for mistake in mistakes), mistakes
+
+
+def test_a_list_with_a_wrong_item_has_one_mistake() -> None:
+    wrong = {"weight": 1, "layers": [[1, 2.5], [2, 4]]}
+    [said] = recipe_mistakes(changed("peers.student.hidden.teacher", wrong))
+    assert said.startswith("peers.student.hidden.teacher.layers.0.1 = 2.5: must be a valid integer")
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
@@ -198,7 +212,10 @@ def test_weights_and_temperatures_are_on_their_course_at_every_step(
     """Against numpy's line between two points; shares are tenths of the run. A weight of 0 is no edge."""
     begins, lasts = min(after, 9) / 10, min(over, 10 - min(after, 9)) / 10
     raw = changed("peers.student.soft.teacher", {"first": first, "then": then, "after": begins, "over": lasts})
-    raw["objective"] = {"temperature": {"first": first + 1, "then": then + 1, "after": begins, "over": lasts}}
+    cooling = {"first": first + 1, "then": then + 1, "after": begins, "over": lasts}
+    raw["objective"] = {"temperature": cooling}
+    raw["peers"]["teacher"]["temperature"] = {"student": 2.5}
+    raw["peers"]["student"]["temperature"] = {"teacher": cooling | {"first": then + 1, "then": first + 1}}
     assert recipe_mistakes(raw) == []
     whole = Recipe.model_validate(raw).graph()
     for step in range(steps):
@@ -208,11 +225,15 @@ def test_weights_and_temperatures_are_on_their_course_at_every_step(
         expected = np.interp(done, [begins, begins + lasts], [first, then]) if lasts else jumps
         assert graph.soft[1][0] == pytest.approx(expected, abs=1e-12) and graph.soft[0][1] == 1.0
         assert graph.temperature == pytest.approx(expected + 1, abs=1e-12)
+        assert graph.tau(0, 1) == 2.5 and graph.tau(1, 0) == pytest.approx(first + then - expected + 1, abs=1e-12)
         assert ((1, 0) in [(i, j) for i, j, _ in graph.edges()]) == (graph.soft[1][0] != 0)
         assert graph.at(0.5) == graph, "what holds at a step is a graph without courses"
     assert whole.distilling() == {"teacher", "student"}
     said = recipe_mistakes({**raw, "training": {**raw["training"], "compile": True}})
-    assert len(said) == 1 and "objective.temperature changes" in said[0]
+    assert ["objective.temperature changes" in said[0], "peers.student.temperature.teacher changes" in said[1]] == [
+        1,
+        1,
+    ]
 
 
 def test_courses_are_said_in_words() -> None:
@@ -356,10 +377,11 @@ def test_a_peer_may_learn_from_a_signal_alone() -> None:
     student["hidden"] = {"teacher": {"weight": 0}}
     assert any("the peer learns from nothing" in said for said in recipe_mistakes(changed("peers.student", student)))
     cached = {**changed("objective.temperature", {"first": 4, "then": 1}), "cached_teachers": {"old": "some/dir"}}
-    cached["peers"]["student"]["hidden"] = {"old": {"weight": 1}}
+    cached["peers"]["student"] |= {"hidden": {"old": {"weight": 1}}, "soft": {"old": 1}, "temperature": {"old": 2}}
     said = recipe_mistakes(cached)
-    assert len(said) == 2 and "hidden.old = …: of a cached teacher only predictions are kept" in said[0]
+    assert len(said) == 3 and "hidden.old = …: of a cached teacher only predictions are kept" in said[0]
     assert "cached teachers were asked at one temperature" in said[1]
+    assert "student.temperature.old: cached teachers were asked at objective.temperature" in said[2]
     taken = {"frozen": True, "pretrained": "some/dir", "hidden": {"student": {"weight": 1}}}
     said = recipe_mistakes(changed("peers.teacher", taken))
     assert len(said) == 1 and "a frozen peer learns nothing; remove hidden" in said[0]

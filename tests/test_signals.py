@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, equal
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM
 
 from architectures import tiny
@@ -26,6 +27,7 @@ from ctcd_ds.objective.relations import relations_loss
 from ctcd_ds.objective.signals import Hidden, Pairs, Relations, Signal
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import compilable, project_positions
+from ctcd_ds.peers.signals import signal_cost
 from ctcd_ds.peers.states import shapes_of, watching
 from ctcd_ds.recipe import Mistakes, Recipe
 from ctcd_ds.tasks import TASKS
@@ -156,7 +158,7 @@ def test_losses_and_gradients_of_a_mixture_are_those_of_plain_fp64(
 ) -> None:
     """One to three BERTs of other widths: every gradient of every weight, the maps' too."""
     peers = models(*(bert(*size) for size in sizes))
-    cooling = replace(graph_of(len(peers), signals, soft), temperature_course=Course(4.0, 2.0, over=1.0))
+    cooling = replace(graph_of(len(peers), signals, soft), temperature=Course(4.0, 2.0, over=1.0))
     graph, batch = cooling.at(0.5), asked(len(peers))
     module = CoTraining(peers, graph, 64, seed=1).eval()
     losses = module(batch, 0)
@@ -176,7 +178,7 @@ def test_losses_and_gradients_of_a_mixture_are_those_of_plain_fp64(
         logits.append(output.logits.flatten(0, 1)[view.positions])
         hidden.append(seen.hidden[0])
         attention.append(seen.attention)
-    expected, *_ = reference_objective(logits, batch.views[0].targets, graph, temperature=3.0)
+    expected, *_ = reference_objective(logits, batch.views[0].targets, replace(graph, temperature=3.0))
     for n, signal in enumerate(signals):
         own, other = signal.learner, signal.teacher
         pairs = signal.pairs(sizes[own][1], sizes[other][1])
@@ -234,6 +236,30 @@ def test_insides_are_hugging_faces_own_while_the_head_runs_at_a_few_positions(
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert not model._forward_hooks and not model._forward_pre_hooks
     assert not seen.attention.keys() - {2}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "signals"),
+    [
+        ([(24, 2), (24, 3)], (Hidden(0, 1, 2.0, layers="even"),)),  # of one width: no map
+        ([(24, 2), (32, 3)], BOTH_WAYS),
+        ([(24, 2), (32, 3)], (Relations(1, 0, 1.0, heads=8, of=("value", "query-key")), Hidden(1, 0, 1.0))),
+    ],
+)
+def test_flops_of_signals_are_those_that_torch_counts(
+    sizes: list[tuple[int, int]], signals: tuple[Signal, ...], causal: bool
+) -> None:
+    """A whole step with them, less the same step without them."""
+    signals = tuple(replace(s, causal=causal) if isinstance(s, Relations) else s for s in signals)
+    peers, batch, counted = models(*(bert(*size) for size in sizes)), asked(2, rows=3, length=10), []
+    for some in (signals, ()):
+        module = CoTraining(peers, graph_of(2, some), 64)
+        with FlopCounterMode(display=False) as counter:
+            module(batch, 0).total.backward()
+        counted.append(counter.get_total_flops())
+    found = signal_cost(graph_of(2, signals), {name: shapes_of(peer) for name, peer in peers.items()}, (10, 10))
+    assert 3 * found.flops == counted[0] - counted[1]
 
 
 def test_a_run_without_signals_is_watched_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,12 +330,13 @@ def test_compiled_layers_show_the_same_hidden_states() -> None:
     [
         ("mlm", ("funnel", "bert"), Hidden(1, 0, 1.0), "FunnelForMaskedLM gives out no hidden state for each of its"),
         ("mlm", ("fnet", "bert"), Relations(1, 0, 1.0, heads=2), "a shows queries, keys and values of no layer"),
+        ("mlm", ("bart", "bart"), Relations(1, 0, 1.0, heads=2), "b has an encoder and a decoder, whose attention is"),
         ("mlm", ("bart", "bert"), Hidden(1, 0, 1.0), "one of the two has an encoder and a decoder"),
         ("mlm", ("bert", "bert"), Hidden(1, 0, 1.0, layers=((1, 1), (2, 3))),
-         "peers.b.hidden.a.layers = ((1, 1), (2, 3)): layer 3 of a: it has 0 to 2"),
+         "peers.b.hidden.a.layers = [[1, 1], [2, 3]]: layer 3 of a: it has 0 to 2"),
         ("mlm", ("bert", "bert"), Relations(1, 0, 1.0, heads=2, layer=(0, 2)), "layer 0 of b: it has 1 to 2"),
         ("mlm", ("bert", "bert"), Relations(1, 0, 1.0, heads=5),
-         "peers.b.relations.a.heads = 5: does not divide 32, the width of b's queries, keys or values"),
+         "peers.b.relations.a.heads = 5: does not divide 32, the width of b's queries, keys or values; take 32"),
         ("clm", ("llama", "gpt2"), Relations(1, 0, 1.0, heads=2, of=("query-key",)),
          "a has queries of 32 values and keys of 16"),
     ],
@@ -406,6 +433,8 @@ def test_a_plan_says_what_is_learned_and_refuses_what_is_not_there(ran: Path) ->
     plan = make_plan(Recipe.model_validate(raw), FP32, 1, "cpu", ran / "planned")
     said, trained = describe(plan), sum(c.parameters for c in plan.costs.values())
     assert plan.trained == trained + 2 * 32 * 48
+    assert plan.flops_beside == 3 * 2 * 2 * 32 * 48 + 3 * 2 * 32 * (3 * 32 + 48)
+    assert f"{plan.flops_beside / 1e6:.2f} M for hidden states and relations)" in said
     assert "student      learns from teacher            weight 1: hidden states (even)" in said
     assert "weight 0 until 25% of the steps, then 2: relations of query, key, value (last layer, 8 heads)" in said
     wrong = {"weight": 1.0, "layers": [[3, 1]]}

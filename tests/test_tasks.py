@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctcd_ds.corpus.rows import Corpus
+from ctcd_ds.corpus.tokenizer import load_tokenizer
+from ctcd_ds.export.hf import export
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.reference import reference_objective
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut
-from runs import FP32, Job, chain_corpus, drop_checkpoint, final_weights, metrics, run_jobs
+from runs import BF16, FP32, Job, chain_corpus, drop_checkpoint, final_weights, metrics, run_jobs
 
 ACCUMULATED = {**FP32, "gradient_accumulation_steps": 2}
 LLAMA = {
@@ -63,13 +66,34 @@ STILL: dict[str, dict[str, Any]] = {  # the student's dropout off
 }
 
 
+def finished(corpus: Path, place: Path) -> Path:
+    """A causal model that knows something else than what it would be initialised with."""
+    torch.manual_seed(5)
+    model = build_peer("teacher", PeerSection(model=LLAMA), Corpus.open(corpus), 3, AutoModelForCausalLM)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.empty_like(parameter).normal_(0, 0.05))
+    model.save_pretrained(place)
+    load_tokenizer(corpus / "tokenizer").save_pretrained(place)
+    return place
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of every task: both peers without soft losses, together and each alone, and CTCD cut in several ways."""
+    """Of every task: both peers without soft losses, together and each alone, and CTCD cut in several ways.
+
+    And students of a finished causal model that is frozen, in bf16.
+    """
     folder = tmp_path_factory.mktemp("tasks")
     corpus = chain_corpus(folder / "corpus", sentinels=16)
-    one: list[Job] = []
-    two: list[Job] = []
+    students = {
+        "teacher": {"pretrained": str(finished(corpus, folder / "teacher")), "frozen": True},
+        "same": {"init_from": {"peer": "teacher", "layers": [0, 1]}, "soft": {"teacher": 4.0}},
+        "half": {"init_from": {"peer": "teacher", "layers": [1]}, "soft": {"teacher": 4.0}},
+    }
+    frozen = recipe(corpus, "clm", students, checkpoint_every=2)
+    one = [Job(frozen, folder / "frozen-one", BF16)]
+    two = [Job(frozen, folder / f"frozen-{name}", BF16) for name in ("whole", "cut")]
     for task in PEERS:
         alone = peers_of(task, soft=False)
         two.append(Job(recipe(corpus, task, alone), folder / f"{task}-together", ACCUMULATED))
@@ -81,7 +105,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         one += [Job(still, folder / f"{task}-1x2", ACCUMULATED), Job(still, folder / f"{task}-moved")]
     run_jobs(two, 2, folder)
     run_jobs(one, 1, folder)
-    again = []
+    drop_checkpoint(folder / "frozen-cut", 6)
+    again = [Job(frozen, folder / "frozen-cut", BF16, resume=True)]
     for task in PEERS:
         for step, name in ((6, "cut"), (4, "cut"), (6, "moved")):
             drop_checkpoint(folder / f"{task}-{name}", step)
@@ -104,7 +129,7 @@ def test_without_soft_weights_a_peer_trains_as_if_alone_bit_for_bit(runs: Path, 
     assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs)
 
 
-@pytest.mark.parametrize("task", PEERS)
+@pytest.mark.parametrize("task", [*PEERS, "frozen"])
 def test_a_killed_run_goes_on_bit_for_bit(runs: Path, task: str) -> None:
     whole, cut = metrics(runs / f"{task}-whole"), metrics(runs / f"{task}-cut")
     for step, row in whole.items():
@@ -123,6 +148,21 @@ def test_losses_do_not_depend_on_ranks_accumulation_and_a_move_to_other_ranks(
     for step, row in metrics(runs / f"{task}-2x1").items():
         for key in (k for k in row if k.startswith(("loss/", "valid/"))):
             assert metrics(runs / f"{task}-{other}")[step][key] == pytest.approx(row[key], rel=1e-5, abs=1e-5)
+
+
+def test_a_causal_student_begins_as_layers_of_its_frozen_teacher_at_any_number_of_ranks(
+    runs: Path, tmp_path: Path
+) -> None:
+    whole, one = metrics(runs / "frozen-whole"), metrics(runs / "frozen-one")
+    assert whole[1]["loss/same/soft/teacher"] < 1e-6 < whole[1]["loss/half/soft/teacher"], "one is the teacher itself"
+    assert whole[6]["loss/half/soft/teacher"] < whole[1]["loss/half/soft/teacher"]
+    for key in (key for key in whole[1] if key.startswith("loss/")):
+        assert whole[1][key] == pytest.approx(one[1][key], rel=1e-5, abs=1e-6), "of weights that are the same yet"
+        assert whole[6][key] == pytest.approx(one[6][key], rel=0.02, abs=1e-3), key
+    assert final_weights(runs / "frozen-cut").keys() == {"same", "half"}
+    places = export(runs / "frozen-cut", "all", tmp_path)
+    layers = {name: AutoConfig.from_pretrained(place).num_hidden_layers for name, place in places.items()}
+    assert layers == {"same": 2, "half": 1}
 
 
 @pytest.mark.parametrize("task", PEERS)

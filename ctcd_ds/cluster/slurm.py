@@ -1,4 +1,4 @@
-"""Batch scripts for SLURM: pretraining, then export, then GLUE; what the cluster wants of them; how they are queued.
+"""Batch scripts for SLURM: pretraining, then export, then scores; what the cluster wants of them; how they are queued.
 
 A script is written once, into the run directory, beside a copy of the recipe it means: what waits in the queue does not
 change when a file is edited. Its body is that of pretrain.sbatch beside this file.
@@ -21,10 +21,11 @@ from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.owner import note_queued, owned
-from ctcd_ds.recipe import Count, Mistakes, Section, explain, read_text, read_yaml
+from ctcd_ds.recipe import Count, Mistakes, Section, explained, read_text, read_yaml
 
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
 _MARK = "# --- the job ---\n"
+_OF_EACH = ("pretrain", "export")  # jobs of one run; those that score are of all
 
 
 class SlurmSettings(Section):
@@ -79,7 +80,7 @@ def load_cluster(path: Path | None) -> SlurmSettings:
     try:
         cluster = SlurmSettings.model_validate({} if raw is None else raw)
     except ValidationError as problem:
-        raise Mistakes(f"cluster file {found}", [explain(error, SlurmSettings) for error in problem.errors()]) from None
+        raise Mistakes(f"cluster file {found}", explained(problem, SlurmSettings)) from None
     if cluster.tasks_per_node and cluster.gpus_per_node and cluster.tasks_per_node != cluster.gpus_per_node:
         raise UserError(
             f"cluster file {found}: tasks_per_node = {cluster.tasks_per_node} and gpus_per_node = "
@@ -129,11 +130,20 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """A command that scores all exports (glue, lm_eval), its options, and a shell line for the end of its script."""
+
+    command: str
+    options: Mapping[str, str]
+    closing: str = ""
+
+
+@dataclass(frozen=True)
 class Submission:
     """What is to be queued: one run, or several as a job array, in or below `folder` (absolute).
 
-    deepspeed: the JSON's text. then: what follows, 'export' and 'glue'. glue: the options of `ctcd glue`.
-    after: jobs that must end well before these runs start. closing: a shell line for the end of GLUE's script.
+    deepspeed: the JSON's text. export, scoring: what follows, one job after another.
+    after: jobs that must end well before these runs start.
     """
 
     cluster: SlurmSettings
@@ -142,10 +152,9 @@ class Submission:
     nodes: int
     deepspeed: str
     resume: bool
-    then: Sequence[str]
-    glue: Mapping[str, str] | None
+    export: bool = False
+    scoring: Sequence[Scoring] = ()
     after: Sequence[str] = ()
-    closing: str = ""
 
     @property
     def many(self) -> bool:
@@ -155,11 +164,9 @@ class Submission:
     def scripts(self) -> dict[str, str]:
         """Name → text of every script, in the order in which they run."""
         made = {"pretrain": self._pretrain()}
-        if "export" in self.then:
+        if self.export:
             made["export"] = self._export()
-        if "glue" in self.then:
-            made["glue"] = self._glue()
-        return made
+        return made | {scoring.command: self._score(scoring) for scoring in self.scoring}
 
     def _pretrain(self) -> str:
         cluster = self.cluster
@@ -191,17 +198,17 @@ class Submission:
         ]
         return "\n".join(lines) + "\n"
 
-    def _glue(self) -> str:
-        assert self.glue is not None
+    def _score(self, scoring: Scoring) -> str:
+        name = scoring.command
         models = [shlex.quote(str(run.path / "hf" / peer)) for run in self.runs for peer in run.peers]
         gpu = f"{self.cluster.gpu}:1" if self.cluster.gpus_per_node else None
-        how = {**self.glue, "output_dir": str(self.folder / "glue")}
+        how = {**scoring.options, "output_dir": str(self.folder / name)}
         lines = [
-            *self._head("glue", {"ntasks": 1, "gres": gpu, "time": self.cluster.time}, array=False),
-            "$PYTHON -m ctcd_ds.commands.glue \\",
+            *self._head(name, {"ntasks": 1, "gres": gpu, "time": self.cluster.time}, array=False),
+            f"$PYTHON -m ctcd_ds.commands.{name} \\",
             *(f"    {'--model ' if n == 0 else '        '}{model} \\" for n, model in enumerate(models)),
             "    " + " ".join(f"--{key} {shlex.quote(value)}" for key, value in how.items()),
-            *([self.closing] if self.closing else []),
+            *([scoring.closing] if scoring.closing else []),
         ]
         return "\n".join(lines) + "\n"
 
@@ -232,8 +239,8 @@ class Submission:
         try:
             self._write()
             for name in self.scripts():
-                # A task of the export array follows its own run; GLUE compares all models, and follows all exports.
-                before = [number for stage in ("export", "pretrain") if (number := ids.get(stage))][:1] or self.after
+                # A task of the export array follows its own run; scores are of all models, and follow all exports.
+                before = list(ids.values())[-1:] or self.after
                 kind = "aftercorr" if self.many and name == "export" else "afterok"
                 ids[name] = sbatch(self.folder / "slurm" / f"{name}.sbatch", before, kind)
         except (UserError, OSError) as problem:
@@ -242,7 +249,7 @@ class Submission:
                 shutil.rmtree(path, ignore_errors=True)
             raise UserError(str(problem)) from None
         for task, run in enumerate(self.runs):
-            own = {name: number for name, number in ids.items() if name != "glue" or not self.many}
+            own = {name: number for name, number in ids.items() if name in _OF_EACH or not self.many}
             note_queued(run.path, {name: f"{n}_{task}" if self.many else n for name, n in own.items()})
         return ids
 
@@ -266,7 +273,7 @@ class Submission:
         lines += [
             "",
             f"queue     squeue --jobs={','.join(ids.values())}",
-            *(f"{name:<10}tail -F {logs}/{name}-{ids[name]}{each if name != 'glue' else ''}.log" for name in ids),
+            *(f"{name:<10}tail -F {logs}/{name}-{ids[name]}{each if name in _OF_EACH else ''}.log" for name in ids),
             f"ranks     tail -F {run}/slurm/logs/{'*' if self.many else first}-0/rank-0.log",
             f"curves    tensorboard --logdir {self.folder}",
             f"the end   cat {run}/exit.json",

@@ -3,7 +3,7 @@
 ctcd experiment --experiment ds_configs/experiments/weights.yaml --size tiny --output_dir runs/weights
 
 Cells that are finished are not run again with --resume; a cell that fails does not stop the others. With --slurm every
-cell is a chain of jobs (pretraining, export, GLUE), and the last job collects them and writes the report.
+cell is a chain of jobs (pretraining, export, scores), and the last job collects them and writes the report.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> int:
     add("--output_dir", type=Path, required=True, help="for cells/, results.json and the report")
     add("--size", default="full", help="full, or tiny: a rehearsal for 2 cores on the demo text")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change base recipe keys")
-    add("--data_dir", metavar="DIR|hub", help="GLUE's files, in place of the experiment's glue.data_dir")
+    add("--data_dir", metavar="DIR|hub", help="the tasks' files, in place of the experiment's own")
     add("--cells", nargs="+", metavar="CELL", help="only these conditions, and those they need")
     add("--seeds", type=cli.whole_numbers, help="in place of the experiment's")
     add("--max_parallel", type=cli.positive, help="cells at once; left out: as many as fill GPUs or cores")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ctcd_ds import cli
-from ctcd_ds.cluster.slurm import DEFAULTS, Run, SlurmSettings, Submission, load_cluster
+from ctcd_ds.cluster.slurm import DEFAULTS, Run, Scoring, SlurmSettings, Submission, load_cluster
 from ctcd_ds.recipe import Recipe, load_recipe
 
 STAGES = ("export", "glue")
@@ -59,8 +59,8 @@ def main() -> int:
         nodes=given.nodes,
         deepspeed=given.deepspeed_config.read_text(),
         resume=given.resume,
-        then=then,
-        glue=_checked_glue(given) if "glue" in then else None,
+        export="export" in then,
+        scoring=[Scoring("glue", _checked_glue(given))] if "glue" in then else [],
     )
     if given.show:
         for name, text in submission.scripts().items():

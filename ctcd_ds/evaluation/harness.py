@@ -73,8 +73,7 @@ def run(
     settings = settings or HarnessSettings()
     if settings.num_fewshot < 0:
         raise UserError(f"--num_fewshot: {settings.num_fewshot} is below 0")
-    if find_spec("lm_eval") is None:
-        raise UserError("lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm-eval]'")
+    require()
     named = model_names(models)
     for path, _ in named:
         _refuse_other_than_causal(path)
@@ -94,6 +93,12 @@ def run(
     save(output_dir / "results.json", content)
     add_to_cards(content, lambda name: list(eval_results(name, content)))
     return content
+
+
+def require() -> None:
+    """Raises UserError where the harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-evaluation-harness is not installed: pip install 'ctcd-ds[lm-eval]'")
 
 
 def _refuse_other_than_causal(path: Path) -> None:

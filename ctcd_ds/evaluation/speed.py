@@ -138,7 +138,7 @@ class _Candidate:
         self.checkpoint = open_checkpoint(path, name)
         model, _ = load(SENTENCES, path, self.checkpoint.tokenizer, dtype=dtype)
         self.model, self.device = model.to(device).eval(), device
-        self.parameters = cost(model.config, FEW, 1.0, _auto_class(path, model.config)).parameters
+        self.parameters = cost(model.config, FEW, FEW, _auto_class(path, model.config)).parameters
         self.weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
     def step(self, batch_size: int, sequence_length: int) -> Step:

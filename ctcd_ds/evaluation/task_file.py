@@ -32,7 +32,7 @@ from ctcd_ds.evaluation.forms.words import CONLLU, MARKED
 from ctcd_ds.evaluation.metrics import OF_LABELS, OF_SCORES
 from ctcd_ds.evaluation.tables import as_text
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task, plain_name
-from ctcd_ds.recipe import Mistakes, explain, read_file
+from ctcd_ds.recipe import Mistakes, explained, read_file
 
 FILE = "task.yaml"  # in a folder given instead of a file
 
@@ -136,7 +136,7 @@ def _read(path: Path) -> TaskFile:
     try:
         file = TaskFile.model_validate(raw)
     except ValidationError as problem:
-        raise Mistakes(f"task file {path}", [explain(error, TaskFile) for error in problem.errors()]) from None
+        raise Mistakes(f"task file {path}", explained(problem, TaskFile)) from None
     if mistakes := list(_mistakes(path, file)):
         raise Mistakes(f"task file {path}", mistakes)
     return file

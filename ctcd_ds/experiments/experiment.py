@@ -6,12 +6,12 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, as_typed, count, typed
+from ctcd_ds.cli import EXIT_DONE, RunFailure, UserError, as_typed, count, names, typed
 from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.slurm import SlurmSettings, require_sbatch
 from ctcd_ds.demo.data import data_commands
@@ -114,9 +114,10 @@ def _prepared(request: Request, gpus: int) -> ExperimentPlan:
         cells = expand(experiment, base_recipe(experiment, overrides), directory)
         if mistakes := structural_mistakes(cells):  # before data is made, which takes a while
             raise Mistakes("the cells' recipes", mistakes)
+        tasks = {cell.name: cell.recipe.get("objective", {}).get("task", "mlm") for cell in cells}
+        _check_lm_eval(experiment, tasks)
         if experiment.demo_data:
-            spans = any(cell.recipe.get("objective", {}).get("task") == "span" for cell in cells)
-            make_demo_data(place, sentinels=32 if spans else 0)
+            make_demo_data(place, sentinels=32 if "span" in tasks.values() else 0)
         planned = plan_cells(experiment, cells, directory, world, device)
         _check_glue(experiment)
     about = {
@@ -146,21 +147,21 @@ def _refuse_or_resume(directory: Path, resume: bool) -> None:
 def with_data(
     experiment: Experiment, place: Path, overrides: Sequence[str], data_dir: str | None
 ) -> tuple[Experiment, list[str]]:
-    """Where the corpus and the GLUE files are: the demo's own, at `place`, unless others are given."""
+    """Where the corpus and the tasks' files are: the demo's own, at `place`, unless others are given."""
     given = any(override.split("=")[0].strip() == "corpus.path" for override in overrides)
     changes: dict[str, Any] = {}
     if experiment.demo_data and given:
         changes["demo_data"] = False
     elif experiment.demo_data:
         overrides = [f"corpus.path={place / 'corpus'}", *overrides]
-    if experiment.glue is not None:
-        demo = experiment.demo_data and data_dir is None
-        where = data_dir or (str(place / "glue") if demo else experiment.glue.data_dir)
+    for name, asked in experiment.scoring.items():
+        demo = name == "glue" and experiment.demo_data and data_dir is None
+        where = data_dir or (str(place / "glue") if demo else asked.data_dir)
         if demo and given:  # a stand-in made from the demo's text says nothing about models of another text
-            changes["glue"] = None
+            changes[name] = None
         else:
             found = where if where == "hub" else str(Path(where).resolve())  # --resume may be said from anywhere
-            changes["glue"] = experiment.glue.model_copy(update={"data_dir": found})
+            changes[name] = asked.model_copy(update={"data_dir": found})
     return experiment.model_copy(update=changes), list(overrides)
 
 
@@ -181,6 +182,22 @@ def _check_glue(experiment: Experiment) -> None:
         from ctcd_ds.evaluation.glue import load
 
         load(tuple(experiment.glue.tasks.split(",")), experiment.glue.data_dir)
+
+
+def _check_lm_eval(experiment: Experiment, tasks: Mapping[str, str]) -> None:
+    """The same for `ctcd lm-eval`; `tasks`: objective.task of each cell."""
+    if (asked := experiment.lm_eval) is None:
+        return
+    if other := [name for name, task in tasks.items() if task != "clm"]:
+        raise UserError(
+            f"lm_eval: the harness asks causal language models, and {other[0]} has objective.task: {tasks[other[0]]}; "
+            "remove the experiment's lm_eval (glue scores other models by fine-tuning)"
+        )
+    from ctcd_ds.evaluation import harness
+
+    with tempfile.TemporaryDirectory() as scratch:
+        harness.require()
+        harness.load(names(asked.tasks), Path(asked.data_dir), Path(scratch))
 
 
 def _gpus() -> int:

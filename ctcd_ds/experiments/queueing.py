@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.owner import still_queued
-from ctcd_ds.cluster.slurm import Run, SlurmSettings, Submission, cancel, head, sbatch
+from ctcd_ds.cluster.slurm import Run, Scoring, SlurmSettings, Submission, cancel, head, sbatch
 from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
-from ctcd_ds.experiments.running import GLUE_REQUEST, glue_options, glue_request, is_done
-from ctcd_ds.experiments.specification import Experiment
+from ctcd_ds.experiments.running import REQUEST, is_done, request, scoring_options
+from ctcd_ds.experiments.specification import Experiment, Glue, LmEval
 from ctcd_ds.manifest import read_json, write_atomic
 
 JOBS = Path("slurm", "jobs.json")  # in the experiment's directory: run or 'collect' → stage → job id
@@ -44,7 +44,7 @@ def queue_cells(plan: ExperimentPlan, cluster: SlurmSettings, nodes: int, collec
             if not is_done(cell, experiment):
                 needed = [queued[owner] for name in cell.cell.needs if (owner := owner_of[name]) in queued]
                 needs = [jobs.get("export", jobs["pretrain"]) for jobs in needed]
-                queued[cell.name] = _submission(cell, experiment, cluster, nodes, deepspeed, needs).queue()
+                queued[cell.name] = submission(cell, experiment, cluster, nodes, deepspeed, needs).queue()
         last = [list(jobs.values())[-1] for jobs in queued.values()]
         queued["collect"] = {"collect": _collect(directory, cluster, collecting, last)}
     except (UserError, OSError) as problem:
@@ -54,14 +54,10 @@ def queue_cells(plan: ExperimentPlan, cluster: SlurmSettings, nodes: int, collec
     return _how_to_watch(queued, directory)
 
 
-def _submission(
+def submission(
     cell: PlannedCell, experiment: Experiment, cluster: SlurmSettings, nodes: int, deepspeed: str, after: Sequence[str]
 ) -> Submission:
-    glue, exported = experiment.glue, (cell.run / "hf").exists()
-    if glue is not None:
-        (cell.run / "slurm").mkdir(parents=True, exist_ok=True)
-        (cell.run / "slurm" / GLUE_REQUEST.name).write_text(glue_request(glue), encoding="utf-8")
-    places = (shlex.quote(str(cell.run / place)) for place in (Path("slurm", GLUE_REQUEST.name), GLUE_REQUEST))
+    """The jobs of a run that is not done, behind those it needs."""
     return Submission(
         cluster=cluster,
         folder=cell.run,
@@ -69,11 +65,16 @@ def _submission(
         nodes=nodes,
         deepspeed=deepspeed,
         resume=True,
-        then=[*([] if exported else ["export"]), *(["glue"] if glue is not None else [])],
-        glue=glue_options(glue) if glue is not None else None,
+        export=not (cell.run / "hf").exists(),
+        scoring=[_scoring(cell.run, name, asked) for name, asked in experiment.scoring.items()],
         after=after,
-        closing=f"[ $? = 0 ] && cp {' '.join(places)}" if glue is not None else "",
     )
+
+
+def _scoring(run: Path, name: str, asked: Glue | LmEval) -> Scoring:
+    """A command that scores, and leaves what was asked where it went well."""
+    there = shlex.quote(str(run / name / REQUEST))
+    return Scoring(name, scoring_options(asked), f"[ $? = 0 ] && printf %s {shlex.quote(request(asked))} > {there}")
 
 
 def _collect(directory: Path, cluster: SlurmSettings, words: Sequence[str], last: Sequence[str]) -> str:

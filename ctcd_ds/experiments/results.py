@@ -29,7 +29,7 @@ class _Part(BaseModel):
 
 
 class GlueScore(_Part):
-    """One task of GLUE for one exported peer; scores are 0 to 100, as `ctcd glue` defines them.
+    """One task for one exported peer; scores are 0 to 100, as `ctcd glue` and `ctcd lm-eval` define them.
 
     median: over the fine-tuning seeds (not the experiment's seeds).
     seeds: fine-tuning seed → score.
@@ -49,7 +49,7 @@ class PeerResult(_Part):
     lowest_loss: the lowest of all looks at them during the run, where there were several: the run stopped in time.
     valid_accuracy: share (0 to 1) of held-out target positions where the likeliest token is the right one.
     valid_losses: that loss on each held-out set of other text and each source of a mixture, by name.
-    glue: task → score; empty where the experiment asks for no GLUE.
+    glue: task → score, of `ctcd lm-eval` too; empty where the experiment asks for none.
     export: the Hugging Face model directory, relative to the experiment's directory.
     """
 

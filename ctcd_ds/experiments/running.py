@@ -1,7 +1,7 @@
 """Running the cells: several at once, each by the commands that a user would type, failures kept to themselves.
 
-A cell is pretraining, export and GLUE, one process after another, with all they say in DIR/logs/CELL.log. What is done
-already (exit.json, the exports, GLUE's own results.json) is not done again.
+A cell is pretraining, export and scoring, one process after another, with all they say in DIR/logs/CELL.log. What is
+done already (exit.json, the exports, the scores' own results.json) is not done again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ctcd_ds.cli import EXIT_SAVED, RunFailure, command
 from ctcd_ds.cluster.ranks import free_port
 from ctcd_ds.ending import ending, is_finished
 from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
-from ctcd_ds.experiments.specification import Experiment, Glue
+from ctcd_ds.experiments.specification import Experiment, Glue, LmEval
 from ctcd_ds.manifest import write_atomic
 
-GLUE_REQUEST = Path("glue", "asked.json")  # in a run directory
+REQUEST = "asked.json"  # in the folder of a run that is called like the command that scored it
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def run_cells(
 
 
 def do_cell(cell: PlannedCell, plan: ExperimentPlan, machine: Machine) -> Outcome:
-    """Pretrains, exports and fine-tunes one cell; what is finished already is left."""
+    """Pretrains, exports and scores one cell; what is finished already is left."""
     experiment, directory = plan.experiment, plan.directory
     try:
         with machine.place() as environment:
@@ -156,9 +156,10 @@ def do_cell(cell: PlannedCell, plan: ExperimentPlan, machine: Machine) -> Outcom
             if not (cell.run / "hf").exists():
                 line = command("export", "--checkpoint", cell.run, "--peer", "all", "--output_dir", cell.run / "hf")
                 machine.call(cell.name, line, environment)
-            if experiment.glue is not None and not _is_scored(cell, experiment.glue):
-                machine.call(cell.name, _run_glue(cell, experiment.glue), environment)
-                write_atomic(cell.run / GLUE_REQUEST, glue_request(experiment.glue))
+            for name, asked in experiment.scoring.items():
+                if not _is_scored(cell, name, asked):
+                    machine.call(cell.name, _score(cell, name, asked), environment)
+                    write_atomic(cell.run / name / REQUEST, request(asked))
     except Stopped:
         return Outcome("waiting", "stopped early; go on with --resume")
     except (RunFailure, OSError) as failure:
@@ -179,26 +180,26 @@ def found_ending(cell: PlannedCell, experiment: Experiment) -> Outcome:
 
 def is_done(cell: PlannedCell, experiment: Experiment) -> bool:
     """Whether a run is finished, exported and scored as asked for: nothing is left to do."""
-    scored = experiment.glue is None or _is_scored(cell, experiment.glue)
+    scored = all(_is_scored(cell, name, asked) for name, asked in experiment.scoring.items())
     return is_finished(cell.run) and (cell.run / "hf").exists() and scored
 
 
-def _is_scored(cell: PlannedCell, glue: Glue) -> bool:
-    """Whether this run's exports were fine-tuned as asked for: `ctcd glue` would do nothing, after long imports."""
+def _is_scored(cell: PlannedCell, name: str, asked: Glue | LmEval) -> bool:
+    """Whether a command has scored this run's exports as asked: it would do nothing, after long imports."""
     try:
-        return (cell.run / GLUE_REQUEST).read_text(encoding="utf-8") == glue_request(glue)
+        return (cell.run / name / REQUEST).read_text(encoding="utf-8") == request(asked)
     except OSError:
         return False
 
 
-def glue_request(glue: Glue) -> str:
-    """The content of the file CELL/glue/asked.json, which is there when GLUE is done."""
-    return glue.model_dump_json(indent=1, exclude_none=True) + "\n"
+def request(asked: Glue | LmEval) -> str:
+    """The content of the file CELL/COMMAND/asked.json, which is there when the command is done."""
+    return asked.model_dump_json(indent=1, exclude_none=True) + "\n"
 
 
-def glue_options(glue: Glue) -> dict[str, str]:
-    """The options of `ctcd glue`, but for its models and its output."""
-    given: dict[str, Any] = glue.model_dump(exclude_none=True)
+def scoring_options(asked: Glue | LmEval) -> dict[str, str]:
+    """The options of a command that scores, but for its models and its output."""
+    given: dict[str, Any] = asked.model_dump(exclude_none=True)
     return {key: ",".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in given.items()}
 
 
@@ -217,10 +218,10 @@ def _pretrain(cell: PlannedCell, experiment: Experiment, directory: Path) -> lis
     return [*launcher, "--module", *line[2:]]
 
 
-def _run_glue(cell: PlannedCell, glue: Glue) -> list[str]:
+def _score(cell: PlannedCell, name: str, asked: Glue | LmEval) -> list[str]:
     models = [cell.run / "hf" / peer for peer in cell.exports]
-    options = [word for option, value in glue_options(glue).items() for word in (f"--{option}", value)]
-    return command("glue", "--model", *models, "--output_dir", cell.run / "glue", *options)
+    options = [word for option, value in scoring_options(asked).items() for word in (f"--{option}", value)]
+    return command(name, "--model", *models, "--output_dir", cell.run / name, *options)
 
 
 def places(ranks: int | None, max_parallel: int | None, gpus: int, cores: int) -> list[dict[str, str]]:

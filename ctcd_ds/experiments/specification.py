@@ -10,6 +10,7 @@
       soft:
         grid: {weight: {key: peers.student.soft.teacher, values: [1, 2, 4]}}
     compare: [{peer: student, against: alone}]
+    glue: {tasks: rte}                          # exports are fine-tuned; lm_eval: {tasks: hellaswag}: asked as they are
     tiny: {recipe: ../recipes/demo.yaml, …}     # laid over the rest by --size tiny
 
 Each entry of `cells` is a group: one condition, or one for every combination of its grid's values; each condition is
@@ -27,9 +28,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from ctcd_ds.cli import did_you_mean
+from ctcd_ds.cli import did_you_mean, names
 from ctcd_ds.experiments.results import Value
-from ctcd_ds.recipe import Mistakes, Section, apply_override, explain, read_file
+from ctcd_ds.recipe import Count, Mistakes, Section, apply_override, explained, read_file
 
 FULL = "full"
 _SIZES = ("tiny",)
@@ -101,6 +102,16 @@ class Glue(Section):
     max_eval_samples: int | None = None
 
 
+class LmEval(Section):
+    """What causal exports are asked; keys are the options of `ctcd lm-eval`. A task file lies relative to this file."""
+
+    tasks: str
+    data_dir: str = "harness_data"
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 8
+    max_eval_samples: Count | None = None
+
+
 class Experiment(Section):
     """A whole experiment at one size. Build it with `load_experiment`.
 
@@ -118,9 +129,16 @@ class Experiment(Section):
     cells: Annotated[dict[str, Group], Field(min_length=1)]
     compare: list[Compare] = Field(default_factory=list)
     glue: Glue | None = None
+    lm_eval: LmEval | None = None
     demo_data: bool = False
     note: str = ""
     tiny: dict[str, Any] | None = None
+
+    @property
+    def scoring(self) -> dict[str, Glue | LmEval]:
+        """The commands that score exports, in the order in which they run, with their options."""
+        asked = {"glue": self.glue, "lm_eval": self.lm_eval}
+        return {command: options for command, options in asked.items() if options is not None}
 
 
 def references(settings: Any) -> Iterator[dict[str, str]]:
@@ -149,10 +167,16 @@ def load_experiment(path: Path, size: str = FULL) -> Experiment:
     try:
         experiment = Experiment.model_validate(raw)
     except ValidationError as problem:
-        raise Mistakes(f"experiment {path}", [explain(error, Experiment) for error in problem.errors()]) from None
+        raise Mistakes(f"experiment {path}", explained(problem, Experiment)) from None
     if mistakes := list(_mistakes(experiment)):
         raise Mistakes(f"experiment {path}", mistakes)
-    places = {key: str((path.parent / raw[key]).resolve()) for key in ("recipe", "deepspeed_config")}
+    places: dict[str, Any] = {key: str((path.parent / raw[key]).resolve()) for key in ("recipe", "deepspeed_config")}
+    if (asked := experiment.lm_eval) is not None:
+        tasks = [
+            str((path.parent / task).resolve()) if task.endswith((".yaml", ".yml")) else task
+            for task in names(asked.tasks)
+        ]
+        places["lm_eval"] = asked.model_copy(update={"tasks": ",".join(tasks)})
     return experiment.model_copy(update=places)
 
 
@@ -192,8 +216,8 @@ def _mistakes(experiment: Experiment) -> Iterator[str]:
                 hint = did_you_mean(other, set(groups) - {name})
                 yield f"{here} needs {other!r}: no other cell has this name; {hint}"
     for number, compare in enumerate(experiment.compare):
-        for key, names in (("against", [compare.against]), ("cells", compare.cells or [])):
-            for name in names:
+        for key, named in (("against", [compare.against]), ("cells", compare.cells or [])):
+            for name in named:
                 if name not in groups:
                     yield f"compare.{number}.{key} = {name!r}: no cell has this name; {did_you_mean(name, groups)}"
     if not unknown:

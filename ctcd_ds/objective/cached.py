@@ -42,7 +42,6 @@ def with_cached(
     batch: Batch,
     graph: DistillationGraph,
     vocab_size: int,
-    temperature: float = 1.0,
 ) -> Losses:
     """The losses of one micro-batch with what peers learn from the graph's cached teachers added.
 
@@ -57,7 +56,7 @@ def with_cached(
             list(taught.values()),
             batch.soft_count,
             vocab_size,
-            float(temperature),
+            graph.tau(i, len(graph.names) - 1),  # all of them were asked at one
             (scale, cap),
         )
         added, *found = _Cached.apply(lesson, hidden[: batch.shared], weight, bias)

@@ -34,3 +34,13 @@ class Course:
         if not self.over:
             return f"{self.first:g} until {self.after:.0%} of the steps, then {self.then:g}"
         return f"{self.first:g} to {self.then:g} from {self.after:.0%} to {self.after + self.over:.0%} of the steps"
+
+
+def value_at(number: float | Course, done: float) -> float:
+    """A number that may be on a course, when `done` (0 to 1) of the run is over."""
+    return number.at(done) if isinstance(number, Course) else number
+
+
+def in_words(number: float | Course) -> str:
+    """A number that may be on a course, for people."""
+    return str(number) if isinstance(number, Course) else f"{number:g}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ def fused_objective(
     batch: Batch,
     graph: DistillationGraph,
     vocab_size: int,
-    temperature: float = 1.0,
     compiled: bool = False,
 ) -> Losses:
     """CTCD's loss over one micro-batch, all peers at once. The oracle is `reference_objective`.
@@ -60,7 +59,7 @@ def fused_objective(
     """
     after = [(p.scale, p.cap) for p in projections]
     sizes = [max(*p.hidden.shape) if p.weight is not None else len(p.hidden) for p in projections]
-    question = _Question(batch, graph, vocab_size, float(temperature), after, sizes, compiled)
+    question = _Question(batch, graph, vocab_size, after, sizes, compiled)
     flat = [tensor for p in projections for tensor in (p.hidden, p.weight, p.bias)]
     total, *terms = _Fused.apply(question, *flat)
     return Losses(total, dict(zip(graph.terms(), terms, strict=True)))
@@ -94,7 +93,6 @@ class _Question(NamedTuple):
     batch: Batch
     graph: DistillationGraph
     vocab_size: int
-    temperature: float
     caps: list[tuple[float, float | None]]  # each projection's scale and cap
     sizes: list[int]  # each one's positions or its hidden width, whichever is more: rows of its largest tile
     compiled: bool
@@ -137,13 +135,18 @@ class _Question(NamedTuple):
 
     def terms(self, learners: list[int]) -> list[_Term]:
         """All losses of some peers, with the weights of their gradients by the logits."""
-        hard = [_Term(i, None, None, self.number(self.graph.hard[i])) for i in learners if self.graph.hard[i]]
+        tau = self.graph.tau
+        hard = [_Term(i, None, None, 1.0, self.number(self.graph.hard[i])) for i in learners if self.graph.hard[i]]
         soft = [
-            _Term(i, j, self.graph.divergence(i, j), self.number(weight * self.temperature))
+            _Term(i, j, self.graph.divergence(i, j), tau(i, j), self.number(weight * tau(i, j)))
             for i, j, weight in self.graph.edges()
             if i in learners
         ]
         return hard + soft
+
+    def temperatures(self, peer: int) -> list[float]:
+        """Those at which a peer is looked at: its own, 1, and those of the edges it is in."""
+        return sorted({1.0, *(self.graph.tau(i, j) for i, j, _ in self.graph.edges() if peer in (i, j))})
 
     def ratios(self, learners: list[int]) -> dict[int, Tensor]:
         return {i: self.batch.views[i].hard_count / self.batch.soft_count for i in learners}
@@ -161,21 +164,22 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Seen(NamedTuple):
     """What is known of one peer's logits [P, V] after some tiles; all fp32.
 
-    largest [P, 1]; total [P, 1]: Σ exp(z − largest), and total_tau that of z/τ; picked [P]: z of the right token.
+    largest [P, 1]; totals: τ → Σ exp((z − largest)/τ) [P, 1]; picked [P]: z of the right token.
     """
 
     largest: Tensor
-    total: Tensor
-    total_tau: Tensor
+    totals: dict[float, Tensor]
     picked: Tensor
 
     @classmethod
-    def nothing(cls, targets: Tensor, tau: float) -> _Seen:
-        zeros = torch.zeros((len(targets), 1), device=targets.device)
-        # One tensor twice where it stays so: a compiled function is compiled anew where that changes.
-        softened = zeros if tau == 1.0 else zeros.clone()
+    def nothing(cls, targets: Tensor, temperatures: list[float]) -> _Seen:
+        zeros = torch.zeros((len(temperatures), len(targets), 1), device=targets.device)
         # The lowest finite number, not −∞: differences of two such are numbers.
-        return cls(torch.full_like(zeros, torch.finfo(torch.float32).min), zeros, softened, zeros.squeeze(1))
+        lowest = torch.full_like(zeros[0], torch.finfo(torch.float32).min)
+        return cls(lowest, dict(zip(temperatures, zeros, strict=True)), zeros[0].squeeze(1))
+
+
+_Cross: TypeAlias = tuple[int, int, float]  # (a, b, τ) of Σ exp(z_a/τ) (z_a − z_b)
 
 
 class _Fused(torch.autograd.Function):
@@ -183,24 +187,24 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, question: _Question, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        batch, graph, tau = question.batch, question.graph, question.temperature
+        batch, graph = question.batch, question.graph
         projections = question.projections(flat)
-        seen = {i: _Seen.nothing(batch.views[i].targets, tau) for group in question.groups() for i in group}
+        peers = [i for group in question.groups() for i in group]
+        seen = {i: _Seen.nothing(batch.views[i].targets, question.temperatures(i)) for i in peers}
         learning = [  # who has no loss here may have one elsewhere
             trained and i in seen and any(ctx.needs_input_grad[1 + 3 * i : 4 + 3 * i])
             for i, trained in enumerate(graph.trained)
         ]
-        divergent = {(i, j): graph.divergence(i, j) for i, j, _ in graph.edges()}
-        pairs = {pair for edge, kind in divergent.items() if (pair := kind.pair(*edge)) is not None}
-        cross = {pair: torch.zeros(batch.shared, 1, device=question.device) for pair in sorted(pairs)}
+        sums = {(*pair, graph.tau(i, j)) for i, j, _ in graph.edges() if (pair := graph.divergence(i, j).pair(i, j))}
+        cross = {asked: torch.zeros(batch.shared, 1, device=question.device) for asked in sorted(sums)}
         kept: dict[tuple[int, int], Tensor] = {}  # (peer, first column) → logits
         look = question.way(_look)
         for group in question.groups():
             for tile in question.tiles(group):
                 logits = {i: project(projections[i], slice(None), tile) for i in group}
                 place = question.place(group, tile)
-                own = {pair: cross[pair] for pair in cross if pair[0] in logits}
-                known, own = look(logits, place, {i: seen[i] for i in group}, own, tau)
+                own = {asked: cross[asked] for asked in cross if asked[0] in logits}
+                known, own = look(logits, place, {i: seen[i] for i in group}, own)
                 seen.update(known)
                 cross.update(own)
                 if any(learning[i] for i in group):
@@ -209,10 +213,10 @@ class _Fused(torch.autograd.Function):
         terms = []
         for i in graph.hard_peers():
             s, known = seen[i], batch.views[i].targets >= 0
-            surprise = s.total.log().squeeze(1) - (s.picked - s.largest.squeeze(1))
+            surprise = s.totals[1.0].log().squeeze(1) - (s.picked - s.largest.squeeze(1))
             terms.append(torch.where(known, surprise, 0.0).sum() / batch.views[i].hard_count)
         apart = _apart(projections, question, seen, cross, kept)
-        terms += [apart[i, j][0].sum() * tau**2 / batch.soft_count for i, j, _ in graph.edges()]
+        terms += [apart[i, j][0].sum() * graph.tau(i, j) ** 2 / batch.soft_count for i, j, _ in graph.edges()]
         total = torch.zeros((), device=batch.soft_count.device)
         for weight, term in zip(graph.weights(), terms, strict=True):
             total = total + weight * term
@@ -245,7 +249,7 @@ class _Fused(torch.autograd.Function):
                     logits[i] = project(projections[i], slice(None), tile) if z is None else z
                 slopes = {i: slope_of(projections[i], logits[i], tile) for i in wanted}
                 place, own = question.place(group, tile), {i: seen[i] for i in group}
-                by_logits = gradients_by(logits, place, own, ctx.slopes, terms, ratios, dtypes, question.temperature)
+                by_logits = gradients_by(logits, place, own, ctx.slopes, terms, ratios, dtypes)
                 for i in wanted:
                     gradients[i].add(projections[i], tile, by_logits[i], slopes[i])
         nothing = (None, None, None)
@@ -267,14 +271,14 @@ def _look(
     logits: dict[int, Tensor],
     place: _Place,
     seen: dict[int, _Seen],
-    cross: dict[tuple[int, int], Tensor],
-    tau: float,
-) -> tuple[dict[int, _Seen], dict[tuple[int, int], Tensor]]:
+    cross: dict[_Cross, Tensor],
+) -> tuple[dict[int, _Seen], dict[_Cross, Tensor]]:
     """`seen` and `cross` with one tile of the logits taken in. `logits`: fp32 [P, T], left as they are.
 
     Sums are those of exp(z − largest so far): where a tile has a larger logit, what was summed is shrunk to fit.
     """
-    shifted, powers, risen, now = {}, {}, {}, {}
+    shifted, risen, now = {}, {}, {}
+    powers: dict[tuple[int, float], Tensor] = {}
     for i, whole in logits.items():
         z, before = whole[:, : place.columns], seen[i]
         inside, at = _inside(place, i)
@@ -282,18 +286,17 @@ def _look(
         largest = torch.maximum(before.largest, z.amax(dim=1, keepdim=True))
         risen[i] = before.largest - largest
         shifted[i] = z - largest
-        powers[i] = torch.exp(shifted[i])
-        total = total_tau = before.total * torch.exp(risen[i]) + powers[i].sum(dim=1, keepdim=True)
-        if tau != 1.0:
-            powers[i] = torch.exp(shifted[i] / tau)
-            total_tau = before.total_tau * torch.exp(risen[i] / tau) + powers[i].sum(dim=1, keepdim=True)
-        now[i] = _Seen(largest, total, total_tau, picked)
+        totals = {}
+        for tau, total in before.totals.items():
+            powers[i, tau] = torch.exp(_softened(shifted[i], tau))
+            totals[tau] = total * torch.exp(_softened(risen[i], tau)) + powers[i, tau].sum(dim=1, keepdim=True)
+        now[i] = _Seen(largest, totals, picked)
     first, sums = slice(0, place.shared), {}
-    for a, b in cross:  # Σ exp(z_a) (z_a − z_b)
+    for a, b, tau in cross:
         both = risen[a][first] - risen[b][first]
-        old = torch.exp(risen[a][first] / tau) * (cross[a, b] + seen[a].total_tau[first] * both)
-        new = (shifted[a][first] - shifted[b][first]).mul_(powers[a][first])
-        sums[a, b] = old + new.sum(dim=1, keepdim=True)
+        old = torch.exp(_softened(risen[a][first], tau)) * (cross[a, b, tau] + seen[a].totals[tau][first] * both)
+        new = (shifted[a][first] - shifted[b][first]).mul_(powers[a, tau][first])
+        sums[a, b, tau] = old + new.sum(dim=1, keepdim=True)
     return now, sums
 
 
@@ -301,31 +304,33 @@ def _apart(
     projections: list[Projection],
     question: _Question,
     seen: dict[int, _Seen],
-    cross: dict[tuple[int, int], Tensor],
+    cross: dict[_Cross, Tensor],
     kept: dict[tuple[int, int], Tensor],
 ) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
     """Of every edge, at each shared position: how far the peers are apart, and Σ u; both fp32 [shared, 1].
 
     Where a divergence is no KL of the two, its sums need the normalisers: the logits are gone through once more.
     """
-    graph, tau, first = question.graph, question.temperature, slice(0, question.batch.shared)
+    graph, first = question.graph, slice(0, question.batch.shared)
     found, late = {}, {}
     for i, j, _ in graph.edges():
         if (pair := graph.divergence(i, j).pair(i, j)) is None:
             late[i, j] = [torch.zeros(question.batch.shared, 1, device=question.device) for _ in range(2)]
             continue
-        a, b = (seen[k].total_tau[first] for k in pair)
-        divergence = cross[pair] / a / tau - a.log() + b.log()
+        (a, b), tau = pair, graph.tau(i, j)
+        own, other = (seen[k].totals[tau][first] for k in pair)
+        divergence = cross[a, b, tau] / own / tau - own.log() + other.log()
         found[i, j] = (divergence, divergence)
     for tile in question.tiles(question.groups()[0]) if late else ():
         columns = slice(0, min(tile.stop, question.vocab_size) - tile.start)
-        logs = {}
+        shifted = {}
         for k in {k for edge in late for k in edge}:
             z = kept.get((k, tile.start))
             z = project(projections[k], first, tile) if z is None else z[first]
-            logs[k] = (z[:, columns] - seen[k].largest[first]).div_(tau).sub_(seen[k].total_tau[first].log())
+            shifted[k] = z[:, columns] - seen[k].largest[first]
         for (i, j), sums in late.items():
-            for total, part in zip(sums, graph.divergence(i, j).summands(logs[i], logs[j]), strict=True):
+            logs = (_log_softened(shifted[k], seen[k], graph.tau(i, j), first) for k in (i, j))
+            for total, part in zip(sums, graph.divergence(i, j).summands(*logs), strict=True):
                 total.add_(part.sum(dim=1, keepdim=True))
     return found | {edge: (sums[0], sums[1]) for edge, sums in late.items()}
 
@@ -336,6 +341,7 @@ class _Term(NamedTuple):
     learner: int
     teacher: int | None
     divergence: Divergence | None
+    tau: float
     weight: float | Tensor
 
 
@@ -347,7 +353,6 @@ def _gradients_by(
     terms: Sequence[_Term],
     ratios: dict[int, Tensor],
     dtypes: dict[int, torch.dtype],
-    tau: float,
 ) -> dict[int, Tensor]:
     """The gradients by one tile of the logits (fp32 [P, T], overwritten) of the peers in `dtypes`, in these dtypes.
 
@@ -355,32 +360,38 @@ def _gradients_by(
     hard_count remains), and 0 in the padding columns.
     """
     columns, first = place.columns, slice(0, place.shared)
-    p, p_tau = {}, {}
-    for i, whole in logits.items():
-        z = whole[:, :columns].sub_(seen[i].largest)
-        p[i] = torch.exp(z).div_(seen[i].total)
-        p_tau[i] = p[i] if tau == 1.0 else torch.exp(z.div_(tau)).div_(seen[i].total_tau)
+    z = {i: whole[:, :columns].sub_(seen[i].largest) for i, whole in logits.items()}
+    p = {(i, tau): torch.exp(_softened(z[i], tau)).div_(total) for i in logits for tau, total in seen[i].totals.items()}
     others = {}  # what is no KL needs logarithms, which the gradients overwrite
-    for i, j, divergence, _ in terms:
+    for i, j, divergence, tau, _ in terms:
         if divergence is not None and divergence != KL and j is not None:
-            log_p, log_q = (logits[k][first, :columns] - seen[k].total_tau[first].log() for k in (i, j))
-            _, u = divergence.summands(log_p, log_q)
-            others[i, j] = u - p_tau[i][first] * slopes[i, j]
+            _, u = divergence.summands(*(_log_softened(z[k][first], seen[k], tau, first) for k in (i, j)))
+            others[i, j] = u - p[i, tau][first] * slopes[i, j]
     found = {}
     for i in dtypes:
         gradient = logits[i].zero_()[:, :columns]
-        for learner, j, _, weight in terms:
+        for learner, j, _, tau, weight in terms:
             if learner != i:
                 continue
             if j is None:
-                _add(gradient, p[i], weight)
+                _add(gradient, p[i, tau], weight)
                 _subtract_at(gradient, *_inside(place, i), weight)
                 gradient.mul_((place.targets[i] >= 0).unsqueeze(1))
             else:
-                by_logits = others[i, j] if (i, j) in others else p_tau[i][first] - p_tau[j][first]
+                by_logits = others[i, j] if (i, j) in others else p[i, tau][first] - p[j, tau][first]
                 _add(gradient[first], by_logits.mul_(ratios[i]), weight)
         found[i] = logits[i].to(dtypes[i])
     return found
+
+
+def _softened(shifted: Tensor, tau: float) -> Tensor:
+    """Differences of logits divided by τ."""
+    return shifted if tau == 1.0 else shifted / tau
+
+
+def _log_softened(shifted: Tensor, seen: _Seen, tau: float, rows: slice) -> Tensor:
+    """The logarithms of softmax(z/τ), of some rows of a peer."""
+    return _softened(shifted, tau) - seen.totals[tau][rows].log()
 
 
 def _add(total: Tensor, other: Tensor, weight: float | Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ctcd_ds.objective.course import Course
+from ctcd_ds.objective.course import Course, in_words, value_at
 from ctcd_ds.objective.divergences import KL, Divergence
 from ctcd_ds.objective.signals import Signal
 
@@ -18,7 +18,7 @@ class DistillationGraph:
     A weight of 0 is no edge: not computed, not logged. `trained[i]` is False for a frozen peer.
     `courses[i][j]`: how the weight of edge i ← j changes over the run, if it does; `soft` then has the most it ever is.
     `divergences[i][j]`: in what peer i is to come near to j; empty: KL everywhere.
-    `temperature`: τ of all soft losses, or its end where it has a `temperature_course`.
+    `temperature`: τ of the soft losses, or how it changes; `temperatures[i][j]`: that of edge i ← j, if it has its own.
     `signals`: what is learned from the insides of peers, beside their predictions; in `soft` and `terms` is none of it.
     `cached`: so many names, the last ones, are of finished teachers without a model in the run: what they predict was
     written down before.
@@ -30,8 +30,8 @@ class DistillationGraph:
     trained: tuple[bool, ...]
     courses: tuple[tuple[Course | None, ...], ...] = ()
     divergences: tuple[tuple[Divergence, ...], ...] = ()
-    temperature: float = 1.0
-    temperature_course: Course | None = None
+    temperature: float | Course = 1.0
+    temperatures: tuple[tuple[float | Course | None, ...], ...] = ()
     signals: tuple[Signal, ...] = ()
     cached: int = 0
 
@@ -65,13 +65,18 @@ class DistillationGraph:
 
     def at(self, done: float) -> DistillationGraph:
         """The graph when `done` (0 to 1) of the run is over: every weight, and τ, is what it is then."""
-        if not self.courses and not self.signals and not self.temperature_course:
+        if not self.courses and not self.signals and not self._cools:
             return self
-        tau = self.temperature_course.at(done) if self.temperature_course else self.temperature
+        tau, own = value_at(self.temperature, done), self.temperatures
         rows = zip(self.soft, self.courses, strict=True) if self.courses else ()
         soft = tuple(tuple(c.at(done) if c else w for w, c in zip(*row, strict=True)) for row in rows) or self.soft
         signals = tuple(signal.at(done) for signal in self.signals)
-        return replace(self, soft=soft, courses=(), temperature=tau, temperature_course=None, signals=signals)
+        temperatures = tuple(tuple(x if x is None else value_at(x, done) for x in row) for row in own)
+        return replace(self, soft=soft, courses=(), temperature=tau, temperatures=temperatures, signals=signals)
+
+    @property
+    def _cools(self) -> bool:
+        return any(isinstance(tau, Course) for row in ((self.temperature,), *self.temperatures) for tau in row)
 
     @property
     def live(self) -> DistillationGraph:
@@ -87,6 +92,7 @@ class DistillationGraph:
             trained=self.trained[:n],
             courses=tuple(row[:n] for row in self.courses[:n]),
             divergences=tuple(row[:n] for row in self.divergences[:n]),
+            temperatures=tuple(row[:n] for row in self.temperatures[:n]),
             cached=0,
         )
 
@@ -109,6 +115,13 @@ class DistillationGraph:
     def divergence(self, i: int, j: int) -> Divergence:
         """In what peer i is to come near to peer j."""
         return self.divergences[i][j] if self.divergences else KL
+
+    def tau(self, i: int, j: int) -> float:
+        """The temperature of edge i ← j, of the graph at a step (`at`)."""
+        own = self.temperatures[i][j] if self.temperatures else None
+        tau = self.temperature if own is None else own
+        assert not isinstance(tau, Course)
+        return tau
 
     def distilling(self) -> set[str]:
         """The peers that teach another or learn from one."""
@@ -141,5 +154,7 @@ class DistillationGraph:
     def said(self, i: int, j: int) -> str:
         """The weight of edge i ← j in words."""
         course = self.courses[i][j] if self.courses else None
+        tau = self.temperatures[i][j] if self.temperatures else None
         kind = "" if (divergence := self.divergence(i, j)) == KL else f" ({divergence})"
-        return (str(course) if course else f"{self.soft[i][j]:g}") + kind
+        own = "" if tau is None else f", temperature {in_words(tau)}"
+        return in_words(course or self.soft[i][j]) + kind + own

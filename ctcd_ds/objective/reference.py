@@ -17,7 +17,6 @@ def reference_objective(
     logits: Sequence[Tensor],
     targets: Tensor | Sequence[Tensor],
     graph: DistillationGraph,
-    temperature: float = 1.0,
     shared: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CTCD's loss over one set of positions (arXiv 2311.02849; our formulas in docs/architecture.md).
@@ -46,6 +45,7 @@ def reference_objective(
         total = total + graph.hard[i] * ce
 
     for i, j, weight in graph.edges() if shared != 0 else ():
+        temperature = graph.tau(i, j)
         log_p = torch.log_softmax(logits[i][:shared].double() / temperature, dim=-1)
         log_q = torch.log_softmax(logits[j][:shared].detach().double() / temperature, dim=-1)
         possible = torch.isfinite(log_q) & torch.isfinite(log_p)  # 0 · log 0 = 0

@@ -23,12 +23,12 @@ Result = TypeVar("Result")
 class Cost(NamedTuple):
     """Parameters with and without embeddings (tied output embeddings count once), and FLOPs per token.
 
-    `forward_flops`: multiply-adds count two; the head at `head_fraction` of the positions (and the decoder of a
-    sequence-to-sequence model, which is asked at all of its own). Training costs three times that (backward is two
-    forwards), a frozen peer once. `largest`: values of the largest parameter.
+    `forward_flops`: multiply-adds count two; the head where it is asked. Training costs three times that (backward is
+    two forwards), a frozen peer once. `largest`: values of the largest parameter.
     `activations`: values per token that its layers put out, which backward needs; `checkpointed`: of these, what is
     there at once with activation checkpointing: all inputs of layers, one layer run again, and what lies outside them
-    (None: transformers cannot).
+    (None: transformers cannot). `head_flops`: of `forward_flops` those of the output embedding, where it is left to the
+    objective; 0 where the model runs it itself.
     """
 
     parameters: int
@@ -37,29 +37,41 @@ class Cost(NamedTuple):
     largest: int
     activations: float
     checkpointed: float | None
+    head_flops: float
 
 
-def cost(config: Any, sequence_length: int, head_fraction: float, auto: Any) -> Cost:
-    """The cost of a model of the Auto class `auto` with this config at this row length.
+def cost(config: Any, length: int, asked: int, auto: Any, decoder_length: int | None = None) -> Cost:
+    """The cost of a model of the Auto class `auto` with this config, on rows of `length` tokens.
 
-    Attention counts in full, whatever its kernel, and of experts those that a token is sent to. Counted once for equal
-    configs: experiments ask for many. Raises UserError where the model cannot run on a row of tokens.
+    `asked`: positions at which its head runs. `decoder_length`: tokens that a decoder with an encoder before it reads
+    (None: as many). Attention counts in full, whatever its kernel, and of experts those that a token is sent to.
+    Counted once for equal configs: experiments ask for many. Raises UserError where the model cannot run on such rows.
     """
-    key = config.to_json_string(use_diff=False), sequence_length, round(head_fraction * sequence_length), auto
+    key = config.to_json_string(use_diff=False), length, asked, auto, decoder_length or length
     if key not in _COUNTED:
         _COUNTED[key] = _count(config, *key[1:])
     return _COUNTED[key]
 
 
-_COUNTED: dict[tuple[str, int, int, Any], Cost] = {}
+_COUNTED: dict[tuple[str, int, int, Any, int], Cost] = {}
 
 
-def _count(config: Any, sequence_length: int, positions: int, auto: Any) -> Cost:
+def _count(config: Any, length: int, asked: int, auto: Any, decoder_length: int) -> Cost:
     try:
-        return without_memory(lambda: _counted(config, auto, sequence_length, positions))
+        return without_memory(lambda: _counted(config, length, asked, auto, decoder_length))
     except Exception as problem:
         kind = type(config).__name__.removesuffix("Config")
-        raise UserError(f"{kind} cannot run on a row of {sequence_length} tokens: {one_line(problem)}") from None
+        said = _odd_heads(config) or one_line(problem)
+        raise UserError(f"{kind} cannot run on a row of {length} tokens: {said}") from None
+
+
+def _odd_heads(config: Any) -> str | None:
+    """The likeliest reason in a small model: where the config leaves the key heads out, its class has a large one's."""
+    own = config.get_text_config()
+    heads, keys = getattr(own, "num_attention_heads", None), getattr(own, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(keys, int) and (keys < 1 or heads % keys):
+        return f"num_key_value_heads = {keys} does not divide num_attention_heads = {heads}; give both"
+    return None
 
 
 def without_memory(look: Callable[[], Result]) -> Result:
@@ -94,18 +106,15 @@ def _places() -> Iterator[Any]:
     yield nullcontext()
 
 
-def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
-    from transformers import AutoModelForSeq2SeqLM
-
+def _counted(config: Any, length: int, asked: int, auto: Any, decoder_length: int) -> Cost:
     model = plain_model(config, auto)
     model.eval().requires_grad_(False)
     word = config.get_text_config().vocab_size // 2
-    written = positions if auto is AutoModelForSeq2SeqLM else length
-    inputs = as_inputs(model.config, torch.full((1, length), word), torch.full((1, written), word))
+    inputs = as_inputs(model.config, torch.full((1, length), word), torch.full((1, decoder_length), word))
     sizes = [p.numel() for p in model.parameters()]
     embeddings = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     values = _Values(model)
-    flops = _flops(model, inputs, torch.arange(positions), values)
+    flops, head = _flops(model, inputs, torch.arange(asked), values)
     everything = values.outside + sum(values.inside)
     at_once = values.outside + sum(values.entered) + max(values.inside, default=0)
     return Cost(
@@ -115,6 +124,7 @@ def _counted(config: Any, auto: Any, length: int, positions: int) -> Cost:
         max(sizes),
         everything / length,
         at_once / length if can_checkpoint(model) else None,
+        head / length,
     )
 
 
@@ -155,8 +165,9 @@ class _Values:
             self.outside += size
 
 
-def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: _Values) -> int:
-    """Of one forward with logits at `positions`; the fastest way that runs is the one that training takes."""
+def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: _Values) -> tuple[int, int]:
+    """(of one forward with logits at `positions`, of these what the objective does of it); the fastest way that runs is
+    the one that training takes."""
     from torch.utils.flop_counter import FlopCounterMode
 
     problem: Exception | None = None
@@ -171,6 +182,6 @@ def _flops(model: Any, inputs: Mapping[str, Tensor], positions: Tensor, values: 
                 continue
         if len(projection.hidden) == len(positions):  # ProphetNet's head has more rows: of several next tokens
             last = 0 if projection.weight is None else 2 * len(positions) * projection.weight.numel()
-            return int(counter.get_total_flops()) + last
+            return int(counter.get_total_flops()) + last, last
     assert problem is not None
     raise problem

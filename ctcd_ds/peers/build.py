@@ -54,11 +54,12 @@ def seed_of(*parts: object) -> int:
 def peer_config(section: PeerSection, corpus: Corpus, auto: Any, peers: Mapping[str, PeerSection] | None = None) -> Any:
     """The peer's Hugging Face config, with the corpus's vocabulary (padded) and special ids.
 
-    `auto`: the task's Auto class of transformers; BERT and its like are causal only where their config says so.
+    `auto`: the task's Auto class of transformers. Where its model writes a text without an encoder's help, BERT and its
+    like must be told (`is_decoder`).
     `peers`: all of the run, of which one may begin as layers of another. Raises UserError with what transformers
     refuses.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoConfig
 
     if section.init_from is not None:
         return with_layers(peer_config(_source(section, peers), corpus, auto, peers), section.init_from.layers)
@@ -79,10 +80,11 @@ def peer_config(section: PeerSection, corpus: Corpus, auto: Any, peers: Mapping[
         for role, number in _roles(special).items():
             setattr(part, f"{role}_token_id", None if number == ABSENT else number)
     set_vocabulary(config, padded(rows))
-    if auto is AutoModelForCausalLM and hasattr(config, "is_decoder"):
-        config.is_decoder = True
-    if auto is AutoModelForSeq2SeqLM:
+    kind = auto._model_mapping.get(type(config), None)
+    if config.is_encoder_decoder:
         config.decoder_start_token_id = special.pad
+    elif hasattr(config, "is_decoder") and kind is not None and kind.can_generate():
+        config.is_decoder = True
     return config
 
 

@@ -83,8 +83,8 @@ class CoTraining(nn.Module):
             with torch.set_grad_enabled(trained and torch.is_grad_enabled()), watch as states:
                 projections.append(project_positions(peer, view.inputs, view.positions))
                 seen.append(states)
-        losses = fused_objective(projections, batch, live, self.vocab_size, graph.temperature, self.compiled)
-        losses = with_cached(losses, projections, batch, graph, self.vocab_size, graph.temperature)
+        losses = fused_objective(projections, batch, live, self.vocab_size, self.compiled)
+        losses = with_cached(losses, projections, batch, graph, self.vocab_size)
         return self.signals.added(losses, seen, graph) if self.signals else losses
 
     def compile_parts(self) -> None:

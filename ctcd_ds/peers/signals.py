@@ -5,9 +5,11 @@ A map belongs to the learner: it is in its optimizer groups, clipped with it, in
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -87,14 +89,34 @@ def signal_mistakes(graph: DistillationGraph, shapes: Mapping[str, Shapes]) -> I
             yield f"peers.{learner}.{signal.kind}.{teacher}{said}"
 
 
-def map_parameters(graph: DistillationGraph, shapes: Mapping[str, Shapes]) -> int:
-    """Values of all maps, where nothing is wrong with the signals."""
-    return sum(
-        a * b
-        for signal in graph.signals
-        for a, b in _widths(signal, *(shapes[graph.names[n]] for n in (signal.learner, signal.teacher)))
-        if a != b
-    )
+class SignalCost(NamedTuple):
+    """Values of all maps, and training FLOPs of one row. A signal counts as if its weight were never 0."""
+
+    parameters: int = 0
+    flops: int = 0
+
+
+def signal_cost(graph: DistillationGraph, shapes: Mapping[str, Shapes], lengths: Sequence[int]) -> SignalCost:
+    """What signals cost, where nothing is wrong with them. `lengths`: tokens of a row in each stack.
+
+    Matrix products only, as in `accounting.cost`. A map from a to b values is one of 2·a·b FLOPs a token forward, and
+    two backward. A relation of two operands W wide (all heads together) is 2·L²·W for the scores of each of the two
+    peers, and as much for the gradient by each of the learner's operands; the backward pass only scales those.
+    """
+    parameters = flops = 0
+    for signal in graph.signals:
+        own, other = (shapes[graph.names[n]] for n in (signal.learner, signal.teacher))
+        compared = _compared(signal, own, other)
+        if isinstance(signal, Hidden):
+            for (stack, *_), (mine, theirs) in zip(compared, _widths(signal, own, other), strict=True):
+                if mine != theirs:
+                    parameters += mine * theirs
+                    flops += 3 * 2 * lengths[stack] * mine * theirs
+        elif isinstance(signal, Relations):
+            [(_, a, b)] = compared
+            for n, _ in (OPERANDS[kind] for kind in signal.of):
+                flops += 2 * lengths[0] ** 2 * (3 * own.attention[a - 1][n] + other.attention[b - 1][n])
+    return SignalCost(parameters, flops)
 
 
 def _mistakes(signal: Signal, shapes: Mapping[str, Shapes]) -> Iterator[str]:
@@ -107,6 +129,12 @@ def _mistakes(signal: Signal, shapes: Mapping[str, Shapes]) -> Iterator[str]:
         return
     assert isinstance(signal, Relations)
     for name, s in shapes.items():
+        if len(s.hidden) > 1:
+            yield (
+                f": {name} has an encoder and a decoder, whose attention is not told apart; learn from its hidden "
+                "states instead"
+            )
+            return
         if len(s.attention) != len(s.hidden[0]) - 1:
             shown = f"{len(s.attention)} of {count(len(s.hidden[0]) - 1, 'layer')}" if s.attention else "no layer"
             yield (
@@ -115,13 +143,17 @@ def _mistakes(signal: Signal, shapes: Mapping[str, Shapes]) -> Iterator[str]:
             )
             return
     yield from _beyond("layer", signal.layer, {name: len(s.attention) for name, s in shapes.items()}, 1)
+    common = math.gcd(*(width for s in shapes.values() for widths in s.attention for width in widths))
     for name, s in shapes.items():
         query, key, _ = s.attention[-1]
         if "query-key" in signal.of and query != key:
             yield f".of: query-key: {name} has queries of {query} values and keys of {key}; leave it out"
         asked = {widths[n] for widths in s.attention for kind in signal.of for n in OPERANDS[kind]}
         if odd := sorted(width for width in asked if width % signal.heads):
-            yield f".heads = {signal.heads}: does not divide {odd[0]}, the width of {name}'s queries, keys or values"
+            yield (
+                f".heads = {signal.heads}: does not divide {odd[0]}, the width of {name}'s queries, keys or values; "
+                f"take {common} or what divides it"
+            )
 
 
 def _beyond(key: str, stated: Any, depths: Mapping[str, int], first: int) -> Iterator[str]:
@@ -129,7 +161,7 @@ def _beyond(key: str, stated: Any, depths: Mapping[str, int], first: int) -> Ite
     for pair in () if isinstance(stated, str) else [stated] if isinstance(stated[0], int) else stated:
         for layer, (name, depth) in zip(pair, depths.items(), strict=True):
             if not first <= layer <= depth:
-                yield f".{key} = {stated}: layer {layer} of {name}: it has {first} to {depth}"
+                yield f".{key} = {json.dumps(stated)}: layer {layer} of {name}: it has {first} to {depth}"
 
 
 def _compared(signal: Signal, own: Shapes, other: Shapes) -> Compared:

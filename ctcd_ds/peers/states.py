@@ -118,6 +118,8 @@ def shapes_of(model: Any) -> Shapes:
         double(**inputs, **uncached(double))
     hidden = [list(stack.values()) for stack in seen.hidden]
     if not hidden or not all(isinstance(x, Tensor) and x.shape[:-1] == (2, 8) for stack in hidden for x in stack):
-        raise UserError(f"{kind} gives out no hidden state for each of its tokens (output_hidden_states)")
+        raise UserError(
+            f"{kind} gives out no hidden state for each of its tokens (output_hidden_states); learn from predictions"
+        )
     widths = [tuple(x.shape[1] * x.shape[3] for x in layer) for layer in seen.attention.values()]
     return Shapes([[x.shape[-1] for x in stack] for stack in hidden], widths)  # type: ignore[arg-type]

@@ -81,11 +81,6 @@ print(write("A piece of", **whole)[0]["generated_text"])""",
             inputs["position_ids"] = positions_by_document(tokens[:, :-1], self.corpus.special.end)
         return self.cut(inputs, tokens[:, 1:], seed, epochs, rows, micro_batch)
 
-    @staticmethod
-    def asked(recipe: Recipe, peer: str) -> int:
-        """All positions."""
-        return recipe.corpus.sequence_length
-
     def describe(self) -> str:
         """What is asked of all peers."""
         return (

@@ -29,6 +29,11 @@ class AskedEverywhere(Task):
         """Each peer's label noise."""
         return {name: LabelNoise.of(name, peer, corpus) for name, peer in recipe.peers.items()}
 
+    @classmethod
+    def asked(cls, recipe: Recipe, peer: str) -> int:
+        """All positions."""
+        return cls.decoder_length(recipe)
+
     def cut(
         self,
         inputs: Mapping[str, np.ndarray],

@@ -140,8 +140,8 @@ print(fill(f"A {tokenizer.mask_token} of text."))""",
         distilling = {own for own in self.masks.values() if own.distils}
         return bool(distilling) and (self.everywhere or len(distilling) > 1)
 
-    @staticmethod
-    def asked(recipe: Recipe, peer: str) -> int:
+    @classmethod
+    def asked(cls, recipe: Recipe, peer: str) -> int:
         """At how many positions of a row this peer gives logits, at most."""
         length, own = recipe.corpus.sequence_length, recipe.peers[peer].mask_fraction
         if recipe.objective.soft_positions == "all" and peer in recipe.graph().distilling():

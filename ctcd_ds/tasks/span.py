@@ -165,9 +165,9 @@ print(tokenizer.decode(model.generate(**question, max_new_tokens=20)[0]))""",
         written = pairs[np.stack([gone & begins, gone], axis=2)].reshape(len(tokens), -1)
         return np.concatenate([left, end], axis=1), np.concatenate([written, end], axis=1)
 
-    @staticmethod
-    def asked(recipe: Recipe, peer: str) -> int:
-        """All positions of the decoder."""
+    @classmethod
+    def decoder_length(cls, recipe: Recipe) -> int:
+        """A sentinel a span, what it stands for, the end."""
         return Spans.of(recipe.corpus).decoder
 
     def describe(self) -> str:

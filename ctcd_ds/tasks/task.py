@@ -53,9 +53,14 @@ class Task(ABC):
         """UTF-8 bytes of text that a target stands for, where the targets are the text; else None."""
         return None
 
-    @staticmethod
+    @classmethod
+    def decoder_length(cls, recipe: Recipe) -> int:
+        """Tokens of a row that a decoder reads, behind an encoder that reads `sequence_length`."""
+        return recipe.corpus.sequence_length
+
+    @classmethod
     @abstractmethod
-    def asked(recipe: Recipe, peer: str) -> int:
+    def asked(cls, recipe: Recipe, peer: str) -> int:
         """At how many positions of a row this peer gives logits, at most."""
 
     @abstractmethod

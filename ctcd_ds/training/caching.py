@@ -22,6 +22,7 @@ from ctcd_ds.corpus.workplace import locked, same_plan
 from ctcd_ds.kinds import folder_kind
 from ctcd_ds.manifest import read_manifest, sampled_entry, sync_directory, write_manifest
 from ctcd_ds.objective.cached import draw
+from ctcd_ds.objective.course import value_at
 from ctcd_ds.objective.projection import chunks, project
 from ctcd_ds.peers.build import DTYPES, build_peer, weights_sha256
 from ctcd_ds.peers.heads import project_positions
@@ -145,7 +146,7 @@ def _answers(
     plan: Plan, peer: str, teacher: Any, draws: int, first: int, count: int, device: torch.device
 ) -> Iterator[np.ndarray]:
     """The records of `count` micro-batches from number `first` on, each [rows · positions]."""
-    cut, seed, tau = Cut(plan.deepspeed.micro_batch), plan.recipe.seed, plan.recipe.graph().temperature
+    cut, seed, tau = Cut(plan.deepspeed.micro_batch), plan.recipe.seed, value_at(plan.recipe.graph().temperature, 0.0)
     peers, positions, vocab_size = list(plan.recipe.peers), plan.task.asked(plan.recipe, peer), plan.corpus.vocab_size
     for number in range(first, first + count):
         (batch,) = cut.batches(plan.rows, plan.task, seed, number)

@@ -15,11 +15,12 @@ from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.manifest import read_json
+from ctcd_ds.objective.course import in_words
 from ctcd_ds.objective.fused import logits_bytes
 from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.peers.build import config_mistakes, missing_weights, padded, peer_config
 from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
-from ctcd_ds.peers.signals import map_parameters, signal_mistakes, watched
+from ctcd_ds.peers.signals import SignalCost, signal_cost, signal_mistakes, watched
 from ctcd_ds.peers.states import planned_shapes
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
@@ -38,7 +39,7 @@ class Plan:
 
     `sections`: the recipe's peers, or how they begin again in a run that has a checkpoint (`make_plan`).
     `begun`: peer → the weights that its checkpoint does not hold and that begin as random numbers, where there are any.
-    `maps`: values that are learned beside the peers (`peers/signals.py`).
+    `signals`: what is learned, and done, beside the peers (`peers/signals.py`).
     `new_tokens`: peer → the corpus's tokens that its checkpoint does not know, where there are any.
     `teachers`: the cached ones, where the recipe has some.
     """
@@ -57,7 +58,7 @@ class Plan:
     sections: Mapping[str, PeerSection]
     begun: dict[str, list[str]]
     new_tokens: dict[str, list[int]]
-    maps: int
+    signals: SignalCost
     teachers: CachedTeachers | None
 
     @property
@@ -66,8 +67,13 @@ class Plan:
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs per token over all peers: backward is two forwards; a frozen peer has none."""
-        return sum(c.forward_flops * (1 if self.recipe.peers[name].frozen else 3) for name, c in self.costs.items())
+        """Training FLOPs per token: of all peers, and `flops_beside`."""
+        return sum(peer_flops(self.recipe, self.costs).values()) + self.flops_beside
+
+    @property
+    def flops_beside(self) -> float:
+        """Training FLOPs per token of cached teachers, hidden states and relations."""
+        return flops_beside(self.recipe, self.costs, self.signals)
 
     @property
     def work_flops_per_token(self) -> float:
@@ -78,7 +84,8 @@ class Plan:
     @property
     def trained(self) -> int:
         """Parameters that are trained, of all peers and maps."""
-        return self.maps + sum(c.parameters for name, c in self.costs.items() if not self.recipe.peers[name].frozen)
+        peers = (c.parameters for name, c in self.costs.items() if not self.recipe.peers[name].frozen)
+        return self.signals.parameters + sum(peers)
 
     @property
     def work(self) -> Work:
@@ -134,7 +141,8 @@ def make_plan(
             try:
                 new_tokens[name] = _new_tokens(section, corpus)
             except UserError as mistake:
-                said = [f"{section.checkpoint_key} = {section.checkpoint!r}: its tokenizer {mistake}"]
+                place = f"{section.checkpoint_key} = {section.checkpoint!r}"
+                said = [f"{place}: its tokenizer {mistake}; prepare the corpus with the tokenizer of this checkpoint"]
         mistakes += [f"peers.{name}.{mistake}" for mistake in said]
     begun: dict[str, list[str]] = {}
     if not mistakes:
@@ -164,28 +172,44 @@ def make_plan(
     costs: dict[str, Cost] = {}
     for name, peer in configs.items():
         try:
-            costs[name] = cost(peer, length, task.asked(recipe, name) / length, auto)
+            costs[name] = cost(peer, length, task.asked(recipe, name), auto, task.decoder_length(recipe))
         except UserError as mistake:
             mistakes.append(f"peers.{name}: {mistake}")
     if recipe.training.activation_checkpointing:
         mistakes += _checkpointing_mistakes(recipe, configs, costs)
-    maps, said = _signals(recipe, configs, auto) if not mistakes else (0, [])
+    signals, said = signals_of(recipe, configs) if not mistakes else (SignalCost(), [])
     if mistakes := mistakes + said:
         raise Mistakes("this run", mistakes)
-    begun_with = (sections, begun, new_tokens, maps, teachers)
+    begun_with = (sections, begun, new_tokens, signals, teachers)
     return Plan(recipe, corpus, config, world, device, rows, valid, task, configs, costs, steps, *begun_with)
 
 
-def _signals(recipe: Recipe, configs: Mapping[str, Any], auto: Any) -> tuple[int, list[str]]:
-    """(values of the maps that are learned beside the peers, what is to be learned from insides and is not there)."""
-    graph, shapes, mistakes = recipe.graph(), {}, []
+def peer_flops(recipe: Recipe, costs: Mapping[str, Cost]) -> dict[str, float]:
+    """Training FLOPs per token of each peer: backward is two forwards; a frozen peer has none."""
+    return {name: c.forward_flops * (1 if recipe.peers[name].frozen else 3) for name, c in costs.items()}
+
+
+def flops_beside(recipe: Recipe, costs: Mapping[str, Cost], signals: SignalCost) -> float:
+    """Training FLOPs per token of what is learned beside live peers' predictions.
+
+    For cached teachers a learner's output embedding runs once more, forward and backward (`objective/cached.py`).
+    """
+    graph = recipe.graph()
+    again = sum(3 * costs[graph.names[i]].head_flops for i in graph.lessons())
+    return again + signals.flops / recipe.corpus.sequence_length
+
+
+def signals_of(recipe: Recipe, configs: Mapping[str, Any]) -> tuple[SignalCost, list[str]]:
+    """(what a recipe's signals cost, what is to be learned from insides and is not there)."""
+    graph, shapes, mistakes, task = recipe.graph(), {}, [], TASKS[recipe.objective.task]
     for name in watched(graph):
         try:
-            shapes[name] = planned_shapes(configs[name], auto)
+            shapes[name] = planned_shapes(configs[name], task.auto_class())
         except UserError as mistake:
             mistakes.append(f"peers.{name}: {mistake}")
-    mistakes = mistakes or list(signal_mistakes(graph, shapes))
-    return (0 if mistakes else map_parameters(graph, shapes)), mistakes
+    if mistakes := mistakes or list(signal_mistakes(graph, shapes)):
+        return SignalCost(), mistakes
+    return signal_cost(graph, shapes, (recipe.corpus.sequence_length, task.decoder_length(recipe))), []
 
 
 def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: Mapping[str, Cost]) -> list[str]:
@@ -313,9 +337,9 @@ def describe(plan: Plan) -> str:
     recipe, config, graph = plan.recipe, plan.deepspeed, plan.recipe.graph()
     training = recipe.training
     lines = [f"{'peer':<14}{'architecture':<14}{'parameters':>12}{'w/o embed.':>12}  {'FLOPs/token':>12}  source"]
+    peers = peer_flops(recipe, plan.costs)
     for name, section in recipe.peers.items():
-        c, model_type = plan.costs[name], plan.configs[name].model_type
-        flops = c.forward_flops * (1 if section.frozen else 3)
+        c, model_type, flops = plan.costs[name], plan.configs[name].model_type, peers[name]
         source = f"{section.origin or 'from scratch'}{', frozen' if section.frozen else ''}"
         sizes = f"{c.parameters:>12,}{c.without_embeddings:>12,}  {flops / 1e6:>10.1f} M"
         lines.append(f"{name:<14}{model_type:<14}{sizes}  {source}")
@@ -331,18 +355,25 @@ def describe(plan: Plan) -> str:
         "",
         *_corpora(plan),
         f"vocabulary     {plan.corpus.vocab_size:,}, {padded(plan.corpus.vocab_size):,} inside the models",
-        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature "
-        f"{graph.temperature_course or f'{graph.temperature:g}'}",
+        f"targets        {plan.task.describe()} ({recipe.objective.task}), temperature {in_words(graph.temperature)}",
         f"batch          {training.global_batch_rows} rows = {count(plan.world, 'rank')} × "
         f"{count(config.micro_batch, 'row')} × {config.accumulation} accumulation",
         f"length         {plan.steps:,} steps, {rows_seen:,} rows, "
         f"{tokens:,} tokens, {tokens * plan.flops_per_token:.3g} FLOPs",
-        f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed)",
+        f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed"
+        f"{_beside(plan)})",
         f"DeepSpeed      ZeRO {config.stage}, {config.precision}",
         f"checkpoints    about {checkpoint_bytes(plan) / GIB:.2f} GiB each",
         f"memory a rank  {states / GIB:.2f} GiB model states, about {activations / GIB:.2f} GiB activations (estimate)",
     ]
     return "\n".join(lines)
+
+
+def _beside(plan: Plan) -> str:
+    """What of the FLOPs is no peer's own."""
+    named = (("cached teachers", plan.recipe.cached_teachers), ("hidden states and relations", plan.signals.flops))
+    said = ", ".join(name for name, there in named if there)
+    return f"; {plan.flops_beside / 1e6:.2f} M for {said}" if said else ""
 
 
 def _vocabularies(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from ctcd_ds.peers.accounting import Cost, cost
 from ctcd_ds.recipe import flat, is_corpus_place
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.training import checkpoint
+from ctcd_ds.training.plan import flops_beside, peer_flops, signals_of
 
 QUESTION = "How did the models learn, alone and together?"
 
@@ -74,7 +75,7 @@ def _cell(condition: str, run: LoggedRun) -> Cell:
     done = int(run.rows[-1]["step"]) if run.rows else 0
     costs = _costs(run)
     tokens = done * recipe.training.global_batch_rows * recipe.corpus.sequence_length
-    flops = tokens * sum(c.forward_flops * (1 if recipe.peers[n].frozen else 3) for n, c in costs.items())
+    flops = tokens * _flops_per_token(run, costs)
     reason = ended.reason if ended is not None else f"not ended; step {done} is the last that was logged"
     return Cell(
         name=str(run.directory.path),
@@ -92,20 +93,31 @@ def _cell(condition: str, run: LoggedRun) -> Cell:
     )
 
 
+def _flops_per_token(run: LoggedRun, costs: Mapping[str, Cost]) -> float:
+    if not costs:
+        return 0.0
+    signals, _ = signals_of(run.recipe, _configs(run))
+    return sum(peer_flops(run.recipe, costs).values()) + flops_beside(run.recipe, costs, signals)
+
+
 def _costs(run: LoggedRun) -> dict[str, Cost]:
-    """What each peer costs, from the configs that every run keeps; nothing where they are gone."""
+    """What each peer costs; nothing where their configs are gone."""
+    recipe, task = run.recipe, TASKS[run.recipe.objective.task]
+    length = recipe.corpus.sequence_length
+    return {
+        name: cost(config, length, task.asked(recipe, name), task.auto_class(), task.decoder_length(recipe))
+        for name, config in _configs(run).items()
+    }
+
+
+def _configs(run: LoggedRun) -> dict[str, Any]:
+    """Those of all peers, which every run keeps; nothing where they are gone."""
     from transformers import AutoConfig
 
-    recipe, found = run.recipe, {}
-    length = recipe.corpus.sequence_length
-    for name in recipe.peers:
-        place = run.directory.peers / name
-        if not (place / "config.json").is_file():
-            return {}
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        task = TASKS[recipe.objective.task]
-        found[name] = cost(config, length, task.asked(recipe, name) / length, task.auto_class())
-    return found
+    places = {name: run.directory.peers / name for name in run.recipe.peers}
+    if not all((place / "config.json").is_file() for place in places.values()):
+        return {}
+    return {n: AutoConfig.from_pretrained(place, trust_remote_code=False) for n, place in places.items()}
 
 
 def _peers(run: LoggedRun, costs: Mapping[str, Cost]) -> dict[str, PeerResult]:
