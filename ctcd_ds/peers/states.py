@@ -98,9 +98,12 @@ def _attention_noted(model: Any, seen: dict[int, Attention], wanted: Collection[
 
 
 def planned_shapes(config: Any, auto: Any) -> Shapes:
-    """`shapes_of` a model that is not built yet. Raises UserError where it gives out no hidden states."""
+    """`shapes_of` a model that is not built yet. Raises UserError where it gives out no hidden states.
+
+    Without a twin: a copy of tensors that have no memory (torch's FakeTensorMode) would write where none is.
+    """
     try:
-        return without_memory(lambda: shapes_of(plain_model(config, auto)))
+        return without_memory(lambda: _shapes(plain_model(config, auto)))
     except UserError:
         raise
     except Exception as problem:  # whatever an architecture says when it is asked for its hidden states
@@ -112,10 +115,13 @@ def shapes_of(model: Any) -> Shapes:
 
     Raises UserError where it gives out no hidden state for each of its tokens.
     """
-    double, kind = twin(model).eval(), type(model).__name__
-    inputs = few_tokens(double, rows=2, tokens=8)
-    with torch.no_grad(), torch.random.fork_rng([]), watching(double, None, None) as seen:
-        double(**inputs, **uncached(double))
+    return _shapes(twin(model))
+
+
+def _shapes(model: Any) -> Shapes:
+    inputs, kind = few_tokens(model.eval(), rows=2, tokens=8), type(model).__name__
+    with torch.no_grad(), torch.random.fork_rng([]), watching(model, None, None) as seen:
+        model(**inputs, **uncached(model))
     hidden = [list(stack.values()) for stack in seen.hidden]
     if not hidden or not all(isinstance(x, Tensor) and x.shape[:-1] == (2, 8) for stack in hidden for x in stack):
         raise UserError(
