@@ -25,7 +25,7 @@ from ctcd_ds.evaluation.forms.form import Encoded, Form
 from ctcd_ds.evaluation.forms.words import entities, entity_f1
 from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.task_file import own_tasks
-from ctcd_ds.experiments.running import glue_options
+from ctcd_ds.experiments.running import scoring_options
 from ctcd_ds.experiments.specification import Glue
 from glue_files import BAD, GOOD, write_causal, write_glue, write_model
 
@@ -256,7 +256,7 @@ def test_a_curve_is_a_row_of_the_table_for_each_number(home: Path, tmp_path: Pat
 
 
 def test_an_experiment_asks_for_a_curve_in_the_commands_words() -> None:
-    options = glue_options(Glue(train_examples=[16, 64], seeds=[1, 2]))
+    options = scoring_options(Glue(train_examples=[16, 64], seeds=[1, 2]))
     assert (options["train_examples"], options["seeds"]) == ("16,64", "1,2")
 
 
