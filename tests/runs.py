@@ -66,6 +66,18 @@ def chain_documents(number: int, vocab_size: int, seed: int = 0) -> list[list[in
     return documents
 
 
+def finish(model: Any, corpus: Path, place: Path) -> Path:
+    """Saves a model, with the corpus's tokenizer, that knows something else than what it was initialised with."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.empty_like(parameter).normal_(0, 0.05))
+    model.save_pretrained(place)
+    load_tokenizer(corpus / "tokenizer").save_pretrained(place)
+    return place
+
+
 def chain_corpus(directory: Path, vocab_size: int = 300, sentinels: int = 0, documents: int = 300) -> Path:
     """A small corpus that a model can learn, with the identity of its own tokenizer in the manifest.
 

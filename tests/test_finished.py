@@ -18,7 +18,7 @@ from ctcd_ds.measuring import peak_bytes
 from ctcd_ds.peers.build import build_peer, build_peers
 from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
 from ctcd_ds.training.plan import describe, make_plan
-from runs import BF16, FP32, Job, bert, chain_corpus, drop_checkpoint, final_weights, metrics, run_jobs
+from runs import BF16, FP32, Job, bert, chain_corpus, drop_checkpoint, final_weights, finish, metrics, run_jobs
 
 AUTO = AutoModelForMaskedLM
 ROWS = 352  # of the finished models' tables, for 300 tokens
@@ -35,12 +35,7 @@ def finished(corpus: Path, place: Path, layers: int = 4, width: int = 32, rows: 
     settings = {key: value for key, value in bert(width, layers).items() if key != "model_type"}
     torch.manual_seed(5)
     model = BertForMaskedLM(BertConfig(vocab_size=rows, **settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.empty_like(parameter).normal_(0, 0.05))
-    model.save_pretrained(place)
-    load_tokenizer(corpus / "tokenizer").save_pretrained(place)
-    return place
+    return finish(model, corpus, place)
 
 
 def recipe(corpus: Path, peers: dict[str, Any], **training: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.corpus.tokenizer import load_tokenizer
 from ctcd_ds.export.hf import export
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.reference import reference_objective
@@ -19,7 +18,7 @@ from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.recipe import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut
-from runs import BF16, FP32, Job, chain_corpus, drop_checkpoint, final_weights, metrics, run_jobs
+from runs import BF16, FP32, Job, chain_corpus, drop_checkpoint, final_weights, finish, metrics, run_jobs
 
 ACCUMULATED = {**FP32, "gradient_accumulation_steps": 2}
 LLAMA = {
@@ -70,12 +69,7 @@ def finished(corpus: Path, place: Path) -> Path:
     """A causal model that knows something else than what it would be initialised with."""
     torch.manual_seed(5)
     model = build_peer("teacher", PeerSection(model=LLAMA), Corpus.open(corpus), 3, AutoModelForCausalLM)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.empty_like(parameter).normal_(0, 0.05))
-    model.save_pretrained(place)
-    load_tokenizer(corpus / "tokenizer").save_pretrained(place)
-    return place
+    return finish(model, corpus, place)
 
 
 @pytest.fixture(scope="module")
