@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def folder_kind(path: Path) -> str | None:
     return "tokenizer" if any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt")) else None
 
 
+def missing(path: Path) -> str:
+    """'no such file or directory; did you mean …?': of a path that is not there, with one under a like name that is."""
+    meant = Path(path.anchor)
+    for part in path.parts[len(meant.parts) :]:
+        known = [part] if (meant / part).exists() else sorted(entry.name for entry in meant.glob("*"))
+        if not (near := difflib.get_close_matches(part, known, n=1)):
+            return "no such file or directory"
+        meant /= near[0]
+    return f"no such file or directory; did you mean {meant}?"
+
+
 def called(path: Path) -> str:
     """A folder in words: 'a run directory'."""
     if kind := folder_kind(path):
@@ -80,7 +92,7 @@ def instead(path: Path, *wanted: str) -> str:
     Names what is wanted and lies up to two folders below; where nothing does, the command that makes it.
     """
     if not path.exists():
-        return "no such directory"
+        return missing(path)
     below = [place for pattern in ("*", "*/*") for place in sorted(path.glob(pattern)) if folder_kind(place) in wanted]
     said = f"it is {called(path) if path.is_dir() else 'a file'}"
     if below:

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count, did_you_mean
-from ctcd_ds.kinds import other_file
+from ctcd_ds.kinds import missing, other_file
 from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import KL, Divergence, Kind
 from ctcd_ds.objective.graph import DistillationGraph
@@ -872,8 +872,10 @@ def read_text(path: Path, what: str) -> str:
     except UnicodeDecodeError as problem:
         cure = "save it as UTF-8 (iconv -f ENCODING -t UTF-8)"
         raise UserError(f"{what} {path} cannot be read: it is not UTF-8, byte {problem.start}: {cure}") from None
+    except FileNotFoundError:
+        raise UserError(f"{what} {path}: {missing(path)}") from None
     except OSError as problem:
-        raise UserError(f"{what} {path} cannot be read: {problem}") from None
+        raise UserError(f"{what} {path} cannot be read: {problem.strerror}") from None
 
 
 def apply_override(raw: Any, override: str) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import enum
 import os
 import pickle
 import shutil
@@ -18,7 +20,8 @@ from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.manifest import file_entry, read_manifest, write_manifest
 from ctcd_ds.recipe import TrainingSection
 from ctcd_ds.training import checkpoint
-from ctcd_ds.training.loading import consolidated
+from ctcd_ds.training.loading import consolidated, refuse_code
+from ctcd_ds.training.saving import stage_as_number
 from runs import FP16, FP32, ROOT, Job, bert, chain_corpus, metrics, run_jobs
 
 
@@ -354,6 +357,22 @@ def test_every_precisions_own_files_are_let_through(runs: Path) -> None:
     for run in ("every", "some", "fp16"):
         latest = (runs / run / "checkpoints" / "latest").read_text().strip()
         assert consolidated(runs / run / "checkpoints" / latest).keys() == {"teacher", "student"}
+
+
+def test_a_python_that_pickles_enums_by_name_writes_what_is_let_through(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian 12's, 3.11.2: there the checkpoints of every run were refused."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    content = {"optimizer_state_dict": {"zero_stage": ZeroStageEnum.gradients}}
+    monkeypatch.delitem(copyreg.dispatch_table, ZeroStageEnum, raising=False)
+    place = hide(run, "zero_pp_rank_0_mp_rank_00_optim_states.pt", content)
+    with pytest.raises(RunFailure, match=r"asks for builtins\.getattr"):
+        refuse_code(place)
+    stage_as_number()
+    refuse_code(hide(run, "zero_pp_rank_0_mp_rank_00_optim_states.pt", content))
 
 
 def test_a_pretrained_model_of_a_stranger_runs_nothing(corpus: Path, tmp_path: Path) -> None:

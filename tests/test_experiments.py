@@ -248,7 +248,7 @@ def test_sizes_seeds_and_directories_are_checked(tmp_path: Path, corpus: Path, m
         (("--max_parallel", "0"), "is not a whole number from 1"),
         (("--set", "training.steps"), "write key=value"),
         (("--output_dir", tmp_path / "full"), "holds other files"),
-        (("--experiment", tmp_path / "no.yaml"), "cannot be read"),
+        (("--experiment", tmp_path / "no.yaml"), "no such file"),
     ):
         given = {"--experiment": path, "--output_dir": tmp_path / "out"} | {options[0]: options[1]}
         words = [word for pair in given.items() for word in pair]

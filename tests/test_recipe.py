@@ -290,7 +290,10 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 
 def test_a_missing_or_binary_file_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for name, said in (("absent.yaml", "cannot be read"), ("binary.yaml", "is not UTF-8, byte 0: save it as UTF-8")):
+    for name, said in (
+        ("absent.yaml", "no such file"),
+        ("binary.yaml", "is not UTF-8, byte 0: save it as UTF-8"),
+    ):
         with pytest.raises(UserError, match=rf"{name}.*{said}"):
             load_recipe(tmp_path / name)
 

@@ -21,7 +21,7 @@ from typing_extensions import NotRequired, TypedDict
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
-from ctcd_ds.kinds import instead
+from ctcd_ds.kinds import instead, missing
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
 from ctcd_ds.recipe import NAME
 
@@ -245,7 +245,7 @@ def read_corpus_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a corpus directory. Raises UserError where there is none of this version, else Damage."""
     file = path / "manifest.json"
     if not path.is_dir():
-        raise UserError(f"there is no corpus at {path}: no such directory (`ctcd corpus` makes one)")
+        raise UserError(f"there is no corpus at {path}: {missing(path)} (`ctcd corpus` makes one)")
     if not file.exists():
         unfinished = "it has no manifest.json (was `ctcd corpus` finished?)"
         raise UserError(f"{path} is not a corpus: {unfinished}; {instead(path, 'corpus')}")
