@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -65,6 +66,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([self._known(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as of every other mistake, in place of all options."""
+        self.exit(EXIT_MISTAKE, f"error: {message} (`{self.prog} --help` says more)\n")
 
     def _known(self, word: str) -> str:
         option, *value = word.split("=", 1)
@@ -189,4 +194,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        print("interrupted: broken pipe", file=sys.stderr, flush=True)
+        code = 141  # as a shell says of what SIGPIPE ended
     sys.exit(code or EXIT_DONE)

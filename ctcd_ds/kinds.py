@@ -27,7 +27,7 @@ _FOLDERS = {
     "experiment": ("an experiment's directory", "`ctcd experiment` makes one"),
     "GLUE results": ("a directory of scores", "`ctcd glue` and `ctcd lm-eval` make one"),
     "corpus": ("a corpus", "`ctcd corpus` makes one"),
-    "cache": ("a cache of a teacher's predictions", "`ctcd cache_logits` makes one"),
+    "cache": ("a cache of a teacher's predictions", "`ctcd cache-logits` makes one"),
     "checkpoint": ("a checkpoint of a run", "`ctcd pretrain` makes one"),
     "model": ("a Hugging Face model", "`ctcd export` makes models of a run"),
     "tokenizer": ("a tokenizer", "`ctcd tokenizer` makes one"),

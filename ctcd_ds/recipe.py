@@ -334,7 +334,7 @@ class TrainingSection(Section):
 class Recipe(Section):
     """A whole run. Build it with `load_recipe`, which reports all mistakes at once.
 
-    `cached_teachers`: name → the directory that `ctcd cache_logits` wrote: a finished model that peers learn from as
+    `cached_teachers`: name → the directory that `ctcd cache-logits` wrote: a finished model that peers learn from as
     from a frozen one, without its being there.
     """
 

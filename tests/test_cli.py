@@ -30,6 +30,7 @@ def test_an_option_is_known_with_hyphens_too(words: list[str], value: list[int])
     [
         (["--batch_size", "1"], "--batch_size: there is no such option; did you mean '--batch_sizes'?"),
         (["--colour", "1"], "--colour: there is no such option; allowed: --batch_sizes, --help"),
+        (["--batch_sizes", "1", "more"], "unrecognized arguments: more"),
         (["--batch_sizes", "1;2"], "argument --batch_sizes: '1;2' is no comma-separated list of whole numbers"),
     ],
 )
@@ -38,7 +39,19 @@ def test_a_wrong_option_is_one_message(words: list[str], said: str, capsys: Any)
     parser.add_argument("--batch_sizes", type=cli.whole_numbers)
     with pytest.raises(SystemExit) as end:
         parser.parse_args(words)
-    assert end.value.code == cli.EXIT_MISTAKE and said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert end.value.code == cli.EXIT_MISTAKE and err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_a_reader_that_has_read_enough_gets_no_traceback() -> None:
+    """`ctcd --help | head -1`"""
+    line = [sys.executable, "-u", "-c", "from ctcd_ds.commands import main; main()"]
+    ours = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+    )
+    assert ours.stdout is not None and ours.stderr is not None
+    ours.stdout.close()
+    assert ours.stderr.read() == "interrupted: broken pipe\n" and ours.wait() == 141
 
 
 def test_a_command_is_shown_as_it_is_typed() -> None:

@@ -161,7 +161,7 @@ def read_cache_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a cache. Raises UserError where there is none of this version, else Damage."""
     file = path / "manifest.json"
     if (path / PROGRESS).exists() and not file.exists():
-        raise UserError(f"{path} is an unfinished cache: give the `ctcd cache_logits` again that was writing it")
+        raise UserError(f"{path} is an unfinished cache: give the `ctcd cache-logits` again that was writing it")
     if not file.exists():
         raise UserError(f"{path} is no cache: {instead(path, 'cache')}")
     manifest = read_manifest(file)
