@@ -424,6 +424,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     peers, sources = dict(_named(raw, "peers")), dict(_named(raw, "corpus", "sources"))
     caches = dict(_named(raw, "cached_teachers"))
     mistakes = [m for override in overrides if (m := apply_override(raw, override))]
+    mistakes += _mistyped_peers(raw, peers)
     mistakes += _take_away(raw, "peers", peers)
     mistakes += _take_away(raw, "cached_teachers", caches)
     mistakes += _take_sources_away(raw, sources)
@@ -448,6 +449,15 @@ def _named(raw: Any, *keys: str) -> dict[str, Any]:
     for key in keys:
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw if isinstance(raw, dict) else {}
+
+
+def _mistyped_peers(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
+    """Removes the peers that overrides made without saying what they are; says which are `known`."""
+    for name, peer in list(_named(raw, "peers").items()):
+        if known and name not in known and isinstance(peer, dict) and not _SOURCES & peer.keys():
+            del raw["peers"][name]
+            near = did_you_mean(name, known)
+            yield f"peers.{name}: no peer has this name; {near} (a new one needs {' or '.join(sorted(_SOURCES))})"
 
 
 def _take_sources_away(raw: Any, known: Mapping[str, Any]) -> Iterator[str]:
@@ -479,6 +489,7 @@ def _take_away(raw: Any, section: str, known: Mapping[str, Any]) -> Iterator[str
                     edges.pop(name, None)
 
 
+_SOURCES = {"model", "pretrained", "init_from"}  # keys of a peer that say what it is
 _EDGES = ("soft", "divergence", "temperature", "hidden", "relations")  # keys of a peer that name others
 
 

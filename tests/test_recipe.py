@@ -332,6 +332,15 @@ def test_null_takes_a_peer_away_with_what_points_at_it(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.json")
 
 
+def test_a_key_of_a_mistyped_peer_is_no_new_peer(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(GOOD))
+    with pytest.raises(UserError, match=r"peers.studnet: no peer has this name; did you mean 'student'\?") as problem:
+        load_recipe(tmp_path / "r.json", ["peers.studnet.soft.teacher=2", "peers.studnet.hard=0.5"])
+    assert str(problem.value).startswith("one mistake")
+    model = json.dumps(GOOD["peers"]["student"]["model"])
+    assert list(load_recipe(tmp_path / "r.json", [f"peers.third.model={model}"]).peers)[2:] == ["third"]
+
+
 def test_null_takes_away_what_a_peer_learns_from_others(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(changed("seed", 2)))
     alone = load_recipe(tmp_path / "r.json", ["peers.teacher.soft=null", "peers.student.soft=null"])

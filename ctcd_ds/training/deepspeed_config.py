@@ -108,8 +108,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         read_file(path, "DeepSpeed config")  # says what else it is; if nothing else, it is no JSON
+    text = read_text(path, "DeepSpeed config")
     try:
-        values = json.loads(read_text(path, "DeepSpeed config"), object_pairs_hook=refuse_duplicates)
+        values = json.loads(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as problem:
         raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
     if not isinstance(values, dict):
