@@ -30,7 +30,7 @@ def test_each_demo_has_a_pair_and_each_of_its_peers_alone(task: str) -> None:
 
 
 def test_the_proof_holds_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "pretrain", lambda *_: None)  # the runs are there
+    monkeypatch.setattr(demo, "pretrain", lambda *_, **__: None)  # the runs are there
     values = {"loss/student/hard": 2.5, "grad_norm/student": 0.1, "valid/student/loss": 3.0}
     alone = [{"step": step, "seconds": 1.0, **values} for step in (1, 2)]
     beside = [{**row, "seconds": 2.0, "loss/teacher/hard": 2.0} for row in alone]

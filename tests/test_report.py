@@ -22,7 +22,7 @@ from ctcd_ds.experiments.report.drawing import HEIGHT, draw
 from ctcd_ds.experiments.report.grids import grid_pictures
 from ctcd_ds.experiments.report.logs import slug
 from ctcd_ds.experiments.report.study import Study, read_study
-from ctcd_ds.experiments.report.words import role, statements
+from ctcd_ds.experiments.report.words import answer, role, statements
 from ctcd_ds.experiments.results import Condition, Results, write_results
 from ctcd_ds.experiments.statistics import compare, spread
 from ctcd_ds.objective.graph import DistillationGraph
@@ -84,7 +84,8 @@ def test_only_what_was_trained_alike_is_compared(runs: list[Path], tmp_path: Pat
     """The same names, one with another learning rate: no comparison, and Mind names the key with both values."""
     places = {path.name: path for path in runs}
     together, alone = places["together <b>$1-seed-1"], places["teacher_alone-seed-1"]
-    assert read_study([together, alone]).results.comparisons
+    alike = read_study([together, alone])
+    assert alike.results.comparisons and "(held-out loss; one seed cannot tell it from chance)" in answer(alike)
     for name, old, new in (("lr", "lr: 0.003", "lr: 0.001"), ("length", "sequence_length: 32", "sequence_length: 16")):
         other = tmp_path / f"teacher_alone_{name}"
         shutil.copytree(alone, other)

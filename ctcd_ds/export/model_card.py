@@ -5,13 +5,13 @@ The metadata (model-index included) is huggingface_hub's, so that the hub and it
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
 
 from ctcd_ds import __version__
 from ctcd_ds.export.curves import LoggedRows, draw
@@ -47,7 +47,7 @@ To fine-tune it, load it with `AutoModelForSequenceClassification.from_pretraine
 
 ## Training
 
-{steps}, {tokens:,} tokens of {length}; corpus `{corpus}`, fingerprint `{fingerprint}`.
+{steps}, {tokens:,} tokens in rows of {row_length}{read}. Corpus `{corpus}`, fingerprint `{fingerprint}`.
 {curves}
 Licence of the training text: {data_license}
 
@@ -59,10 +59,10 @@ The recipe that repeats it:
 ## Limits
 
 - It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
-- It reads rows of at most {positions} tokens; it was trained on rows of {row_length}.
+- It {longest}was trained on rows of {row_length}.
 - {limit}, and its facts are not to be relied on.
-- Held-out values are measured with fixed masks, on held-out documents of the same corpus where no other set is named;
-  they say nothing of other text.
+- Held-out values are those of at most {valid_rows:,} rows, the same ones all along, of held-out documents of the same
+  corpus where no other set is named; they say nothing of other text.
 - Scores of tasks are those of fine-tuned copies (but for N-shot ones); a difference within the spread of a few seeds
   is none.
 """
@@ -75,7 +75,8 @@ def write_card(
 
     `data_license`: the licence of the training text in the user's words; without it the card says it was not stated.
     """
-    config = json.loads((run.peers / name / "config.json").read_text())
+    config = AutoConfig.from_pretrained(run.peers / name)
+    places = getattr(config, "max_position_embeddings", None)
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
     section, task, unfinished = recipe.peers[name], TASKS[recipe.objective.task], manifest["step"] < manifest["steps"]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
@@ -88,25 +89,26 @@ def write_card(
     results = _held_out(rows, manifest["step"], name, recipe.corpus.title, task.words)
     body = _BODY.format(
         name=name,
-        model_type=config["model_type"],
+        model_type=config.model_type,
         kind=task.words.model,
         auto_class=task.auto_class().__name__,
         example=task.words.example,
         limit=task.words.limit,
-        layers=next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?"),
+        layers=getattr(config, "num_hidden_layers", "?"),
         origin=f"`{section.origin}`" if section.origin else "scratch",
         version=__version__,
         how=", ".join(terms),
         scores=_scores(results),
         steps=f"{manifest['step']:,} steps" + (f" of {manifest['steps']:,}; the run goes on" if unfinished else ""),
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
-        length=f"rows of {recipe.corpus.sequence_length}",
+        read=_read(recipe, manifest),
+        valid_rows=recipe.training.valid_rows,
         corpus=recipe.corpus.title,
         fingerprint=manifest["corpus"][:16],
         curves=f"\n![Losses of {', '.join(recipe.peers)} by step]({CURVES})\n" if drawn else "",
         data_license=data_license or "not stated by whoever exported this model.",
         recipe=recipe.to_yaml(),
-        positions=config.get("max_position_embeddings", "?"),
+        longest=f"reads rows of at most {places} tokens; it " if places else "",
         row_length=recipe.corpus.sequence_length,
     )
     data = ModelCardData(
@@ -142,6 +144,16 @@ def add_scores(model: Path, results: Sequence[EvalResult]) -> list[str] | None:
     card.text = section.sub(lambda _: _scores(data.eval_results), card.text)
     write_atomic(path, str(card))
     return replaced
+
+
+def _read(recipe: Recipe, manifest: dict[str, Any]) -> str:
+    """How much text the tokens are, where the recipe says it: the same row read again is no new text."""
+    if rows := recipe.corpus.train_rows:
+        times = manifest["step"] * recipe.training.global_batch_rows / rows
+        return f" ({rows:,} of the corpus's rows, {times:.1f} times each)"
+    if epochs := recipe.training.epochs:
+        return f" (the whole corpus {epochs * manifest['step'] / manifest['steps']:.1f} times)"
+    return ""
 
 
 def _key(result: EvalResult) -> tuple[Any, ...]:

@@ -90,11 +90,12 @@ def answer(study: Study) -> str:
     for c in own:
         mean = metric.signed(c.mean or 0.0)
         kinds = {"better": "ends better", "worse": "ends worse", "no evidence": "shows no evidence of a difference"}
-        kind = f"{kinds[c.verdict]} ({mean})" if any(c.differences) else "ends exactly where it ends alone"
-        said.append(f"the {c.peer} {kind}")
+        kind = f"{kinds[c.verdict]} ({mean})" if c.interval is not None else f"ends at {mean}"
+        said.append(f"the {c.peer} {kind if any(c.differences) else 'ends exactly where it ends alone'}")
     over = "one seed" if seeds == 1 else f"{seeds} seeds"
+    over += "" if own[0].interval is not None else f" cannot tell {'it' if len(own) == 1 else 'them'} from chance"
     whole = ", ".join(said[:-1]) + " and " * (len(said) > 1) + said[-1]
-    return f"As “{study.title(own[0].condition)}”, {whole}, against training alone ({metric.name}, {over})."
+    return f"As “{study.title(own[0].condition)}”, {whole}, against training alone ({metric.name}; {over})."
 
 
 def _answering(study: Study) -> list[Comparison]:
@@ -123,7 +124,8 @@ def setting(study: Study) -> str:
     length = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}" if steps else "no"
     recipe = next(iter(study.runs.values())).recipe
     rows = f"{recipe.training.global_batch_rows} rows of {recipe.corpus.sequence_length} tokens"
-    return f"{'; '.join(models)}. {length} steps of {rows}; corpus {Path(study.results.corpus).name}."
+    reduced = f", {recipe.corpus.train_rows:,} of its rows" if recipe.corpus.train_rows else ""
+    return f"{'; '.join(models)}. {length} steps of {rows}; corpus {Path(study.results.corpus).name}{reduced}."
 
 
 def _one(study: Study, comparison: Comparison) -> Statement:
