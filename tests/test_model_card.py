@@ -12,8 +12,9 @@ from huggingface_hub import ModelCard
 
 from ctcd_ds.evaluation import finetune, glue
 from ctcd_ds.export.hf import export
-from ctcd_ds.export.model_card import _read
+from ctcd_ds.export.model_card import _plateau, _read
 from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.training.run_directory import RunDirectory
 from glue_files import write_tsv
 from runs import Job, bert, chain_corpus, run_jobs
 
@@ -86,6 +87,17 @@ def test_the_card_says_how_much_of_its_text_was_read_again_and_how_few_rows_are_
     assert _read(Recipe.model_validate(reduced), half) == " (80 of the corpus's rows, 3.0 times each)"
 
 
+def test_a_card_says_that_its_model_is_at_word_frequencies(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"unigram_loss": 6.2}')
+    run, said = (
+        RunDirectory(tmp_path),
+        "- It is still at word frequencies, which alone give 6.200 nats: train longer.\n",
+    )
+    assert _plateau(run, [{"step": 4, "valid/a/loss": 6.1}], 4, "a") == said
+    for rows in ([{"step": 4, "valid/a/loss": 5.1}], [{"step": 2, "valid/a/loss": 6.1}], [{"step": 4}], []):
+        assert _plateau(run, rows, 4, "a") == ""
+
+
 def test_the_recipe_in_the_card_is_the_runs(run: Path, exported: Path, tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", read(exported / "teacher").text, re.DOTALL)
     (tmp_path / "again.yaml").write_text(text)
@@ -141,7 +153,7 @@ def test_run_glue_writes_scores_into_the_card_and_leaves_the_rest(
     ]
     assert found["sst2"].metric_value == pytest.approx(sum(accuracies) / 2, abs=1e-4)
     assert "nyu-mll" not in str(card) and found["sst2"].dataset_split is None, "these rows are not GLUE's"
-    epochs = f"{FAST.epochs:g} epochs"
+    epochs = f"{FAST.epochs:g} epoch"
     assert "| sst2 stand-in (a stand-in of " in card.text
     assert (
         f"GLUE's sst2 has 67,349 training and 872 dev rows) | accuracy, fine-tuned for {epochs}, median of 2"

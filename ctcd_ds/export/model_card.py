@@ -6,7 +6,7 @@ The metadata (model-index included) is huggingface_hub's, so that the hub and it
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from transformers import AutoConfig
 
 from ctcd_ds import __version__
 from ctcd_ds.export.curves import LoggedRows, draw
-from ctcd_ds.manifest import write_atomic
+from ctcd_ds.manifest import read_json, write_atomic
 from ctcd_ds.recipe import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Words
 from ctcd_ds.training.metrics import held_out_values
-from ctcd_ds.training.run_directory import RunDirectory
+from ctcd_ds.training.run_directory import RunDirectory, at_word_frequencies
 
 FILE, CURVES = "README.md", "curves.png"
 _BEGIN, _END = "<!-- scores: `ctcd glue` and `ctcd lm-eval` write them here -->", "<!-- end of scores -->"
@@ -58,7 +58,7 @@ The recipe that repeats it:
 
 ## Limits
 
-- It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
+{plateau}- It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
 - It {longest}was trained on rows of {row_length}.
 - {limit}, and its facts are not to be relied on.
 - Held-out values are those of at most {valid_rows:,} rows, the same ones all along, of held-out documents of the same
@@ -103,6 +103,7 @@ def write_card(
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
         read=_read(recipe, manifest),
         valid_rows=recipe.training.valid_rows,
+        plateau=_plateau(run, rows, manifest["step"], name),
         corpus=recipe.corpus.title,
         fingerprint=manifest["corpus"][:16],
         curves=f"\n![Losses of {', '.join(recipe.peers)} by step]({CURVES})\n" if drawn else "",
@@ -156,6 +157,19 @@ def _read(recipe: Recipe, manifest: dict[str, Any]) -> str:
     return ""
 
 
+def _plateau(run: RunDirectory, rows: LoggedRows, step: int, name: str) -> str:
+    """A warning, where the peer has learned no more than how often each word occurs."""
+    found = _last(rows, step).get(f"valid/{name}/loss")
+    unigram_loss = read_json(run.path / "summary.json").get("unigram_loss")
+    said = at_word_frequencies({"it": found} if isinstance(found, float) else {}, unigram_loss)
+    return f"- {said[0].upper()}{said[1:]}.\n" if said else ""
+
+
+def _last(rows: LoggedRows, step: int) -> Mapping[str, Any]:
+    """What was logged at the exported step: values of another are other weights'."""
+    return rows[-1] if rows and rows[-1]["step"] == step else {}
+
+
 def _key(result: EvalResult) -> tuple[Any, ...]:
     return (*result.unique_identifier, result.metric_type)
 
@@ -179,8 +193,7 @@ def _scores(results: Sequence[EvalResult]) -> str:
 
 
 def _held_out(rows: LoggedRows, step: int, name: str, corpus: str, words: Words) -> list[EvalResult]:
-    """The peer's held-out values as results, of the step that `rows` end with: those of another are other weights'."""
-    last = rows[-1] if rows and rows[-1]["step"] == step else {}
+    """The peer's held-out values as results."""
     return [
         EvalResult(
             task_type=words.pipeline,
@@ -191,6 +204,6 @@ def _held_out(rows: LoggedRows, step: int, name: str, corpus: str, words: Words)
             metric_name=f"{metric} at {words.target}",
             metric_value=round(value, 4),
         )
-        for of, found in held_out_values(last, name).items()
+        for of, found in held_out_values(_last(rows, step), name).items()
         for metric, value in found.items()
     ]
