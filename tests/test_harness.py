@@ -181,7 +181,7 @@ def test_an_exported_peer_is_asked_and_fine_tuned_and_its_card_says_both(trained
     [bits] = [line for said, line in lines.items() if said.startswith("bits_per_byte, 0-shot, lm-evaluation-harness")]
     assert bits.startswith("| wikitext 0-shot |") and bits.endswith(" bits |")
     assert any(said.startswith("word_perplexity") and "%" not in line for said, line in lines.items())
-    assert any(said.startswith("accuracy, fine-tuned for 1 epochs") for said in lines)
+    assert any(said.startswith("accuracy, fine-tuned for 1 epoch") for said in lines)
 
 
 @pytest.fixture(scope="module")
