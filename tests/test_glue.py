@@ -279,7 +279,7 @@ def test_mistakes_are_told_before_anything_is_written(home: Path, tmp_path: Path
     refuse(home, "add mnli", out, tasks=("ax",))
     refuse(home, r"task rte needs .*RTE/train\.tsv, which does not exist", out, data_dir=empty)
     refuse(home, "holds no task", out, data_dir=empty, tasks=("all",))
-    refuse(home, "is no directory", out, data_dir=tmp_path / "nowhere")
+    refuse(home, "nowhere: no such file or directory", out, data_dir=tmp_path / "nowhere")
     refuse(home, "names no seed", out, seeds=())
     with pytest.raises(UserError, match="--learning_rate: -1"):
         finetune.FinetuneSettings(learning_rate=-1)

@@ -79,7 +79,7 @@ def test_a_chain_of_an_array_exports_each_run_and_compares_all_models(submit: An
         (("--then", "exprot"), "did you mean 'export'?"),
         (("--then", "glue"), "--then export,glue"),
         (("--chain",), "--glue_data"),
-        (("--chain", "--glue_data", "nowhere"), "nowhere is no directory"),
+        (("--chain", "--glue_data", "nowhere"), "nowhere: no such file or directory"),
         (("--chain", "--glue_data", "hub", "--glue_tasks", "cola,stt2"), "stt2"),
         (("--seeds", "1,x"), "--seeds: '1,x' is no comma-separated list"),
         (("--seeds", "1,1"), "two of the runs would be in one directory"),

@@ -43,6 +43,7 @@ from ctcd_ds.evaluation.task_file import own_tasks
 from ctcd_ds.evaluation.tasks import GLUE, Task, named
 from ctcd_ds.hub import settle_hub
 from ctcd_ds.kinds import instead
+from ctcd_ds.kinds import missing as absent
 from ctcd_ds.peers.reading import fit_tokenizer
 
 ALL = ("all",)
@@ -225,7 +226,8 @@ def _chosen(tasks: Sequence[str], data_dir: Path | str | None, others: bool) -> 
         return list(GLUE) if tuple(tasks) == ALL else named(tasks)
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise UserError(f"--data_dir: {folder} is no directory (nor the word 'hub')")
+        there = "a file" if folder.exists() else absent(folder)
+        raise UserError(f"--data_dir {folder}: {there}; give the folder of GLUE's files (CoLA/train.tsv …), or 'hub'")
     if tuple(tasks) != ALL:
         return named(tasks)
     there, missing = tasks_in(folder)
