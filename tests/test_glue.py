@@ -275,6 +275,8 @@ def test_mistakes_are_told_before_anything_is_written(home: Path, tmp_path: Path
     (other / "config.json").write_text((home / "hf/teacher/config.json").read_text())
     refuse(home, r"weights in .*other do not fit its config\.json", out, models=[other])
     refuse(home, "given twice", out, models=[home / "hf/teacher", home / "hf/../hf/teacher"])
+    alike = [write_model(tmp_path / name) for name in ("a/student", "b/student", "a-student")]
+    refuse(home, "the submissions of a/student and a-student would be one file", out, models=alike)
     refuse(home, "'colla' is no task.*did you mean 'cola'", out, tasks=("colla",))
     refuse(home, "add mnli", out, tasks=("ax",))
     refuse(home, r"task rte needs .*RTE/train\.tsv, which does not exist", out, data_dir=empty)

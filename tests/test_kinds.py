@@ -11,7 +11,8 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.experiments.specification import load_experiment
 from ctcd_ds.kinds import folder_kind, instead
-from ctcd_ds.recipe import load_recipe, read_file
+from ctcd_ds.plain import read_file
+from ctcd_ds.recipe import load_recipe
 from ctcd_ds.training.deepspeed_config import read_config
 
 RECIPE, EXPERIMENT = SHIPPED / "recipes" / "paper.yaml", SHIPPED / "experiments" / "baselines.yaml"

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, one_folder
 from ctcd_ds.corpus.tokenizer import save_tokenizer
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.card import write_cards
@@ -136,7 +136,10 @@ def model_names(models: Sequence[str | Path]) -> list[tuple[Path, str]]:
     if twice := [path for path in resolved if resolved.count(path) > 1]:
         raise UserError(f"--model: {twice[0]} is given twice")
     short = iter(short_names([path.resolve() for path in local]))
-    return [(path, str(model) if model in hub else next(short)) for path, model in zip(resolved, models, strict=True)]
+    names = [str(model) if model in hub else next(short) for model in models]
+    if same := one_folder(names, submission_name):
+        raise UserError(f"--model: the submissions of {same} would be one file; give them in two commands")
+    return list(zip(resolved, names, strict=True))
 
 
 def _may_be_of_the_hub(name: str) -> bool:
@@ -362,4 +365,9 @@ def test(
 
 def submission_folder(output_dir: Path, checkpoint: Checkpoint) -> Path:
     """Where the prediction files of a model lie; the zip of the same name beside it holds them all."""
-    return output_dir / "submissions" / checkpoint.name.replace("/", "-")
+    return output_dir / "submissions" / submission_name(checkpoint.name)
+
+
+def submission_name(model: str) -> str:
+    """The name of a model's submission."""
+    return model.replace("/", "-")

@@ -12,6 +12,7 @@ from typing import Any
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.sources import unicode_text
 from ctcd_ds.evaluation.tasks import Table, Task
+from ctcd_ds.plain import from_json
 
 Label = int | float | tuple[Any, ...]  # a label's id; a number; what stands for each word; the answers to a question
 SUFFIXES = (".tsv", ".jsonl", ".json")
@@ -129,8 +130,8 @@ def _json(path: Path, table: Table) -> _Columns:
 def parse_json(text: str, place: str) -> Any:
     """Plain data from JSON. Raises UserError, naming the place, for what is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as problem:
+        return from_json(text)
+    except ValueError as problem:
         raise UserError(f"{place} is not JSON: {problem}") from None
 
 

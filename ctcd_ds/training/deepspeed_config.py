@@ -7,7 +7,6 @@ string or as False, so both are settled here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ctcd_ds.cli import UserError, count, did_you_mean
-from ctcd_ds.kinds import other_file
-from ctcd_ds.recipe import Recipe, read_file, read_text
+from ctcd_ds.plain import read_file
+from ctcd_ds.recipe import Recipe
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -100,22 +99,11 @@ class DeepSpeedConfig:
 def read_config(path: Path) -> dict[str, Any]:
     """The user's file as it is. Raises UserError where it is no JSON object or a key stands in it twice."""
 
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if duplicates := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"{', '.join(duplicates)} stands in it twice")
-        return dict(pairs)
-
-    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml"):
         read_file(path, "DeepSpeed config")  # says what else it is; if nothing else, it is no JSON
-    try:
-        values = json.loads(read_text(path, "DeepSpeed config"), object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
+    values = read_file(path, "DeepSpeed config", json_only=True)
     if not isinstance(values, dict):
         raise UserError(f"DeepSpeed config {path} must be a JSON object, found {type(values).__name__}")
-    if said := other_file(path, values, "DeepSpeed config"):
-        raise UserError(f"DeepSpeed config {path}: {said}")
     return values
 
 
