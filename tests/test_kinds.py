@@ -59,6 +59,9 @@ def made(path: Path, content: object = None) -> Path:
 def test_a_folder_for_another_kind_is_named_with_what_lies_below_it(tmp_path: Path) -> None:
     run = made(tmp_path / "runs" / "ctcd" / "recipe.yaml")
     models = [made(run / "hf" / name / "config.json") for name in ("student", "teacher")]
+    for model in models:
+        (model / "model.safetensors").touch()
+    made(run / "peers" / "teacher" / "config.json")  # which has no weights
     corpus = made(tmp_path / "corpora" / "text" / "manifest.json", {"format": "ctcd_ds.corpus"})
     experiment = made(tmp_path / "runs" / "baselines" / "results.json", {"cells": []})
     kinds = {run: "run", models[0]: "model", corpus: "corpus", experiment: "experiment", run / "hf": None}

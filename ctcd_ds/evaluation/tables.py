@@ -68,7 +68,9 @@ def lines_of(path: Path) -> list[str]:
     """The lines of a text file. Raises UserError where it cannot be read or is no UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            return [line.removeprefix("\ufeff") for line in file.read().rstrip("\n").split("\n")]
+            text = file.read()
+        text = text if "\n" in text else text.replace("\r", "\n")  # as old Macs, and Excel on them, end lines
+        return [line.removeprefix("\ufeff") for line in text.rstrip("\n").split("\n")]
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8 text: {problem.reason} at byte {problem.start}") from None
     except OSError as problem:
