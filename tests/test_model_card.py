@@ -35,7 +35,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task, columns in (("SST-2", ["sentence"]), ("RTE", ["sentence1", "sentence2"])):
         for name in ("train", "dev"):
             spelt = ("0", "1") if task == "SST-2" else ("entailment", "not_entailment")
-            rows = [[*(f"w{5 + n % 2} w{n + (7 if name == 'train' else 9)}" for _ in columns), spelt[n % 2]] for n in range(16)]
+            rows = [
+                [*(f"w{5 + n % 2} w{n + (7 if name == 'train' else 9)}" for _ in columns), spelt[n % 2]]
+                for n in range(16)
+            ]
             write_tsv(home / f"glue/{task}/{name}.tsv", [*columns, "label"], rows)
     return home / "run"
 
