@@ -32,7 +32,7 @@ def test_a_score_is_called_what_it_is(task: dict[str, Any], settings: dict[str, 
     content = {"settings": {"epochs": 1.0, **settings}, "tasks": {"rte": task}, "models": {"m": {"tasks": scores}}}
     (result,) = eval_results("m", content, {t.name: t for t in GLUE})
     assert (result.dataset_type == "nyu-mll/glue") == (result.dataset_split == "validation") == (not said)
-    assert said in result.dataset_name and "for 1 epochs, one seed" in str(result.metric_name)
+    assert said in result.dataset_name and "for 1 epoch, one seed" in str(result.metric_name)
 
 
 def test_a_task_of_ones_own_keeps_its_name() -> None:
