@@ -814,11 +814,13 @@ def _explained(error: Any, root: type[BaseModel]) -> str:
         return f"{field}: missing; it has no default"
     said = _FORMS.get(error["type"].replace("model_type", "dict_type")) or error["msg"].replace("Input should", "must")
     said = re.sub(r"^\w+ should (have .*) after validation, not \d+$", r"must \1", said)
-    return f"{field} = {value!r}: {said[0].lower() + said[1:]}{_without_quotes(error)}"
+    return f"{field} = {value!r}: {said[0].lower() + said[1:]}{_as_it_is_written(error)}"
 
 
-def _without_quotes(error: Any) -> str:
-    """A cure where a number or a truth value was given as text."""
+def _as_it_is_written(error: Any) -> str:
+    """A cure where a number or a truth value was given as text, and a whole number as 1e3."""
+    if isinstance(number := error["input"], float) and error["type"] == "int_type" and number.is_integer():
+        return f"; write {number:.0f}"
     if not isinstance(text := error["input"], str) or not error["type"].startswith(("bool_", "float_", "int_")):
         return ""
     value = from_yaml(text) if re.fullmatch(r"[\w.+-]+", text) else None

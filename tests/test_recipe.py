@@ -62,6 +62,7 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ),
         ("corpus.train_rows", 0, "corpus.train_rows = 0: must be greater than or equal to 1"),
         ("corpus.sequence_length", 128.5, "corpus.sequence_length = 128.5: must be a valid integer"),
+        ("training.global_batch_rows", 1e3, "training.global_batch_rows = 1000.0: must be a valid integer; write 1000"),
         ("corpus.mask_fraction", 1.5, "corpus.mask_fraction = 1.5: must be less than 1"),
         ("optimizer.lr", "5e-4", "optimizer.lr = '5e-4': must be a valid number; write 5e-4, without quotes"),
         ("training.compile", "on", "training.compile = 'on': must be true or false"),
