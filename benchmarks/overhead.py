@@ -2,7 +2,8 @@
 
 `deepspeed` is a real run (loader, engine, exchange, clipping, metrics.jsonl), timed by its own metrics.jsonl; `bare`
 is forward, backward, clipping of each peer, AdamW on the same batches. One rank; both take turns, a block of steps
-each. Saving and validation are not counted.
+each. Saving and validation are not counted. `host_ms` is the same at a width of 16 and one short row: as many layers,
+tiles and calls, and next to no arithmetic, so what is left is the host's time, which a GPU would wait for.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ctcd_ds.tasks.loader import Cut, TrainLoader
 
 CONFIG = {"zero_optimization": {"stage": 2}}
 WARM_UP = 1  # steps at the head of a block that are not counted
+HOST_STEPS = 30
 
 
 def run_block(recipe: Recipe, run_path: Path, config: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -97,6 +99,11 @@ def measure(shape: Shape, steps: int, repetitions: int, device: torch.device, fo
     }
 
 
+def host_only(shape: Shape) -> Shape:
+    """The shape with next to no arithmetic: its layers, vocabulary and task, narrow, over one short row."""
+    return replace(shape, peers=tuple(replace(size, width=16) for size in shape.peers), length=8, rows=1)
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     workload.add_shape_options(parser)
@@ -107,7 +114,9 @@ def main() -> None:
         raise cli.UserError(f"--steps {arguments.steps}: must be at least {WARM_UP + 1}, the first is not counted")
     device, shape = common.begin(arguments), Shape.of(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        values = measure(shape, arguments.steps, arguments.repetitions, device, Path(folder))
+        values = measure(shape, arguments.steps, arguments.repetitions, device, Path(folder, "whole"))
+        host = measure(host_only(shape), HOST_STEPS, arguments.repetitions, device, Path(folder, "host"))
+        values["host_ms"] = {name: round(1e3 * host[f"{name}_s"], 2) for name in ("bare", "deepspeed")}
     common.write_row(arguments, values)
 
 

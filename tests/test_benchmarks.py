@@ -181,6 +181,7 @@ def test_corpus(row: Any, tmp_path: Path, kind: str) -> None:
 def test_overhead_of_deepspeed_and_our_loop(row: Any) -> None:
     found = row("overhead", *SHAPE, "--steps", "3")
     assert_positive(found, "deepspeed_over_bare", "bare_s", "deepspeed_s")
+    assert_positive(found["host_ms"], "bare", "deepspeed")
 
 
 def test_saving(row: Any) -> None:

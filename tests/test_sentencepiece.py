@@ -9,15 +9,19 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.encode import Encoder
 from ctcd_ds.corpus.prepare import Settings, prepare
+from ctcd_ds.corpus.sentencepiece_model import native_beside
 from ctcd_ds.corpus.shards import open_pair
 from ctcd_ds.corpus.sources import Reading
 from ctcd_ds.corpus.tokenizer import bring_tokenizer, save_tokenizer
+from ctcd_ds.corpus.tokenizer_training import _with_exact_sums
 from ctcd_ds.manifest import read_manifest
 
 ALBERT = {  # as google's: lowered, nine user-defined pieces of which most are punctuation, control pieces for the roles
@@ -183,6 +187,25 @@ def test_a_corpus_has_the_ids_of_the_tokenizer_beside_it(
     expected = tokenizer(documents, add_special_tokens=False, split_special_tokens=True).input_ids
     known = [[tokenizer.unk_token_id if number in frame else number for number in ids] for ids in expected if ids]
     assert stored == known
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_documents_have_the_ids_of_the_tokenizer_whoever_makes_them(
+    kind: str, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As tokenizers trained here are (their scores add up exactly), so that native SentencePiece takes most parts."""
+    path, choose = tmp_path / "exact.model", random.Random(1)
+    path.write_bytes(_with_exact_sums(model(kind).read_bytes()))
+    tokenizer = bring_tokenizer(str(path), sample=lambda: [])
+    lines = [choose.choice(UNSEEN if choose.random() < 0.8 else HARD) for _ in range(1200)]
+    documents = [choose.choice([" ", "\n"]).join(lines[start : start + 60]) for start in range(0, len(lines), 60)]
+    native = native_beside(path, tokenizer)
+    assert native is not None
+    encoded = Encoder(tokenizer, native, "uint16")([*documents, *PIECES])
+    assert np.array_equal(encoded.ids, Encoder(tokenizer, None, "uint16")([*documents, *PIECES]).ids)
+    parts = [part for document in documents for part in native.parts(document)]
+    if native.words_apart:
+        assert max(map(len, parts)) < 2000 and any(map(native.fits, parts))
 
 
 @pytest.mark.parametrize("kind", ["albert", "identity"])

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress, islice
+from operator import not_
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Encoder:
     the same, it becomes the unknown token, because a [SEP] ends a document here and a [MASK] is a question.
 
     The ids are those of `tokenizer`, whoever makes them. `native`, of a .model that the user brought, is several times
-    faster; it takes the texts that it is sure of, and one of them in each call is made by both and compared.
+    faster; it takes what it is sure of, and a part of each call is made by both and compared.
     Raises UserError where a text makes a special token and the tokenizer has none for what is unknown.
     """
 
@@ -105,23 +106,29 @@ def _rust(tokenizer: str) -> Documents:
 
 
 def _mixed(native: Native, rust: Documents) -> Documents:
-    """Native SentencePiece for the texts that it is sure of, `rust` for the others."""
+    """Native SentencePiece for the parts of texts that it is sure of, `rust` for the others."""
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_proto=native.model)
 
+    def of_parts(parts: list[str]) -> Iterator[npt.NDArray[np.int32]]:
+        sure = [native.fits(part) for part in parts]
+        ours = iter(rust(list(compress(parts, map(not_, sure)))))
+        theirs = iter(
+            processor.encode(list(compress(parts, sure)), out_type="numpy", num_threads=1) if any(sure) else []
+        )
+        return (next(theirs if fits else ours) for fits in sure)
+
     def documents(texts: list[str]) -> list[npt.NDArray[np.int32]]:
-        sure = [native.fits(text) for text in texts]
-        firsts, seconds = (list(compress(texts, (fits == wanted for fits in sure))) for wanted in (True, False))
-        ours = rust([*firsts[:1], *seconds])
-        found = processor.encode(firsts, out_type="numpy", num_threads=1) if firsts else []
-        if firsts and not np.array_equal(found[0], ours.pop(0)):
+        parts = [native.parts(text) for text in texts]
+        found = of_parts(list(chain.from_iterable(parts)))
+        probe = " ".join(parts[0][:4])
+        if not np.array_equal(np.concatenate([*of_parts(native.parts(probe))]), rust([probe])[0]):
             raise UserError(
-                f"native SentencePiece makes other ids than its Hugging Face form of {firsts[0][:300]!r}; bring the "
+                f"native SentencePiece makes other ids than its Hugging Face form of {probe[:300]!r}; bring the "
                 f"tokenizer as a directory with a tokenizer.json"
             )
-        both = {True: iter(found), False: iter(ours)}
-        return [next(both[fits]) for fits in sure]
+        return [np.concatenate([*islice(found, len(of_text))]) for of_text in parts]
 
     return documents
 

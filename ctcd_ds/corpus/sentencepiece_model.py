@@ -90,9 +90,8 @@ def _backend(model: Any, lowercase: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
     steps = _normalizers(model)
-    # Where no piece crosses a word's beginning, words can be handled one by one (and their results cached).
-    split = not any(SPACE in piece.piece[1:] for piece in model.pieces)
-    cuts: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="never", split=split)]
+    # Words are handled one by one where they can be, and their results cached.
+    cuts: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="never", split=_words_apart(model))]
     if model.trainer_spec.model_type == UNIGRAM:
         backend = Tokenizer(_unigram(model))
         breaks = list(_never_whole(model))
@@ -118,6 +117,11 @@ def _backend(model: Any, lowercase: bool) -> Tokenizer:
 
 def _pieces(model: Any, *types: int) -> list[str]:
     return [piece.piece for piece in model.pieces if piece.type in types]
+
+
+def _words_apart(model: Any) -> bool:
+    """Whether no piece crosses a word's beginning."""
+    return not any(SPACE in piece.piece[1:] or " " in piece.piece for piece in model.pieces)
 
 
 def _unknown(model: Any) -> int:
@@ -400,6 +404,9 @@ def _tie(scores: Mapping[str, float], left: list[str], right: list[str]) -> bool
     return abs(left_score - right_score) <= 1e-5 * abs(left_score)
 
 
+_CUT = re.compile(r"(?s)(.{400,}?\w) (?=\w)")  # takes the space out, which the prefix of the next part puts back
+
+
 @dataclass(frozen=True)
 class Native:
     """Native SentencePiece for the texts of which it is known to make the same ids as the tokenizer, only faster."""
@@ -407,6 +414,11 @@ class Native:
     model: bytes
     odd: re.Pattern[str]  # what the texts must not hold
     longest: float  # characters: beyond, float32 sums of scores are not exact
+    words_apart: bool  # the ids of two words are those of both together
+
+    def parts(self, text: str) -> list[str]:
+        """The text cut between words, so that what is odd or long in one part costs the others nothing."""
+        return [part for part in _CUT.split(text) if part] if self.words_apart and text else [text]
 
     def fits(self, text: str) -> bool:
         return len(text) <= self.longest and self.odd.search(text) is None
@@ -426,7 +438,8 @@ def native_beside(path: Path, tokenizer: PreTrainedTokenizerBase) -> Native | No
             return None
         longest = 2**16 / (10 - min(scores, default=0.0))
     names = "|".join(re.escape(p.piece) for p in model.pieces if p.type != NORMAL and p.type != BYTE)
-    return Native(path.read_bytes(), re.compile(f"{names}|<0x|[^{_safe(model, tokenizer)}]"), longest)
+    odd = re.compile(f"{names}|<0x|[^{_safe(model, tokenizer)}]")
+    return Native(path.read_bytes(), odd, longest, model.normalizer_spec.add_dummy_prefix and _words_apart(model))
 
 
 def _safe(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:

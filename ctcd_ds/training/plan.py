@@ -6,6 +6,7 @@ Making a plan starts no process group and writes nothing. `--dry_run` prints it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -124,57 +125,27 @@ def make_plan(
     its trained peers began from is not asked for.
     """
     config, mistakes = resolve(deepspeed_json, recipe, world, device, output_dir)
+    kind, length = TASKS[recipe.objective.task], recipe.corpus.sequence_length
     try:
         corpus = open_corpus(recipe.corpus)
     except Mistakes as more:
         raise Mistakes("this run", [*mistakes, *more.mistakes]) from None
-    autos = {task: kind.auto_class() for task, kind in TASKS.items()}
-    auto, length = autos[recipe.objective.task], recipe.corpus.sequence_length
-    if lacking := [role for role in TASKS[recipe.objective.task].roles if role not in corpus.special.present]:
+    if lacking := [role for role in kind.roles if role not in corpus.special.present]:
         raise Mistakes("this run", [*mistakes, _lacking(recipe.objective.task, lacking, corpus)])
+
+    auto, task = kind.auto_class(), kind.of(recipe, corpus)
     sections = {name: _saved(section, saved and saved / name) for name, section in recipe.peers.items()}
-    new_tokens: dict[str, list[int]] = {}
-    for name, section in sections.items():
-        known = section is not recipe.peers[name]  # it was judged when the run began
-        said = [] if known else list(config_mistakes(section, corpus, length, auto, sections, autos))
-        if not said and section.checkpoint is not None:
-            try:
-                new_tokens[name] = _new_tokens(section, corpus)
-            except UserError as mistake:
-                place = f"{section.checkpoint_key} = {section.checkpoint!r}"
-                said = [f"{place}: its tokenizer {mistake}; prepare the corpus with the tokenizer of this checkpoint"]
-        mistakes += [f"peers.{name}.{mistake}" for mistake in said]
-    begun: dict[str, list[str]] = {}
-    if not mistakes:
-        begun, mistakes = _begun_at_random(sections, auto)
-    task, rows, valid = TASKS[recipe.objective.task].of(recipe, corpus), None, {}
-    try:
-        rows = task.rows("train")
-        valid = {split: task.rows(split) for split in corpus.held_out}
-    except UserError as mistake:
-        mistakes.append(f"corpus.sequence_length = {recipe.corpus.sequence_length}: {mistake}")
-    if rows is not None and (fewer := recipe.corpus.train_rows) is not None:
-        try:
-            rows = rows.spread(fewer)
-        except UserError as mistake:
-            mistakes.append(f"corpus.train_rows = {fewer}: {mistake}")
-    steps = _steps(recipe, len(rows)) if rows is not None else 1
-    if steps < 1:
-        mistakes.append(
-            f"training.epochs = {recipe.training.epochs}: {recipe.training.epochs} × {len(rows or ())} rows is less "
-            f"than one batch of {recipe.training.global_batch_rows}"
-        )
-    teachers, said = _cached_teachers(recipe, corpus, steps * recipe.training.global_batch_rows)
-    mistakes += said
+    new_tokens = _judged(recipe, sections, corpus, mistakes)
+    begun = {} if mistakes else _begun_at_random(sections, auto, mistakes)
+    rows, valid, steps = _rows(recipe, task, corpus, mistakes)
+    teachers = _cached_teachers(recipe, corpus, steps * recipe.training.global_batch_rows, mistakes)
     if mistakes or config is None or rows is None:
         raise Mistakes("this run", mistakes)
-    configs = {name: peer_config(section, corpus, auto, sections) for name, section in sections.items()}
-    costs: dict[str, Cost] = {}
+
+    configs, costs = {n: peer_config(section, corpus, auto, sections) for n, section in sections.items()}, {}
     for name, peer in configs.items():
-        try:
+        with _noting(mistakes, f"peers.{name}:"):
             costs[name] = cost(peer, length, task.asked(recipe, name), auto, task.decoder_length(recipe))
-        except UserError as mistake:
-            mistakes.append(f"peers.{name}: {mistake}")
     if recipe.training.activation_checkpointing:
         mistakes += _checkpointing_mistakes(recipe, configs, costs)
     signals, said = signals_of(recipe, configs) if not mistakes else (SignalCost(), [])
@@ -182,6 +153,54 @@ def make_plan(
         raise Mistakes("this run", mistakes)
     begun_with = (sections, begun, new_tokens, signals, teachers)
     return Plan(recipe, corpus, config, world, device, rows, valid, task, configs, costs, steps, *begun_with)
+
+
+@contextmanager
+def _noting(mistakes: list[str], here: str, cure: str = "") -> Iterator[None]:
+    """What a user has done wrong is one mistake more, said between `here` and `cure`; damage ends all."""
+    try:
+        yield
+    except Damage:
+        raise
+    except UserError as mistake:
+        mistakes.append(f"{here} {mistake}{cure}")
+
+
+def _judged(
+    recipe: Recipe, sections: Mapping[str, PeerSection], corpus: Corpus, mistakes: list[str]
+) -> dict[str, list[int]]:
+    """Judges what is known of peers without making them. Gives the tokens that their checkpoints do not know."""
+    autos = {task: kind.auto_class() for task, kind in TASKS.items()}
+    auto, length = autos[recipe.objective.task], recipe.corpus.sequence_length
+    found: dict[str, list[int]] = {}
+    for name, section in sections.items():
+        known = section is not recipe.peers[name]  # it was judged when the run began
+        said = [] if known else list(config_mistakes(section, corpus, length, auto, sections, autos))
+        mistakes += [f"peers.{name}.{mistake}" for mistake in said]
+        if not said and section.checkpoint is not None:
+            here = f"peers.{name}.{section.checkpoint_key} = {section.checkpoint!r}: its tokenizer"
+            with _noting(mistakes, here, "; prepare the corpus with the tokenizer of this checkpoint"):
+                found[name] = _new_tokens(section, corpus)
+    return found
+
+
+def _rows(recipe: Recipe, task: Task, corpus: Corpus, mistakes: list[str]) -> tuple[Rows | None, dict[str, Rows], int]:
+    """The training rows, the held-out ones of each split, and the steps of the run (1 where they cannot be known)."""
+    rows, valid, training = None, {}, recipe.training
+    with _noting(mistakes, f"corpus.sequence_length = {recipe.corpus.sequence_length}:"):
+        rows = task.rows("train")
+        valid = {split: task.rows(split) for split in corpus.held_out}
+    if rows is not None and (fewer := recipe.corpus.train_rows) is not None:
+        with _noting(mistakes, f"corpus.train_rows = {fewer}:"):
+            rows = rows.spread(fewer)
+    if training.epochs is None or rows is None:
+        return rows, valid, training.steps or 1
+    if (steps := int(training.epochs * len(rows) // training.global_batch_rows)) < 1:
+        mistakes.append(
+            f"training.epochs = {training.epochs}: {training.epochs} × {len(rows)} rows is less than one batch of "
+            f"{training.global_batch_rows}"
+        )
+    return rows, valid, steps
 
 
 def peer_flops(recipe: Recipe, costs: Mapping[str, Cost]) -> dict[str, float]:
@@ -201,12 +220,11 @@ def flops_beside(recipe: Recipe, costs: Mapping[str, Cost], signals: SignalCost)
 
 def signals_of(recipe: Recipe, configs: Mapping[str, Any]) -> tuple[SignalCost, list[str]]:
     """(what a recipe's signals cost, what is to be learned from insides and is not there)."""
-    graph, shapes, mistakes, task = recipe.graph(), {}, [], TASKS[recipe.objective.task]
+    mistakes: list[str] = []
+    graph, shapes, task = recipe.graph(), {}, TASKS[recipe.objective.task]
     for name in watched(graph):
-        try:
+        with _noting(mistakes, f"peers.{name}:"):
             shapes[name] = planned_shapes(configs[name], task.auto_class())
-        except UserError as mistake:
-            mistakes.append(f"peers.{name}: {mistake}")
     if mistakes := mistakes or list(signal_mistakes(graph, shapes)):
         return SignalCost(), mistakes
     return signal_cost(graph, shapes, (recipe.corpus.sequence_length, task.decoder_length(recipe))), []
@@ -221,23 +239,17 @@ def _checkpointing_mistakes(recipe: Recipe, configs: Mapping[str, Any], costs: M
     ]
 
 
-def _cached_teachers(recipe: Recipe, corpus: Corpus, rows: int) -> tuple[CachedTeachers | None, list[str]]:
-    """The recipe's cached teachers for a run of so many rows, where there are any; what is wrong with them."""
-    asked, caches, mistakes = what_is_asked(recipe, corpus), {}, []
+def _cached_teachers(recipe: Recipe, corpus: Corpus, rows: int, mistakes: list[str]) -> CachedTeachers | None:
+    """The recipe's cached teachers for a run of so many rows, where there are any."""
+    asked, caches = what_is_asked(recipe, corpus), {}
     for name, place in recipe.cached_teachers.items():
-        try:
+        here = f"cached_teachers.{name} = {place!r}:"
+        with _noting(mistakes, here):
             caches[name] = Cache.open(Path(place))
-        except Damage:
-            raise
-        except UserError as mistake:
-            mistakes.append(f"cached_teachers.{name} = {place!r}: {mistake}")
-            continue
-        mistakes += [f"cached_teachers.{name} = {place!r}: {said}" for said in caches[name].mistakes(asked, rows)]
+            mistakes += [f"{here} {said}" for said in caches[name].mistakes(asked, rows)]
     learners = recipe.graph().lessons()
     taught = {name for edges in learners.values() for name in edges}
-    return (
-        CachedTeachers({n: c for n, c in caches.items() if n in taught}, min(learners)) if learners else None
-    ), mistakes
+    return CachedTeachers({n: c for n, c in caches.items() if n in taught}, min(learners)) if learners else None
 
 
 def _saved(section: PeerSection, place: Path | None) -> PeerSection:
@@ -277,33 +289,22 @@ def rehearse_peers(plan: Plan, device: str) -> None:
         raise Mistakes("this run", mistakes)
 
 
-def _steps(recipe: Recipe, rows: int) -> int:
-    if recipe.training.steps is not None:
-        return recipe.training.steps
-    assert recipe.training.epochs is not None
-    return int(recipe.training.epochs * rows // recipe.training.global_batch_rows)
-
-
-def _begun_at_random(sections: Mapping[str, PeerSection], auto: Any) -> tuple[dict[str, list[str]], list[str]]:
-    """(peer → the weights that its checkpoint does not hold, where there are any; what is wrong with checkpoints)."""
-    missing, mistakes = {}, []
+def _begun_at_random(sections: Mapping[str, PeerSection], auto: Any, mistakes: list[str]) -> dict[str, list[str]]:
+    """Peer → the weights that its checkpoint does not hold, where there are any."""
+    missing = {}
     for name, section in sections.items():
         if section.checkpoint is None:
             continue
-        here = f"peers.{name}.{section.checkpoint_key} = {section.checkpoint!r}"
-        try:
-            weights = missing_weights(section.checkpoint, auto)
-        except UserError as mistake:
-            mistakes.append(f"{here}: {mistake}")
-            continue
-        if weights and section.frozen:
-            mistakes.append(
-                f"{here}: a frozen peer teaches what it knows, and this checkpoint lacks {_some(weights)}: they would "
-                "be random numbers"
-            )
-        elif weights:
+        with _noting(mistakes, f"peers.{name}.{section.checkpoint_key} = {section.checkpoint!r}:"):
+            if not (weights := missing_weights(section.checkpoint, auto)):
+                continue
+            if section.frozen:
+                raise UserError(
+                    f"a frozen peer teaches what it knows, and this checkpoint lacks {_some(weights)}: they would be "
+                    "random numbers"
+                )
             missing[name] = weights
-    return missing, mistakes
+    return missing
 
 
 def _some(names: list[str]) -> str:
