@@ -47,6 +47,16 @@ def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known) or 'none'}"
 
 
+def one_folder(names: Iterable[str], folder: Callable[[str], str] = str) -> str:
+    """'a and A' of the first two names whose folder is one, where a disk does not tell capitals apart; "" of none."""
+    first: dict[str, str] = {}
+    for name in names:
+        if (place := folder(name).casefold()) in first:
+            return f"{first[place]} and {name}"
+        first[place] = name
+    return ""
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it is written, every default that says something, and values named by their kind."""
 

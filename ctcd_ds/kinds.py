@@ -62,7 +62,7 @@ def folder_kind(path: Path) -> str | None:
     stated = str(read_json(path / "manifest.json").get("format"))
     if stated in ("ctcd_ds.corpus", "ctcd_ds.checkpoint", "ctcd_ds.cache"):
         return stated.removeprefix("ctcd_ds.")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and any(weights_in(path)):
         return "model"
     return "tokenizer" if any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt")) else None
 
@@ -76,6 +76,11 @@ def missing(path: Path) -> str:
             return "no such file or directory"
         meant /= near[0]
     return f"no such file or directory; did you mean {meant}?"
+
+
+def weights_in(path: Path) -> list[Path]:
+    """The weight files of a model's directory. (A run's peers/ hold configs alone.)"""
+    return sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
 
 
 def called(path: Path) -> str:

@@ -5,7 +5,6 @@ Numbers are read as in YAML 1.2 (5e-4 is a float), in files and in --set.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
@@ -15,14 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from ctcd_ds.cli import UserError, count, did_you_mean
-from ctcd_ds.kinds import missing, other_file
+from ctcd_ds.cli import UserError, count, did_you_mean, one_folder
 from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import KL, Divergence, Kind
 from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.signals import Hidden, Relation, Relations, Signal
+from ctcd_ds.plain import from_yaml, read_file
 
 
 class Mistakes(UserError):
@@ -568,6 +566,8 @@ def _peer_mistakes(raw: dict[str, Any]) -> Iterator[str]:
         return
     if not peers:
         yield "peers = {}: a run needs at least one peer"
+    if same := one_folder(map(str, peers)):
+        yield f"peers: {same} would be one folder where a disk does not tell capitals from small letters; rename one"
     for name, peer in peers.items():
         here = f"peers.{name}"
         if not re.fullmatch(NAME, str(name)):
@@ -825,14 +825,16 @@ def _explained(error: Any, root: type[BaseModel]) -> str:
         return f"{field}: missing; it has no default"
     said = _FORMS.get(error["type"].replace("model_type", "dict_type")) or error["msg"].replace("Input should", "must")
     said = re.sub(r"^\w+ should (have .*) after validation, not \d+$", r"must \1", said)
-    return f"{field} = {value!r}: {said[0].lower() + said[1:]}{_without_quotes(error)}"
+    return f"{field} = {value!r}: {said[0].lower() + said[1:]}{_as_it_is_written(error)}"
 
 
-def _without_quotes(error: Any) -> str:
-    """A cure where a number or a truth value was given as text."""
+def _as_it_is_written(error: Any) -> str:
+    """A cure where a number or a truth value was given as text, and a whole number as 1e3."""
+    if isinstance(number := error["input"], float) and error["type"] == "int_type" and number.is_integer():
+        return f"; write {number:.0f}"
     if not isinstance(text := error["input"], str) or not error["type"].startswith(("bool_", "float_", "int_")):
         return ""
-    value = read_yaml(text) if re.fullmatch(r"[\w.+-]+", text) else None
+    value = from_yaml(text) if re.fullmatch(r"[\w.+-]+", text) else None
     return f"; write {text}, without quotes" if isinstance(value, bool | int | float) else ""
 
 
@@ -853,42 +855,6 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def read_yaml(text: str) -> Any:
-    """Plain data from YAML 1.2 text (1e-4 is a float, `yes` a string, a key given twice an error)."""
-    return YAML(typ="safe", pure=True).load(text)
-
-
-def read_file(path: Path, what: str) -> Any:
-    """Plain data from a YAML or JSON file.
-
-    Raises UserError, which calls the file `what`, where it is neither, or clearly a file of another kind.
-    """
-    if said := other_file(path, None, what):
-        raise UserError(f"{what} {path}: {said}")
-    text = read_text(path, what)
-    try:
-        content = json.loads(text) if path.suffix == ".json" else read_yaml(text)
-    except (YAMLError, ValueError, RecursionError) as problem:
-        said = str(problem).split("\nTo suppress this check")[0].strip()
-        raise UserError(f"{what} {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {said}") from None
-    if said := other_file(path, content, what):
-        raise UserError(f"{what} {path}: {said}")
-    return content
-
-
-def read_text(path: Path, what: str) -> str:
-    """A file's text without a byte order mark. Raises UserError, which calls the file `what`, where it is no UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as problem:
-        cure = "save it as UTF-8 (iconv -f ENCODING -t UTF-8)"
-        raise UserError(f"{what} {path} cannot be read: it is not UTF-8, byte {problem.start}: {cure}") from None
-    except FileNotFoundError:
-        raise UserError(f"{what} {path}: {missing(path)}") from None
-    except OSError as problem:
-        raise UserError(f"{what} {path} cannot be read: {problem.strerror}") from None
-
-
 def apply_override(raw: Any, override: str) -> str | None:
     """Puts one `a.b.c=value` into the raw recipe. Returns what is wrong with it, or None."""
     path, equals, text = override.partition("=")
@@ -896,8 +862,8 @@ def apply_override(raw: Any, override: str) -> str | None:
     if not equals or not all(keys):
         return f"--set {override}: write key=value, e.g. --set training.steps=100"
     try:
-        value = read_yaml(text)
-    except YAMLError:
+        value = from_yaml(text)
+    except ValueError:
         return f"--set {override}: {text!r} is not a YAML value"
     place = raw
     for depth, key in enumerate(keys):

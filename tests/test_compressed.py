@@ -105,6 +105,10 @@ def compressed_twice(path: Path) -> None:
     twice.write_bytes(tool(".gz", tool(".gz", HALVES[0]) or b"") or b"")
 
 
+def text_behind_a_gzip(path: Path) -> None:
+    path.with_name("a.txt.gz").write_bytes((tool(".gz", HALVES[0]) or b"") + b"Bytes: 300\n")
+
+
 def encoded(encoding: str) -> Callable[[Path], None]:
     return lambda path: path.write_bytes("\n".join(["w", *LINES]).encode(encoding)) and None
 
@@ -117,6 +121,7 @@ def latin1(path: Path) -> None:
     "write, message",
     [
         (gzip_under_another_name, r"is compressed; let its name say so: \S*a\.txt\.gz"),
+        (text_behind_a_gzip, r"a\.txt\.gz is damaged: behind its compressed data stands something else, b'Bytes: 300"),
         (compressed_twice, "is compressed twice: unpack it once"),
         (encoded("utf-16"), "is UTF-16.*iconv -f UTF-16 "),
         (encoded("utf-32"), "is UTF-32.*iconv -f UTF-32 "),

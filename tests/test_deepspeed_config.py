@@ -122,6 +122,22 @@ def test_gradients_are_fp32_where_they_are_summed(
         ({"communication_data_type": "fp23"}, "did you mean 'fp32'?"),
         ({"data_types": {"grad_accum_dtype": "double"}}, "allowed: bf16, fp16, fp32"),
         ({"data_types": "fp32"}, "data_types = 'fp32'"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types = {'grad_acum_dtype': 'fp32'}"),
+        ({"steps_per_print": 0}, "steps_per_print = 0: must be greater than or equal to 1"),
+        ({"wall_clock_breakdown": "x"}, "wall_clock_breakdown = 'x': must be true or false"),
+        ({"log_level": "loud"}, "log_level = 'loud': must be 'debug', 'info'"),
+        ({"tensorboard": {"enabled": "yes"}}, "tensorboard.enabled = 'yes': must be true or false"),
+        ({"tensorboard": {"outputpath": "x"}}, "outputpath = 'x': unknown key; did you mean 'output_path'?"),
+        ({"tensorboard": []}, "tensorboard = []: must be a mapping"),
+        (
+            {"csv_monitor": {"enabled": True, "output_path": f"{__file__}/x"}},
+            f"csv_monitor.output_path = '{__file__}/x': {__file__} cannot be written in",
+        ),
+        ({"csv_monitor": {"output_path": 3}}, "csv_monitor.output_path = 3: must be a valid string"),
+        ({"fp16": {"loss_scal": 0}}, "fp16.loss_scal = 0: unknown key; did you mean 'loss_scale'?"),
+        ({"flops_profiler": {"profile_step": "a"}}, "flops_profiler.profile_step = 'a': must be a valid integer"),
+        ({"comms_logger": {"prof_ops": 3}}, "comms_logger.prof_ops = 3: must be a list"),
+        ({"timers": {"throughput": {"enabled": "maybe"}}}, "timers.throughput.enabled = 'maybe': must be true or"),
     ],
 )
 def test_contradictions_and_unknown_keys_are_errors_that_name_both_places(given: dict[str, Any], said: str) -> None:

@@ -222,6 +222,11 @@ def test_some_cells_come_with_what_they_need_and_the_comparisons_among_them(tmp_
             {"cells": {"a": {}, "b": {"set": {"peers.teacher.pretrained": {"cell": "a", "peer": "s"}}}}, "compare": []},
             "a-seed-1 has no peer 's'",
         ),
+        (
+            {"cells": {"a": {"grid": {"w": {"points": {"x/y": {"seed": 1}, "x y": {"seed": 2}}}}}}, "compare": []},
+            "a/w=x/y and a/w=x y would be one folder",
+        ),
+        ({"cells": {"a": {}, "A": {}}, "compare": []}, "cells: a and A would be one folder"),
         ({"cells": {**EXPERIMENT["cells"], "b": {"needs": "ctcd"}}}, "no single condition belongs to b"),
         ({"cells": {"alone": {"set": {"training.stepz": 3}}}}, "did you mean 'steps'?"),
         ({"cells": {"alone": {"set": {"peers.student.soft.techer": 3}}}}, "did you mean 'teacher'?"),

@@ -13,6 +13,7 @@ import pytest
 
 from commands import run
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.tokenizer import SPECIAL_TOKENS
 from ctcd_ds.evaluation import data, finetune, glue, metrics, results, tasks
 from glue_files import write_glue, write_model, write_tsv
 
@@ -235,7 +236,8 @@ def test_other_architectures_and_rows_longer_than_their_positions(home: Path, tm
     model = write_model(tmp_path / model_type, model_type=model_type)
     long = [["good bad " * 40, "it was " * 40, "entailment"], ["a", "a", "not_entailment"]] * 8
     for name in ("train", "dev"):
-        write_tsv(tmp_path / f"RTE/{name}.tsv", ["sentence1", "sentence2", "label"], long)
+        rows = long if name == "train" else long[::-1]
+        write_tsv(tmp_path / f"RTE/{name}.tsv", ["sentence1", "sentence2", "label"], rows)
     content = glue.run([model], ("rte",), tmp_path, tmp_path / "out", (1,), FAST)
     positions = {"roberta": 23}.get(model_type, 24)  # RoBERTa's first position stands for padding
     assert content["models"][model_type]["max_length"] == positions
@@ -275,6 +277,8 @@ def test_mistakes_are_told_before_anything_is_written(home: Path, tmp_path: Path
     (other / "config.json").write_text((home / "hf/teacher/config.json").read_text())
     refuse(home, r"weights in .*other do not fit its config\.json", out, models=[other])
     refuse(home, "given twice", out, models=[home / "hf/teacher", home / "hf/../hf/teacher"])
+    alike = [write_model(tmp_path / name) for name in ("a/student", "b/student", "a-student")]
+    refuse(home, "the submissions of a/student and a-student would be one file", out, models=alike)
     refuse(home, "'colla' is no task.*did you mean 'cola'", out, tasks=("colla",))
     refuse(home, "add mnli", out, tasks=("ax",))
     refuse(home, r"task rte needs .*RTE/train\.tsv, which does not exist", out, data_dir=empty)
@@ -315,6 +319,7 @@ def test_wrong_columns_scores_and_encodings_are_named(home: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "name, content, match",
     [
+        ("train.tsv", "sentence\tlabel\ra\t1\rb\t2\r", r"train\.tsv:3: label '2'"),  # as old Macs end lines
         ("train.tsv", "", r"train\.tsv is empty"),
         ("train.tsv", "sentence\tlabel\tlabel\na\t1\t0\n", r"train\.tsv:1: the header names 'label' twice"),
         ("dev.tsv", "sentence\tlabel\na\t1\n\nb\t0\n", r"dev\.tsv:3: 1 columns"),
@@ -329,10 +334,37 @@ def test_odd_tables_are_named(home: Path, tmp_path: Path, name: str, content: st
     refuse(home, match, tmp_path / "out", data_dir=tmp_path, tasks=("sst2",))
 
 
-def test_a_correlation_of_one_row_is_refused_before_anything_is_trained(home: Path, tmp_path: Path) -> None:
-    one = finetune.FinetuneSettings(max_eval_samples=1)
-    said = r"task stsb: pearson, spearman cannot be measured on 1 row of its dev set; give 2 or more"
-    refuse(home, said, tmp_path / "out", tasks=("stsb",), settings=one)
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(home: Path, tmp_path: Path) -> None:
+    one, short, out = (
+        finetune.FinetuneSettings(max_eval_samples=1),
+        dataclasses.replace(FAST, max_length=4),
+        tmp_path / "o",
+    )
+    said = r"stsb: its dev set has one label in all of its one row: pearson, spearman cannot .*\(--max_eval_samples\)"
+    refuse(home, said, out, tasks=("stsb",), settings=one)
+    for name, label in (("train", 1), ("dev", 0)):
+        write_tsv(tmp_path / f"CoLA/{name}.tsv", None, [["x", n % 2 * label, "", f"it was {name}"] for n in range(4)])
+        write_tsv(tmp_path / f"SST-2/{name}.tsv", ["sentence", "label"], [["it was", 1], ["a", 0]])
+    own = {"data_dir": tmp_path}
+    refuse(home, r"cola: its dev set has one label in all of its 4 rows: matthews", out, tasks=("cola",), **own)
+    refuse(home, "sst2: its dev set is its training set", out, tasks=("sst2",), **own)
+    short = dataclasses.replace(FAST, max_length=4)
+    for seed in (-1, 2**32):
+        refuse(home, rf"--seeds: {seed} is not in 0 … 4294967295", out, seeds=(seed,))
+    refuse(home, "--max_length: 4 leaves no room for text .* of teacher; give 5", out, settings=short)
+
+
+def test_a_model_with_no_tokenizer_or_anothers_is_refused(home: Path, tmp_path: Path) -> None:
+    """transformers makes a tokenizer of special tokens alone where there is none: every word would be unknown."""
+    from transformers import BertTokenizer
+
+    model = write_model(tmp_path / "m")
+    for file in [*model.glob("tok*"), model / "vocab.txt"]:
+        file.unlink()
+    refuse(home, "knows nothing but its special tokens", tmp_path / "out", models=[model])
+    words = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(50))]
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(model)
+    refuse(home, "tokenizer has 55 tokens and its embedding 28: not of one model", tmp_path / "out", models=[model])
 
 
 def test_an_output_directory_keeps_its_models_data_and_settings(home: Path, finished: Path, tmp_path: Path) -> None:

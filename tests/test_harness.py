@@ -167,7 +167,9 @@ def test_an_exported_peer_is_asked_and_fine_tuned_and_its_card_says_both(trained
     write_rows(tmp_path / "rows/wikitext/test.jsonl", [{"page": page} for page in pages])
     labelled = [[f"w{5 + n} w7", n % 2] for n in range(16)]
     for name in ("train", "dev"):
-        write_tsv(tmp_path / f"glue/SST-2/{name}.tsv", ["sentence", "label"], labelled)
+        write_tsv(
+            tmp_path / f"glue/SST-2/{name}.tsv", ["sentence", "label"], labelled if name == "train" else labelled[::-1]
+        )
     models = [tmp_path / "hf"]
     asked = harness.run(models, ["wikitext"], tmp_path / "rows", tmp_path / "asked")
     glue.run(models, ("sst2",), tmp_path / "glue", tmp_path / "tuned", (1,), FinetuneSettings(epochs=1))

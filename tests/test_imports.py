@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ctcd_ds"
 # From the ground up: a room may import from floors below its own. On its own floor it may too, as long as the
 # rooms form no circle. `cluster` stands beside `training`.
 FLOORS = [
-    {"ctcd_ds", "cli", "ending", "hub", "kinds", "manifest", "measuring", "memory"},
+    {"ctcd_ds", "cli", "ending", "hub", "kinds", "manifest", "measuring", "memory", "plain"},
     {"recipe", "objective"},
     {"peers", "corpus"},
     {"tasks"},

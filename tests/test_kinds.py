@@ -11,7 +11,8 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.experiments.specification import load_experiment
 from ctcd_ds.kinds import folder_kind, instead, missing
-from ctcd_ds.recipe import load_recipe, read_file
+from ctcd_ds.plain import read_file
+from ctcd_ds.recipe import load_recipe
 from ctcd_ds.training.deepspeed_config import read_config
 
 RECIPE, EXPERIMENT = SHIPPED / "recipes" / "paper.yaml", SHIPPED / "experiments" / "baselines.yaml"
@@ -58,6 +59,9 @@ def made(path: Path, content: object = None) -> Path:
 def test_a_folder_for_another_kind_is_named_with_what_lies_below_it(tmp_path: Path) -> None:
     run = made(tmp_path / "runs" / "ctcd" / "recipe.yaml")
     models = [made(run / "hf" / name / "config.json") for name in ("student", "teacher")]
+    for model in models:
+        (model / "model.safetensors").touch()
+    made(run / "peers" / "teacher" / "config.json")  # which has no weights
     corpus = made(tmp_path / "corpora" / "text" / "manifest.json", {"format": "ctcd_ds.corpus"})
     experiment = made(tmp_path / "runs" / "baselines" / "results.json", {"cells": []})
     kinds = {run: "run", models[0]: "model", corpus: "corpus", experiment: "experiment", run / "hf": None}

@@ -276,6 +276,7 @@ def test_a_mistake_in_a_task_file_is_one_message_with_its_cure(home: Path, chang
         ('{"text": "a"', "bad.jsonl:2 is not JSON"),
         ('{"text": "half \\ud83d", "mood": "poor"}', "bad.jsonl:2: text is no Unicode text: character 6"),
         ('\ufeff{"text": "a", "mood": "por"}', "bad.jsonl:2: label 'por' is none"),
+        ('{"text": "a", "mood": "poor", "mood": "great"}', "bad.jsonl:2 is not JSON: the key 'mood' is given twice"),
         ('["a"]', "bad.jsonl:2: a row is an object with text, mood"),
     ],
 )

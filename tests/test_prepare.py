@@ -378,6 +378,7 @@ def test_the_command_ends_with_2_and_one_message(tokenizer: Path, tmp_path: Path
         (["law="], "--valid_input law=: write NAME=FILE"),
         (["2=law.txt"], "--valid_input 2=law.txt: a name is letters"),
         (["agreement=law.txt"], "this name is taken"),
+        (["Law=a.txt", "law=b.txt"], "Law and law would be one file"),
     ],
 )
 def test_held_out_sets_have_names(words: list[str], said: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from commands import ROOT, command, deepspeed, environment, forked_deepspeed, run
 from ctcd_ds.cluster.scaling_table import COLUMNS
-from ctcd_ds.recipe import read_yaml
+from ctcd_ds.plain import from_yaml
 from runs import bert, chain_corpus, metrics
 
 Pretrain = Callable[..., tuple[int, str, str]]
@@ -135,7 +135,7 @@ def test_every_shipped_recipe_is_good(
     if "task: span" in path.read_text():
         corpus = chain_corpus(tmp_path / "with sentinels", sentinels=100)
     changes = [f"corpus.path={corpus}"]
-    if sources := read_yaml(path.read_text())["corpus"].get("sources"):
+    if sources := from_yaml(path.read_text())["corpus"].get("sources"):
         made = {name: chain_corpus(tmp_path / name, documents=300 + k) for k, name in enumerate(sources)}
         changes = [f"corpus.sources.{name}.path={place}" for name, place in made.items()]
     if "task: span" in path.read_text() or "train_rows" in path.read_text():

@@ -17,7 +17,8 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import Divergence
 from ctcd_ds.objective.signals import Hidden, Relations
-from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, read_yaml, recipe_mistakes
+from ctcd_ds.plain import from_yaml
+from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, recipe_mistakes
 
 GOOD: dict[str, Any] = {
     "corpus": {"path": "corpora/text"},
@@ -61,6 +62,7 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ),
         ("corpus.train_rows", 0, "corpus.train_rows = 0: must be greater than or equal to 1"),
         ("corpus.sequence_length", 128.5, "corpus.sequence_length = 128.5: must be a valid integer"),
+        ("training.global_batch_rows", 1e3, "training.global_batch_rows = 1000.0: must be a valid integer; write 1000"),
         ("corpus.mask_fraction", 1.5, "corpus.mask_fraction = 1.5: must be less than 1"),
         ("optimizer.lr", "5e-4", "optimizer.lr = '5e-4': must be a valid number; write 5e-4, without quotes"),
         ("training.compile", "on", "training.compile = 'on': must be true or false"),
@@ -88,6 +90,7 @@ def test_a_good_recipe_has_defaults_and_a_graph() -> None:
         ("peers.student.mask_fraction", 0, "peers.student.mask_fraction = 0: must be greater than 0"),
         ("peers.a/b", {"model": {"model_type": "bert"}}, "a peer's name is letters"),
         ("peers", {}, "at least one peer"),
+        ("peers.Teacher", {"model": {"model_type": "bert"}}, "teacher and Teacher would be one folder"),
         ("objective.temperature", 0, "objective.temperature = 0: must be greater than 0"),
         ("objective.temperature", {"then": 2}, "objective.temperature: 0 until 0% of the steps, then 2: logits are"),
         (
@@ -256,7 +259,7 @@ def test_a_peer_that_learns_from_nothing_is_refused() -> None:
     [("5e-4", 5e-4), ("1e-06", 1e-6), ("5.0e-4", 5e-4), ("yes", "yes"), ("true", True), ("1e3", 1000.0), ("~", None)],
 )
 def test_numbers_are_yaml_1_2_in_files_and_in_set(tmp_path: Path, text: str, value: Any) -> None:
-    assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
+    assert from_yaml(text) == value and type(from_yaml(text)) is type(value)
     if isinstance(value, float) and value < 1:
         path = tmp_path / "recipe.json"
         path.write_text(json.dumps(GOOD))

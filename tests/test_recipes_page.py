@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from commands import ROOT
 from ctcd_ds.commands.recipes import SHIPPED
-from ctcd_ds.recipe import PeerSection, Recipe, load_recipe, read_yaml, recipe_mistakes
+from ctcd_ds.plain import from_yaml
+from ctcd_ds.recipe import PeerSection, Recipe, load_recipe, recipe_mistakes
 from ctcd_ds.training.deepspeed_config import resolve
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -35,7 +36,7 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def test_the_table_is_all_keys_with_their_defaults() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (.*?) ?\| .*\|$", PAGE, re.MULTILINE)
-    assert [(key, read_yaml(default) if default else ...) for key, default in rows] == list(keys(Recipe))
+    assert [(key, from_yaml(default) if default else ...) for key, default in rows] == list(keys(Recipe))
 
 
 def test_every_set_of_the_docs_is_taken() -> None:
@@ -49,11 +50,11 @@ def test_every_set_of_the_docs_is_taken() -> None:
 def test_the_sections_of_the_page_make_a_recipe() -> None:
     base: dict[str, Any] = {"training": {"steps": 1}}
     found = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
-    weights, corpus = found[0], read_yaml(found[-1])
-    for peers in map(read_yaml, found[1:-1]):
+    weights, corpus = found[0], from_yaml(found[-1])
+    for peers in map(from_yaml, found[1:-1]):
         assert list(peers) == ["peers"] and recipe_mistakes({**base, **peers, **corpus}) == []
     model = {"model": {"model_type": "bert"}}
-    said = [read_yaml(line) for line in weights.splitlines()]
+    said = [from_yaml(line) for line in weights.splitlines()]
     assert len(said) == 3 and all(list(soft) == ["soft"] for soft in said)
     for soft in said:
         sections = {"corpus": {"path": "x"}, "peers": {"teacher": model, "student": {**model, **soft}}}

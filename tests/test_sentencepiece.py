@@ -70,6 +70,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "across words": {"split_by_whitespace": False},
     "tags": {"user_defined_symbols": ["<br>", "@user"]},
     "tags, bpe": {"user_defined_symbols": ["<br>", "@user"], "model_type": "bpe"},
+    "roles anywhere": {"unk_id": 7, "pad_id": 2, "bos_id": 5, "eos_id": 0, "unk_piece": "⁇"},
+    "words of its own": {
+        "user_defined_symbols": ["New York", "▁the", "the", "ABC", "é", "日"],
+        "normalization_rule_name": "nfkc_cf",
+        "model_type": "bpe",
+        "byte_fallback": True,
+    },
+    "control in words": {"control_symbols": ["the", "<sep>"], "byte_fallback": True},
     "half an alphabet": {"character_coverage": 0.99, "user_defined_symbols": ["<x>"], "control_symbols": ["<y>"]},
 }
 LINES = [line for _, text in sorted(topics.items()) for line in text.split("\n") if line.strip()]
@@ -84,7 +92,8 @@ PIECES = [
     "E\u0301cole cafe\u0301", "X\u0301", "ﬁ\u0301", "👨\u200d👩\u200d👧 😀", "\u1100\u1161\u11a8",
     "Straße ẞ İ ς Σ", "\u2028x\u2029", "\x01 a \x7f", "a\u00a0b\u3000c", "▁▁ x", "x ▁", "    four",
     "a    b  c   d", "<extra_id_1>", "a <extra_id_11>b", "<x>", "a<x>b<y>c", "ＡＢＣ１２３", "\u200b",
-    "\ufeffx", "ไทย กำ", "क़", "ŉ",
+    "\ufeffx", "ไทย กำ", "क़", "ŉ", "ｶﾞｷﾞ ﾊﾟ カﾞ あﾞ", "ㄱㅏ ﾡￂ", "New York ABC É", "bathe the <sep>", "\x00 a\x00b",
+    "\U000e0001z", "👩🏽\u200d🚀 🏳\ufe0f\u200d🌈", "\u202eabc\u202c ½ ℡ ㍿", "٣٤ १२", "\u3000\u3000x\u2003",
 ]
 # fmt: on
 HARD = PIECES + [

@@ -101,9 +101,14 @@ def a_file_missing_its_comma(path: Path) -> None:
     path.write_text('{"text": "a"}\n{"text" "b"}\n')
 
 
+def a_field_given_twice(path: Path) -> None:
+    path.write_text('{"text": "a"}\n{"text": "b", "id": 1, "text": "c"}\n')
+
+
 @pytest.mark.parametrize(
     "write, message",
     [
+        (a_field_given_twice, "line 2: .*the key 'text' is given twice"),
         (half_a_pair, r"a.jsonl, line 3: .*'text' is no Unicode text: character 6 is \\ud83d"),
         (a_list, r"line 1: this is JSON, but not one record a line.*jq -c"),
         (a_file_missing_its_comma, "line 2: no valid JSON"),

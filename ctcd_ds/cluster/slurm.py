@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
-from ruamel.yaml.error import YAMLError
 
 from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.owner import note_queued, owned
-from ctcd_ds.recipe import Count, Mistakes, Section, explained, read_text, read_yaml
+from ctcd_ds.plain import read_file
+from ctcd_ds.recipe import Count, Mistakes, Section, explained
 
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
 _MARK = "# --- the job ---\n"
@@ -73,10 +73,7 @@ def load_cluster(path: Path | None) -> SlurmSettings:
     found = DEFAULTS.expanduser() if path is None else path
     if path is None and not found.exists():
         return SlurmSettings()
-    try:
-        raw = read_yaml(read_text(found, "cluster file"))
-    except (YAMLError, RecursionError) as problem:
-        raise UserError(f"cluster file {found} cannot be read: {problem}") from None
+    raw = read_file(found, "cluster file")
     try:
         cluster = SlurmSettings.model_validate({} if raw is None else raw)
     except ValidationError as problem:

@@ -100,6 +100,8 @@ def held_out_sets(given: Sequence[str]) -> dict[str, list[str]]:
         if said := set_name_mistake(name):
             raise cli.UserError(f"--valid_input {word}: {said}")
         sets.setdefault(name, []).append(source)
+    if same := cli.one_folder(sets):
+        raise cli.UserError(f"--valid_input: {same} would be one file where a disk does not tell capitals; rename one")
     return sets
 
 

@@ -70,17 +70,23 @@ def _pieces(name: str, kind: Format, raw: BinaryIO) -> Iterator[bytes]:
     """Decompressed pieces of all streams of a file."""
     import zstandard
 
-    data = raw.read(PIECE)
+    data, streams = raw.read(PIECE), 0
+    begins = data
     try:
         while data or raw.tell() == 0:
-            stream = kind.new()
+            stream, begins = kind.new(), data
             while not stream.eof:
                 if not data:
                     raise EOFError("it ends before its compressed data do; it was cut, or not written to its end")
                 yield stream.decompress(data)
                 data = stream.unused_data if stream.eof else raw.read(PIECE)
-            data = _behind_padding(kind.padding, data or raw.read(PIECE), raw)
+            data, streams = _behind_padding(kind.padding, data or raw.read(PIECE), raw), streams + 1
     except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError, ValueError) as problem:
+        if streams and begins[: len(kind.magic)] != kind.magic[: len(begins)]:
+            raise UserError(
+                f"{name} is damaged: behind its compressed data stands something else, {begins[:40]!r}; make it anew "
+                f"(`zcat` and its like, which pass over that, give what is before it)"
+            ) from None
         raise UserError(f"{name} is damaged or not of the format its name says: {problem}") from None
 
 

@@ -245,7 +245,8 @@ def read_corpus_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a corpus directory. Raises UserError where there is none of this version, else Damage."""
     file = path / "manifest.json"
     if not path.is_dir():
-        raise UserError(f"there is no corpus at {path}: {missing(path)} (`ctcd corpus` makes one)")
+        found = "it is a file" if path.exists() else missing(path)
+        raise UserError(f"there is no corpus at {path}: {found} (`ctcd corpus` makes one)")
     if not file.exists():
         unfinished = "it has no manifest.json (was `ctcd corpus` finished?)"
         raise UserError(f"{path} is not a corpus: {unfinished}; {instead(path, 'corpus')}")

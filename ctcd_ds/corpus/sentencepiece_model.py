@@ -25,7 +25,7 @@ SPACE = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of pieces
 UNIGRAM, BPE = 1, 2
 DEAD = "\U0010fff0"  # a character that no text holds, so that no piece does
-BREAK = "\U000e0001"  # another one, which ends what Unicode takes for one user-perceived character
+BREAK = "\U000e0fff"  # another one, which ends what Unicode takes for one user-perceived character
 PRIVATE = 0x10F000  # from here on one character for each user-defined piece, while the normaliser is at work
 
 # By which names a model may already have the special tokens; what a masked language model lacks of its own five is
@@ -157,14 +157,15 @@ def _table(charsmap: bytes) -> Any:
     """The table of a normaliser, applied as SentencePiece does.
 
     `Precompiled` looks a letter and the marks on it up as one, finds the letter alone ("E" of "É" in two characters),
-    and loses the marks. So letters and marks are composed where the table would, and set apart where not.
+    and loses the marks. So letters and marks are composed where the table would, and set apart where not. What the
+    table makes of two (a half-width letter and its mark of sound, single Jamo) is composed as it would too.
     """
     from tokenizers import Regex, normalizers
 
     table = normalizers.Precompiled(charsmap)
     composed = [normalizers.NFC()] if table.normalize_str("e\u0301") == "é" else []
     apart = normalizers.Replace(Regex(r"(?<=.)(?=\p{M}|\u200c|\u200d)|(?<=\r)(?=\n)"), BREAK)
-    return normalizers.Sequence([*composed, apart, table, normalizers.Replace(BREAK, "")])
+    return normalizers.Sequence([*composed, apart, table, *composed, normalizers.Replace(BREAK, "")])
 
 
 def _unigram(model: Any) -> Any:

@@ -22,6 +22,7 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.compressed import FORMATS, decompressed, refuse_damage, suffix_of
 from ctcd_ds.hub import settle_hub
 from ctcd_ds.manifest import file_entry
+from ctcd_ds.plain import from_json
 
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 READABLE = (
@@ -250,8 +251,8 @@ def _read_jsonl(source: Source, reading: Reading, advance: Callable[[float], Any
             continue
         where = f"{source.name}, line {number}"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as problem:
+            record = from_json(line)
+        except ValueError as problem:
             raise _unreadable(source, f"{where}: {_no_record(line, problem)}") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: {_no_record(line, None)}")

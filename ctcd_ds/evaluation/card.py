@@ -68,9 +68,8 @@ def eval_results(model: str, content: Mapping[str, Any], tasks: Mapping[str, Tas
         seeds = "one seed" if len(cells) == 1 else f"median of {len(cells)} seeds"
         said, shown = (f(name, content["tasks"][name], settings) for f in (reservation, called))
         hub = None if said else task.hub
-        passes = f"{settings['epochs']:g} epoch{'' if settings['epochs'] == 1 else 's'}" + (
-            f" or {FEW_STEPS} steps" if task.examples else ""
-        )
+        number = settings["epochs"]
+        passes = f"{number:g} epoch{'' if number == 1 else 's'}" + (f" or {FEW_STEPS} steps" if task.examples else "")
         how = f"fine-tuned{f' on {task.base}' if task.base else ''} for {passes}"
         for key in cells[0]["metrics"]:
             metric = next(metric for metric in task.metrics if key == metric or key.startswith(f"{metric}_"))

@@ -17,15 +17,17 @@ import numpy as np
 from tokenizers.processors import TemplateProcessing
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.tokenizer import load_tokenizer
 from ctcd_ds.evaluation.data import TaskData
 from ctcd_ds.evaluation.forms import SENTENCES, form_of
 from ctcd_ds.evaluation.forms.form import Array, Encoded, Feature, Form
 from ctcd_ds.evaluation.tables import TaskRows
 from ctcd_ds.evaluation.tasks import Task
+from ctcd_ds.kinds import weights_in
 from ctcd_ds.manifest import file_entry
 from ctcd_ds.memory import keep_freed_memory
 from ctcd_ds.peers.build import quiet_transformers
-from ctcd_ds.peers.reading import fit_tokenizer, row_limit
+from ctcd_ds.peers.reading import fit_tokenizer, refuse_foreign, row_limit
 
 NO_LIMIT = 1 << 30  # tokens of a row, of a model whose config states none
 FEW_STEPS = 100  # at least, of fine-tuning on a few examples: three passes over 16 of them teach nothing
@@ -64,7 +66,7 @@ class Checkpoint:
 
 def open_checkpoint(path: Path, name: str, forms: Sequence[Form] = (SENTENCES,)) -> Checkpoint:
     """Loads a model directory once, to see that it can be fine-tuned for these forms. Raises UserError where not."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     sha256 = weights_sha256(path)
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -76,7 +78,7 @@ def open_checkpoint(path: Path, name: str, forms: Sequence[Form] = (SENTENCES,))
                     f"--model: {path}: transformers has no head for {form.called} on {config.model_type}; "
                     f"leave out the tasks that are measured by {' or '.join(form.metrics)}, or this model"
                 )
-        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        tokenizer = load_tokenizer(path)
         _complete(tokenizer, path)
         missing: list[str] = []
         for form in forms:
@@ -89,6 +91,7 @@ def open_checkpoint(path: Path, name: str, forms: Sequence[Form] = (SENTENCES,))
         raise UserError(f"--model: {path} cannot be opened for fine-tuning: {reason}") from None
     if missing:
         raise UserError(f"--model: the weights in {path} do not fit its config.json: {missing[0]} is missing")
+    refuse_foreign(tokenizer, model, path)
     fit_tokenizer(tokenizer, model)
     return Checkpoint(
         path=path,
@@ -101,7 +104,7 @@ def open_checkpoint(path: Path, name: str, forms: Sequence[Form] = (SENTENCES,))
 
 def weights_sha256(path: Path) -> str:
     """The hashes of a model's weight files. Raises UserError where it has none."""
-    weights = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+    weights = weights_in(path)
     if not weights:
         raise UserError(f"--model: {path} has no weights (model.safetensors)")
     return "+".join(file_entry(file)["sha256"] for file in weights)

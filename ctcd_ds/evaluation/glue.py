@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ctcd_ds.cli import UserError
+from ctcd_ds.cli import UserError, count, one_folder
 from ctcd_ds.corpus.tokenizer import save_tokenizer
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.card import write_cards
@@ -33,6 +33,7 @@ from ctcd_ds.evaluation.finetune import (
     precision,
     quiet_libraries,
     steps,
+    subset,
     training_rows,
 )
 from ctcd_ds.evaluation.forms import SENTENCES, form_of
@@ -75,10 +76,13 @@ def run(
     settings = settings or FinetuneSettings()
     if not seeds:
         raise UserError("--seeds names no seed")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise UserError(f"--seeds: {wrong[0]} is not in 0 … 4294967295")
     data = load(tasks, data_dir, task_files, no_finetune_on, settings.max_eval_samples)
     data = in_sizes(data, train_examples, settings.max_train_samples) if train_examples else data
     with quiet_libraries():
         checkpoints = open_checkpoints(models, list({form_of(read.task): None for read in data.values()}))
+        _refuse_short_rows(checkpoints, settings)
         grid, cells = resume(output_dir / "results.json", _grid(checkpoints, data, settings))
         make_directory(output_dir)
         lanes = plan(checkpoints, data, list(dict.fromkeys(seeds)), settings, cells)
@@ -94,6 +98,16 @@ def run(
     save(output_dir / "results.json", content)
     write_cards(content, [read.task for read in data.values()])
     return content
+
+
+def _refuse_short_rows(checkpoints: Sequence[Checkpoint], settings: FinetuneSettings) -> None:
+    for checkpoint in checkpoints:
+        needed = checkpoint.tokenizer.num_special_tokens_to_add(pair=True) + 2
+        if (length := min(settings.max_length, checkpoint.positions)) < needed:
+            raise UserError(
+                f"--max_length: {length} leaves no room for text beside the special tokens of {checkpoint.name}; give "
+                f"{needed} or more"
+            )
 
 
 def in_sizes(data: dict[str, TaskData], numbers: Sequence[int], most: int | None) -> dict[str, TaskData]:
@@ -137,7 +151,10 @@ def model_names(models: Sequence[str | Path]) -> list[tuple[Path, str]]:
     if twice := [path for path in resolved if resolved.count(path) > 1]:
         raise UserError(f"--model: {twice[0]} is given twice")
     short = iter(short_names([path.resolve() for path in local]))
-    return [(path, str(model) if model in hub else next(short)) for path, model in zip(resolved, models, strict=True)]
+    names = [str(model) if model in hub else next(short) for model in models]
+    if same := one_folder(names, submission_name):
+        raise UserError(f"--model: the submissions of {same} would be one file; give them in two commands")
+    return list(zip(resolved, names, strict=True))
 
 
 def _may_be_of_the_hub(name: str) -> bool:
@@ -196,21 +213,24 @@ def load(
     data = {task.name: from_hub(task) if str(data_dir) == HUB else from_folder(folder, task) for task in chosen}
     data |= {task.name: from_folder(folder, task) for task in own}  # the paths of its tables are absolute
     for name, read in data.items():
-        _refuse_few_rows(read, most)
+        _refuse_unmeasurable(read, most)
         if read.left_out:
             print(f"{name}: {read.left_out} broken lines of the training file are left out", file=sys.stderr)
     return data
 
 
-def _refuse_few_rows(data: TaskData, most: int | None) -> None:
-    correlations = [metric for metric in data.task.metrics if metric in metrics.OF_SCORES]
-    sets = {**data.dev, **{key: rows for key, rows in data.test.items() if rows.labels is not None}}
-    for key, rows in sets.items() if correlations else ():
-        if (found := min(len(rows), most or len(rows)) if key in data.dev else len(rows)) < 2:
-            where = f"set {key!r}" if key else "dev set"
+def _refuse_unmeasurable(data: TaskData, most: int | None) -> None:
+    """Raises UserError where a dev set is what is trained on, or a metric has no value on it."""
+    for key, rows in {**data.dev, **{key: rows for key, rows in data.test.items() if rows.labels is not None}}.items():
+        where = f"task {data.task.name}: its set {key!r}" if key else f"task {data.task.name}: its dev set"
+        if data.train is not None and rows.texts == data.train.texts:
+            raise UserError(f"{where} is its training set: what is trained on is not held out; give other rows")
+        measured = subset(rows, most) if key in data.dev else rows
+        odd = [metric for metric in data.task.metrics if metric in metrics.OF_DIFFERENT]
+        if odd and len(set(measured.labels or ())) < 2:
             raise UserError(
-                f"task {data.task.name}: {', '.join(correlations)} cannot be measured on {found} row of its {where}; "
-                f"give 2 or more{' (--max_eval_samples)' if most else ''}"
+                f"{where} has one label in all of its {count(len(measured), 'row')}: {', '.join(odd)} cannot be "
+                f"measured on that; give rows with others too{' (--max_eval_samples)' if most else ''}"
             )
 
 
@@ -364,4 +384,9 @@ def test(
 
 def submission_folder(output_dir: Path, checkpoint: Checkpoint) -> Path:
     """Where the prediction files of a model lie; the zip of the same name beside it holds them all."""
-    return output_dir / "submissions" / checkpoint.name.replace("/", "-")
+    return output_dir / "submissions" / submission_name(checkpoint.name)
+
+
+def submission_name(model: str) -> str:
+    """The name of a model's submission."""
+    return model.replace("/", "-")

@@ -32,6 +32,7 @@ from ctcd_ds.evaluation.claims import called, reservation
 from ctcd_ds.evaluation.finetune import quiet_libraries, weights_sha256
 from ctcd_ds.evaluation.glue import model_names
 from ctcd_ds.evaluation.results import Grid, make_directory, report, resume, save
+from ctcd_ds.peers.reading import refuse_foreign
 
 FRACTIONS = ("acc_norm", "acc", "exact_match", "f1", "mcc")  # from 0 to 1; the first that a task has is its score
 SEED = 0  # of every cell: nothing is drawn
@@ -237,9 +238,11 @@ def _opened(path: Path, settings: HarnessSettings) -> Any:
     if begin_role(tokenizer) is None:
         how |= {"add_bos_token": False, "prefix_token_id": special_ids(tokenizer).end}
     try:
-        return HFLM(pretrained=str(path), **how)
+        model = HFLM(pretrained=str(path), **how)
     except Exception as problem:  # as above, and transformers' and safetensors'
         raise UserError(f"--model: {path} cannot be opened: {' '.join(str(problem).split())}") from None
+    refuse_foreign(tokenizer, model.model, path)
+    return model
 
 
 def _cell(model: Any, loaded: LoadedTask, settings: HarnessSettings) -> dict[str, Any]:

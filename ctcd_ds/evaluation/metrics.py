@@ -16,6 +16,7 @@ from ctcd_ds.evaluation.tasks import GLUE, Task
 
 Array = npt.NDArray[Any]
 OF_LABELS, OF_SCORES = ("accuracy", "f1", "matthews"), ("pearson", "spearman")
+OF_DIFFERENT = ("f1", "matthews", *OF_SCORES)  # have no value where all rows have one label
 METRICS = (*OF_LABELS, *OF_SCORES)  # f1 is that of the second of two labels
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.sources import unicode_text
 from ctcd_ds.evaluation.tasks import Table, Task
+from ctcd_ds.plain import from_json
 
 Label = int | float | tuple[Any, ...]  # a label's id; a number; what stands for each word; the answers to a question
 SUFFIXES = (".tsv", ".jsonl", ".json")
@@ -67,7 +68,9 @@ def lines_of(path: Path) -> list[str]:
     """The lines of a text file. Raises UserError where it cannot be read or is no UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            return [line.removeprefix("\ufeff") for line in file.read().rstrip("\n").split("\n")]
+            text = file.read()
+        text = text if "\n" in text else text.replace("\r", "\n")  # as old Macs, and Excel on them, end lines
+        return [line.removeprefix("\ufeff") for line in text.rstrip("\n").split("\n")]
     except UnicodeDecodeError as problem:
         raise UserError(f"{path} is not UTF-8 text: {problem.reason} at byte {problem.start}") from None
     except OSError as problem:
@@ -129,8 +132,8 @@ def _json(path: Path, table: Table) -> _Columns:
 def parse_json(text: str, place: str) -> Any:
     """Plain data from JSON. Raises UserError, naming the place, for what is none."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as problem:
+        return from_json(text)
+    except ValueError as problem:
         raise UserError(f"{place} is not JSON: {problem}") from None
 
 

@@ -32,7 +32,8 @@ from ctcd_ds.evaluation.forms.words import CONLLU, MARKED
 from ctcd_ds.evaluation.metrics import OF_LABELS, OF_SCORES
 from ctcd_ds.evaluation.tables import as_text
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task, plain_name
-from ctcd_ds.recipe import Mistakes, explained, read_file
+from ctcd_ds.plain import read_file
+from ctcd_ds.recipe import Mistakes, explained
 
 FILE = "task.yaml"  # in a folder given instead of a file
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.cli import did_you_mean
+from ctcd_ds.cli import did_you_mean, one_folder
 from ctcd_ds.experiments.results import Value
 from ctcd_ds.experiments.specification import Experiment, Group, set_key
 from ctcd_ds.recipe import Mistakes
@@ -52,7 +52,11 @@ def _plain(value: Value) -> str:
 
 def cell_name(point: Point, seed: int) -> str:
     """A name that is a folder's as well."""
-    return f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', point.name)}-seed-{seed}"
+    return f"{_folder(point.name)}-seed-{seed}"
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
 
 
 def points(experiment: Experiment) -> dict[str, list[Point]]:
@@ -96,6 +100,8 @@ def expand(experiment: Experiment, base: Mapping[str, Any], directory: Path) -> 
                     partners[other] = fitting
             if len(partners) == len(group.needed):
                 cells += [_cell(point, seed, partners, base, directory) for seed in experiment.seeds]
+    if same := one_folder((point.name for group in found.values() for point in group), _folder):
+        mistakes.append(f"cells: {same} would be one folder; rename a cell, or give its values other labels")
     if mistakes:
         raise Mistakes("this experiment", mistakes)
     by_name = {cell.name: cell for cell in cells}

@@ -30,10 +30,13 @@ from pydantic import Field, ValidationError
 
 from ctcd_ds.cli import did_you_mean, names
 from ctcd_ds.experiments.results import Value
-from ctcd_ds.recipe import Count, Mistakes, Section, apply_override, explained, read_file
+from ctcd_ds.plain import read_file
+from ctcd_ds.recipe import Count, Mistakes, Section, apply_override, explained
 
 FULL = "full"
 _SIZES = ("tiny",)
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+FinetuneSeed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Axis(Section):
@@ -93,7 +96,7 @@ class Glue(Section):
 
     tasks: str = "all"
     data_dir: str = "glue_data"
-    seeds: list[int] = Field(default_factory=lambda: [1])
+    seeds: list[FinetuneSeed] = Field(default_factory=lambda: [1])
     epochs: float = 3.0
     learning_rate: float = 5e-5
     batch_size: int = 32
@@ -124,7 +127,7 @@ class Experiment(Section):
     recipe: str
     deepspeed_config: str
     ranks: Annotated[int, Field(ge=1)] | None = None
-    seeds: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 3])
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 3])
     set: dict[str, Any] = Field(default_factory=dict)
     cells: Annotated[dict[str, Group], Field(min_length=1)]
     compare: list[Compare] = Field(default_factory=list)

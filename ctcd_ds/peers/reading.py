@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ctcd_ds.cli import UserError
 
 FEW = 8  # tokens that every model reads
 
@@ -95,6 +98,15 @@ def row_limit(model: Any) -> int | None:
     """How many tokens a row may have: by its tables of positions, else as its config says; None: nothing says it."""
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest_row(model) or (stated if isinstance(stated, int) and stated > 0 else None)
+
+
+def refuse_foreign(tokenizer: Any, model: Any, path: Path) -> None:
+    """Raises UserError where a tokenizer makes ids that the model has no embedding for: it is another model's."""
+    known, embedded = tokenizer.vocab_size, model.get_input_embeddings().num_embeddings
+    if known > embedded:
+        raise UserError(
+            f"--model: {path}: its tokenizer has {known:,} tokens and its embedding {embedded:,}: not of one model"
+        )
 
 
 def fit_tokenizer(tokenizer: Any, model: Any, max_length: int | None = None) -> None:

@@ -7,16 +7,18 @@ string or as False, so both are settled here.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ctcd_ds.cli import UserError, count, did_you_mean
-from ctcd_ds.kinds import other_file
-from ctcd_ds.recipe import Recipe, read_file, read_text
+from ctcd_ds.plain import read_file
+from ctcd_ds.recipe import Count, Recipe, Section, explained
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -100,23 +102,11 @@ class DeepSpeedConfig:
 def read_config(path: Path) -> dict[str, Any]:
     """The user's file as it is. Raises UserError where it is no JSON object or a key stands in it twice."""
 
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if duplicates := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"{', '.join(duplicates)} stands in it twice")
-        return dict(pairs)
-
-    if path.is_dir() or path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml"):
         read_file(path, "DeepSpeed config")  # says what else it is; if nothing else, it is no JSON
-    text = read_text(path, "DeepSpeed config")
-    try:
-        values = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"DeepSpeed config {path} cannot be read: {problem}") from None
+    values = read_file(path, "DeepSpeed config", json_only=True)
     if not isinstance(values, dict):
         raise UserError(f"DeepSpeed config {path} must be a JSON object, found {type(values).__name__}")
-    if said := other_file(path, values, "DeepSpeed config"):
-        raise UserError(f"DeepSpeed config {path}: {said}")
     return values
 
 
@@ -130,7 +120,7 @@ def resolve(
         output_dir: the run directory; TensorBoard's files go there unless the JSON says otherwise.
     """
     mistakes = [*_key_mistakes(given), *_contradictions(given, recipe), *_precision_mistakes(given, device)]
-    mistakes += [*_dtype_mistakes(given), *_monitor_mistakes(given)]
+    mistakes += [*_dtype_mistakes(given), *_monitor_mistakes(given), *_block_mistakes(given)]
     batch, said = _split_batch(given, recipe.training.global_batch_rows, world)
     mistakes += said
     mistakes += _zero_mistakes(given.get("zero_optimization"))
@@ -217,12 +207,8 @@ def _contradictions(given: dict[str, Any], recipe: Recipe) -> Iterator[str]:
 
 
 def _precision_mistakes(given: dict[str, Any], device: str) -> Iterator[str]:
-    enabled = {}
-    for key in ("bf16", "fp16"):
-        block = given.get(key, {})
-        enabled[key] = block.get("enabled", False) if isinstance(block, dict) else None
-        if enabled[key] not in (True, False, "auto"):
-            yield f'deepspeed_config {key} = {block!r}: write {{"enabled": true}}, false or "auto"'
+    blocks = {key: block if isinstance(block := given.get(key), dict) else {} for key in ("bf16", "fp16")}
+    enabled = {key: block.get("enabled") for key, block in blocks.items()}
     if enabled["bf16"] is True and enabled["fp16"] is True:
         yield "deepspeed_config bf16.enabled and fp16.enabled are both true: choose one"
     if enabled["fp16"] is True and device == "cpu":
@@ -231,9 +217,9 @@ def _precision_mistakes(given: dict[str, Any], device: str) -> Iterator[str]:
 
 def _dtype_mistakes(given: dict[str, Any]) -> Iterator[str]:
     block = given.get("data_types", {})
-    if not isinstance(block, dict):
-        yield f'deepspeed_config data_types = {block!r}: write {{"grad_accum_dtype": "fp32"}}'
-        block = {}
+    if not isinstance(block, dict) or not block.keys() <= {"grad_accum_dtype"}:
+        yield f'deepspeed_config data_types = {block!r}: write {{"grad_accum_dtype": "fp32"}}, which is all it may hold'
+        return
     stated = {"communication_data_type": given.get("communication_data_type", "auto")}
     stated["data_types.grad_accum_dtype"] = block.get("grad_accum_dtype", "auto")
     for key, value in stated.items():
@@ -243,15 +229,81 @@ def _dtype_mistakes(given: dict[str, Any]) -> Iterator[str]:
 
 def _monitor_mistakes(given: dict[str, Any]) -> Iterator[str]:
     for monitor in ("tensorboard", "csv_monitor", *_PACKAGES):
-        block = given.get(monitor, {})
-        if not isinstance(block, dict):
-            yield f'deepspeed_config {monitor} = {block!r}: write {{"enabled": true}}'
-        elif block.get("enabled") is True and monitor in _PACKAGES:
+        block = given.get(monitor)
+        if not isinstance(block, dict) or block.get("enabled") is not True:
+            continue
+        if monitor in _PACKAGES:
             try:
                 import_module(_PACKAGES[monitor])
             except ImportError as problem:
                 said = f"{_PACKAGES[monitor]} cannot be imported ({problem}): pip install {_PACKAGES[monitor]}"
                 yield f"deepspeed_config {monitor}.enabled = true: {said}"
+        if isinstance(place := block.get("output_path"), str):
+            nearest = next(path for path in (Path(place), *Path(place).absolute().parents) if path.exists())
+            if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+                yield f"deepspeed_config {monitor}.output_path = {place!r}: {nearest} cannot be written in"
+
+
+class _Scalars(Section):
+    """What DeepSpeed reads without looking at it."""
+
+    steps_per_print: Count = 1
+    wall_clock_breakdown: bool = False
+    dump_state: bool = False
+    memory_breakdown: bool = False
+    disable_python_gc: bool = False
+    zero_allow_untested_optimizer: bool = False
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
+
+
+class _FlopsProfiler(Section):
+    """Likewise."""
+
+    enabled: bool = False
+    recompute_fwd_factor: float = 0.0
+    profile_step: Count = 1
+    module_depth: int = -1
+    top_modules: Count = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class _Timers(Section):
+    throughput: dict[str, bool] = Field(default_factory=dict)
+
+
+def _block_mistakes(given: dict[str, Any]) -> Iterator[str]:
+    """What DeepSpeed would find wrong inside of blocks when the run starts, or at the step that needs it."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+
+    yield from _unfit("", {key: value for key, value in given.items() if key in _Scalars.model_fields}, _Scalars)
+    for name, model in {
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "tensorboard": TensorBoardConfig,
+        "csv_monitor": CSVConfig,
+        "wandb": WandbConfig,
+        "comet": CometConfig,
+        "comms_logger": CommsLoggerConfig,
+        "flops_profiler": _FlopsProfiler,
+        "timers": _Timers,
+    }.items():
+        block = given.get(name, {})
+        if not isinstance(block, dict):
+            yield f'deepspeed_config {name} = {block!r}: must be a mapping; write {{"enabled": true}}'
+        elif not isinstance(block.get("enabled", True), bool) and block["enabled"] != "auto":  # it takes "yes" for true
+            yield f"deepspeed_config {name}.enabled = {block['enabled']!r}: must be true or false"
+        else:
+            yield from _unfit(f"{name}.", block, model)
+
+
+def _unfit(place: str, block: dict[str, Any], model: type[BaseModel]) -> Iterator[str]:
+    try:
+        model(**_without_auto(block))
+    except ValidationError as problem:
+        yield from (f"deepspeed_config {place}{said}" for said in explained(problem, model))
 
 
 def _zero_mistakes(block: Any) -> Iterator[str]:
@@ -267,18 +319,9 @@ def _zero_mistakes(block: Any) -> Iterator[str]:
         if block.get(key):
             yield f"deepspeed_config zero_optimization.{key}: clipping is per peer, on the device; remove it"
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
 
-    fields = DeepSpeedZeroConfig.model_fields
-    known = set(fields) | {str(f.alias) for f in fields.values() if f.alias}
-    for key in sorted(set(block) - known):
-        yield f"deepspeed_config zero_optimization.{key} = {block[key]!r}: unknown; {did_you_mean(key, known)}"
-    try:
-        DeepSpeedZeroConfig(**{k: v for k, v in block.items() if k in known and v != "auto"})
-    except ValidationError as problem:
-        for error in problem.errors():
-            where = ".".join(str(part) for part in error["loc"])
-            yield f"deepspeed_config zero_optimization.{where} = {error['input']!r}: {error['msg']}"
+    others = {key: value for key, value in block.items() if key != "stage"}
+    yield from _unfit("zero_optimization.", others, DeepSpeedZeroConfig)
 
 
 def _split_batch(given: dict[str, Any], rows: int, world: int) -> tuple[tuple[int, int] | None, list[str]]:
