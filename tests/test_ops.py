@@ -15,7 +15,7 @@ import pytest
 
 from commands import PATIENCE_S, environment
 from ctcd_ds.cli import UserError
-from ctcd_ds.training.ops import VARIABLE, settle_extensions
+from ctcd_ds.training.ops import VARIABLE, load_collectives, settle_extensions
 
 LOAD = "from ctcd_ds.training.ops import load_collectives; load_collectives()"
 BUILD = """import sys
@@ -80,6 +80,20 @@ def settled(monkeypatch: pytest.MonkeyPatch, **variables: object) -> Path:
         monkeypatch.setenv(name, str(value))
     settle_extensions()
     return Path(os.environ[VARIABLE])
+
+
+def test_a_build_is_said_and_what_is_built_is_loaded_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    kind = type(get_accelerator().create_op_builder("ShareMemCommBuilder"))
+    monkeypatch.setattr(kind, "load", lambda self: (tmp_path / self.name / "op.so").touch())
+    load_collectives()
+    assert "once for this environment" in capsys.readouterr().out
+    load_collectives()
+    assert capsys.readouterr().out == ""
 
 
 def test_each_environment_has_a_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

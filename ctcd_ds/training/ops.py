@@ -73,6 +73,8 @@ def load_collectives() -> None:
         with suppress(OSError):  # a file system without locks: as DeepSpeed alone would do
             fcntl.flock(ours, fcntl.LOCK_EX)
             _remove_if_left_over(folder / "lock")
+        if not any(folder.glob("*.so")):
+            print("building DeepSpeed's collectives for the CPU, once for this environment: some minutes", flush=True)
         builder.load()
 
 
