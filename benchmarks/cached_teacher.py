@@ -24,7 +24,7 @@ from ctcd_ds.objective.cached import draw
 from ctcd_ds.objective.projection import project
 from ctcd_ds.peers.build import build_peers, quiet_transformers
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.cache import record
 from ctcd_ds.tasks.loader import Cut

@@ -32,7 +32,9 @@ from ctcd_ds.objective.reference import reference_objective
 from ctcd_ds.peers.build import build_peers
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import Mistakes, Recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.cache import Cache, record
 from ctcd_ds.tasks.loader import Cut

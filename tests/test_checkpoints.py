@@ -18,7 +18,7 @@ import torch
 import forks
 from ctcd_ds.cli import RunFailure, UserError
 from ctcd_ds.manifest import file_entry, read_manifest, write_manifest
-from ctcd_ds.recipe import TrainingSection
+from ctcd_ds.recipe.sections import TrainingSection
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.loading import consolidated, refuse_code
 from ctcd_ds.training.saving import stage_as_number
@@ -152,7 +152,7 @@ def describe(runs: Path) -> str:
 
 
 def plan_of(runs: Path) -> Any:
-    from ctcd_ds.recipe import load_recipe
+    from ctcd_ds.recipe.reading import load_recipe
     from ctcd_ds.training.plan import make_plan
 
     return make_plan(load_recipe(runs / "every" / "recipe.yaml"), FP32, 2, "cpu", runs)
@@ -383,7 +383,7 @@ def test_a_pretrained_model_of_a_stranger_runs_nothing(corpus: Path, tmp_path: P
 
     from ctcd_ds.corpus.rows import Corpus
     from ctcd_ds.peers.build import build_peer, peer_config
-    from ctcd_ds.recipe import PeerSection
+    from ctcd_ds.recipe.sections import PeerSection
 
     mark, model = tmp_path / "mark", tmp_path / "model"
     model.mkdir()

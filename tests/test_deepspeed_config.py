@@ -10,7 +10,7 @@ import pytest
 
 from commands import ROOT
 from ctcd_ds.cli import UserError
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.deepspeed_config import read_config, resolve
 from runs import Job, bert, chain_corpus, metrics, run_jobs
 

@@ -11,7 +11,7 @@ import pytest
 from ctcd_ds.cli import RunFailure
 from ctcd_ds.commands import demo
 from ctcd_ds.commands.recipes import SHIPPED
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 
 
 def logged(run: Path, rows: list[dict[str, Any]]) -> None:

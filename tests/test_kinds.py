@@ -12,7 +12,7 @@ from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.experiments.specification import load_experiment
 from ctcd_ds.kinds import folder_kind, instead, missing
 from ctcd_ds.plain import read_file
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 from ctcd_ds.training.deepspeed_config import read_config
 
 RECIPE, EXPERIMENT = SHIPPED / "recipes" / "paper.yaml", SHIPPED / "experiments" / "baselines.yaml"

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from ctcd_ds.evaluation import finetune, glue
 from ctcd_ds.export.hf import export
 from ctcd_ds.export.model_card import _plateau, _read
-from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.run_directory import RunDirectory
 from glue_files import write_tsv
 from runs import Job, bert, chain_corpus, run_jobs

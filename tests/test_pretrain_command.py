@@ -156,7 +156,7 @@ def test_every_shipped_recipe_is_good(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_deepspeed_config_is_good(path: Path, good: dict[str, Any]) -> None:
-    from ctcd_ds.recipe import Recipe
+    from ctcd_ds.recipe.sections import Recipe
     from ctcd_ds.training.deepspeed_config import read_config, resolve
 
     for world in (1, 8):

@@ -18,7 +18,10 @@ from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import Divergence
 from ctcd_ds.objective.signals import Hidden, Relations
 from ctcd_ds.plain import from_yaml
-from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 
 GOOD: dict[str, Any] = {
     "corpus": {"path": "corpora/text"},

@@ -23,7 +23,7 @@ from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
 from ctcd_ds.kinds import instead, missing
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
-from ctcd_ds.recipe import NAME
+from ctcd_ds.recipe.sections import NAME
 
 FORMAT, VERSION = "ctcd_ds.corpus", 2
 # By roles of the tokenizer: what ends each document in the shards, and what models that want a frame see around a row.

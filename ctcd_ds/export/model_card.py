@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from ctcd_ds import __version__
 from ctcd_ds.export.curves import LoggedRows, draw
 from ctcd_ds.manifest import read_json, write_atomic
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Words
 from ctcd_ds.training.metrics import held_out_values

@@ -20,7 +20,7 @@ from ctcd_ds.kinds import instead, missing
 from ctcd_ds.peers.layers import chosen, depth_of, from_layers, with_layers
 from ctcd_ds.peers.reading import uncached
 from ctcd_ds.peers.vocabulary import KEPT, fit_tables, parts_with_vocabulary, set_vocabulary
-from ctcd_ds.recipe import PeerSection
+from ctcd_ds.recipe.sections import PeerSection
 
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -24,7 +24,8 @@ from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import FileEntry, check_shape, file_problems, read_manifest
 from ctcd_ds.objective.batch import Batch, Drawn
-from ctcd_ds.recipe import Recipe, flat, is_corpus_place
+from ctcd_ds.recipe.reading import flat, is_corpus_place
+from ctcd_ds.recipe.sections import Recipe
 
 FORMAT, VERSION = "ctcd_ds.cache", 1
 PROGRESS = "unfinished.json"  # stands for the manifest until all is written

@@ -24,7 +24,8 @@ from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
 from ctcd_ds.peers.signals import SignalCost, signal_cost, signal_mistakes, watched
 from ctcd_ds.peers.states import planned_shapes
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
-from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.cache import Cache, CachedTeachers, what_is_asked
 from ctcd_ds.tasks.task import Task

@@ -20,7 +20,8 @@ from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.ending import ending
 from ctcd_ds.kinds import missing
 from ctcd_ds.manifest import file_entries, file_problems, read_json, read_manifest, write_atomic, write_manifest
-from ctcd_ds.recipe import Mistakes, load_recipe
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.schema import Mistakes
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.identity import changes, identity
 from ctcd_ds.training.metrics import held_out_values

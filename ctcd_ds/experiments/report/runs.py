@@ -14,7 +14,7 @@ from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult,
 from ctcd_ds.experiments.statistics import caveats, compare
 from ctcd_ds.manifest import canonical_sha256, read_json
 from ctcd_ds.peers.accounting import Cost, cost
-from ctcd_ds.recipe import flat, is_corpus_place
+from ctcd_ds.recipe.reading import flat, is_corpus_place
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.plan import flops_beside, peer_flops, signals_of
