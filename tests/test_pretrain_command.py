@@ -304,7 +304,7 @@ def test_a_run_in_a_bare_and_awkward_place(good: dict[str, Any], tmp_path: Path)
     bare_place = environment() | {"PATH": str(bare), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run([str(word) for word in line], env=bare_place, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "no such file or directory; this run begins at step 0" in done.stdout
+    assert "--resume: there is no run in" in done.stdout and "begins at step 0" in done.stdout
     assert "?" in done.stdout and "next: ctcd export --checkpoint" in done.stdout
     assert re.search(r"finished: 2 steps in [\d.]+ s, .*\n  teacher: held-out loss \d\.\d{3} nats", done.stdout)
     assert json.loads((place / "environment.json").read_text())["git_commit"] is None
