@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +35,19 @@ class Damage(UserError):
 
 class RunFailure(RuntimeError):
     """What ended a run and is nobody's typing mistake (a non-finite loss, a damaged file): one message, exit code 1."""
+
+
+# What a file system says of itself, its user or a name: no fault of a program.
+_OF_THE_MACHINE = {getattr(errno, name) for name in (
+    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOTDIR", "EISDIR",
+    "ELOOP", "ENAMETOOLONG",
+)}  # fmt: skip
+
+
+def is_of_the_machine(problem: BaseException) -> bool:
+    """Whether files, rights or room are the reason; libraries written in Rust say so in the text alone."""
+    number = problem.errno if isinstance(problem, OSError) else re.search(r"\(os error (\d+)\)", str(problem))
+    return (int(number[1]) if isinstance(number, re.Match) else number) in _OF_THE_MACHINE
 
 
 def count(number: int, noun: str) -> str:
@@ -74,6 +90,10 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
+        for before, word in pairwise(["", *words]):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                said = f"{word or before}: nothing stands behind it; is a variable of your shell not set?"
+                self.exit(EXIT_MISTAKE, f"error: {said}\n")
         return super().parse_known_args([self._known(word) for word in words], namespace)
 
     def _known(self, word: str) -> str:
@@ -196,6 +216,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except RunFailure as failure:
         print(f"failed: {failure}", file=sys.stderr, flush=True)
         code = EXIT_FAILED
+    except OSError as problem:
+        if not is_of_the_machine(problem):
+            raise
+        print(f"error: {problem.filename or 'this machine'}: {problem.strerror}", file=sys.stderr, flush=True)
+        code = EXIT_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctcd_ds.cli import UserError
+from ctcd_ds.corpus.tokenizer import panics_heard
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,7 +52,8 @@ def import_sentencepiece(
     """
     model = read_model(path)
     try:
-        backend = _backend(model, lowercase)
+        with panics_heard():
+            backend = _backend(model, lowercase)
     except Exception as problem:  # what `tokenizers` finds in a damaged table has no type of its own
         raise UserError(f"{path} is damaged: {problem}") from None
 
@@ -67,11 +69,12 @@ def import_sentencepiece(
 
 def read_model(path: Path) -> Any:
     """The ModelProto of a file. Raises UserError where it is none, or of a kind that cannot be used."""
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(content := path.read_bytes())
+        SentencePieceProcessor(model_proto=content)  # looks into the normaliser's table too
     except Exception as problem:
         raise UserError(f"{path} is not a SentencePiece model: {problem}") from None
     if not model.pieces:

@@ -13,7 +13,8 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -42,13 +43,27 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        with panics_heard():
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds for what is one thing: no tokenizer there
         raise UserError(f"tokenizer {directory} cannot be loaded: {_reason(Path(directory), problem)}") from None
     return validated(tokenizer, str(directory))
 
 
+@contextmanager
+def panics_heard() -> Iterator[None]:
+    """What makes the `tokenizers` library panic, a damaged table for one, is an Exception here: a panic is none."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from None
+
+
 def _reason(directory: Path, problem: Exception) -> str:
+    if directory.is_absolute() and not directory.exists():
+        return "no such directory"
     if raw := sorted(path for end in ("vocab.txt", "*.model") for path in directory.glob(end)):
         return f"give the file itself: {raw[0]}"
     if directory.is_dir() and not (directory / "tokenizer.json").exists():
