@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import os
 import re
 import shlex
 import sys
@@ -205,11 +206,18 @@ def add_run_options(parser: argparse.ArgumentParser, output: str = "the run dire
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process: a UserError is one message without traceback."""
+    sys.stdout, sys.stderr = (
+        stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr)
+    )  # closed: >&-
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows ? where it has no letter
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 128 + 13
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         code = mistake.exit_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -61,6 +62,14 @@ def test_what_the_file_system_says_is_one_message_and_a_fault_of_ours_is_not(
     with pytest.raises(OSError if said is None else SystemExit) as end:
         cli.run(main)
     assert said is None or (getattr(end.value, "code", None), capsys.readouterr().err) == (cli.EXIT_MISTAKE, said)
+
+
+@pytest.mark.parametrize(("end", "code", "said"), [("| head -0", 141, ""), (">&-", 0, ""), ("2>&-", 0, "done\n")])
+def test_a_closed_end_is_no_traceback(end: str, code: int, said: str) -> None:
+    program = "from ctcd_ds import cli; cli.run(lambda: print('done'))"
+    line = f"set -o pipefail; (sleep 0.2; {shlex.quote(sys.executable)} -c {shlex.quote(program)}) {end}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
 def test_a_command_is_shown_as_it_is_typed() -> None:

@@ -14,6 +14,12 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.ranks import Ranks, find_ranks, first_node, slurm_port, tasks_of_nodes
 from ctcd_ds.training.run_directory import environment
 
+
+def test_rank_0_knows_where_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"MASTER_ADDR = 'nowhere\.invalid': rank 0 waits there .* knows no such host"):
+        Ranks(0, 2, 0, 1, "torchrun", "nowhere.invalid", 29500).announce()
+
+
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 OPEN_MPI = {f"OMPI_COMM_WORLD_{key}": value for key, value in
             {"RANK": "1", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}.items()}  # fmt: skip
