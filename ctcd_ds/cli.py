@@ -206,9 +206,9 @@ def add_run_options(parser: argparse.ArgumentParser, output: str = "the run dire
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process: a UserError is one message without traceback."""
-    sys.stdout, sys.stderr = (
-        stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr)
-    )  # closed: >&-
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, by >&-
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows ? where it has no letter
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")

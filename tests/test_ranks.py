@@ -14,12 +14,6 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.cluster.ranks import Ranks, find_ranks, first_node, slurm_port, tasks_of_nodes
 from ctcd_ds.training.run_directory import environment
 
-
-def test_rank_0_knows_where_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"MASTER_ADDR = 'nowhere\.invalid': rank 0 waits there .* knows no such host"):
-        Ranks(0, 2, 0, 1, "torchrun", "nowhere.invalid", 29500).announce()
-
-
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 OPEN_MPI = {f"OMPI_COMM_WORLD_{key}": value for key, value in
             {"RANK": "1", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}.items()}  # fmt: skip
@@ -198,3 +192,8 @@ def test_the_command_of_a_resumed_run_is_the_one_that_repeats_it(
     plain = ["python", *(["-m"] if script == MODULE else []), script, *asked]
     assert said("srun") == ["srun", "-n", str(world), *plain] and said("mpirun") == ["mpirun", "-n", str(world), *plain]
     assert said("alone") == plain
+
+
+def test_rank_0_knows_where_it_waits() -> None:
+    with pytest.raises(UserError, match=r"MASTER_ADDR = 'nowhere\.invalid': rank 0 waits there .* knows no such host"):
+        Ranks(0, 2, 0, 1, "torchrun", "nowhere.invalid", 29500).announce()

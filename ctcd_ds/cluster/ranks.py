@@ -88,8 +88,8 @@ class Ranks:
             if self.first:
                 socket.getaddrinfo(self.address, None)
         except OSError as problem:
-            said = f"rank 0 waits there for the others, and knows no such host ({problem.strerror})"
-            raise UserError(f"MASTER_ADDR = {self.address!r}: {said}") from None
+            reason = f"rank 0 waits there for the others, and knows no such host ({problem.strerror})"
+            raise UserError(f"MASTER_ADDR = {self.address!r}: {reason}") from None
         said = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank}
         said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": self.port or free_port()}
         os.environ.update({key: str(value) for key, value in said.items()}, MASTER_ADDR=self.address)
