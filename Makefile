@@ -20,6 +20,7 @@ setup: $(VENV)/ready
 
 # torch first: where it comes from decides whether this is a CPU or a CUDA environment; the rest then fits it.
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "installing torch, DeepSpeed, transformers and what they need into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel ninja

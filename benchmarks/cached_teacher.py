@@ -3,7 +3,7 @@
 Two finished models, a teacher and a student, are asked the first rows of a corpus. The gradient of the soft loss by the
 student's output embedding, with what is kept in the teacher's place, is compared with that of the whole prediction:
 the difference as a share of it, `once` and of the mean over all --repetitions, each drawn anew as each epoch is, where
-chance averages out and a bias stays. What is kept: `drawn`, as `ctcd cache_logits` does; `independent`, as many
+chance averages out and a bias stays. What is kept: `drawn`, as `ctcd cache-logits` does; `independent`, as many
 independent draws; `largest`, as many of the largest probabilities as the bytes hold (an id and a 16-bit number each).
 """
 
@@ -24,7 +24,7 @@ from ctcd_ds.objective.cached import draw
 from ctcd_ds.objective.projection import project
 from ctcd_ds.peers.build import build_peers, quiet_transformers
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.cache import record
 from ctcd_ds.tasks.loader import Cut

@@ -229,7 +229,7 @@ class Suite:
             raise Skipped("deepspeed is not installed here")
         from overhead import run_block, total_loss
 
-        from ctcd_ds.recipe import load_recipe
+        from ctcd_ds.recipe.reading import load_recipe
 
         scale = self.scale
         shape = replace(scale.shape, rows=scale.run_rows)

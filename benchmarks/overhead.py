@@ -26,7 +26,8 @@ from workload import Shape
 from ctcd_ds import cli
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.corpus.rows import Corpus
-from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks.loader import Cut, TrainLoader
 
 CONFIG = {"zero_optimization": {"stage": 2}}

@@ -17,7 +17,7 @@ from overhead import run_block
 from workload import Shape
 
 from ctcd_ds import cli
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 
 SAVES = 3
 INTERVAL_S = 15 * 60

@@ -33,7 +33,7 @@ from workload import Shape
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.scaling import Cluster, Work, predict
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 
 MANY = 4  # accumulation steps, where there are several
 WAYS = [(stage, accumulation) for stage in (1, 2) for accumulation in (1, MANY)]

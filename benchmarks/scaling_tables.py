@@ -20,7 +20,7 @@ from ctcd_ds import cli
 from ctcd_ds.cluster.peaks import stated_peak
 from ctcd_ds.cluster.scaling import Cluster, Work
 from ctcd_ds.cluster.scaling_table import improve, step_table
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 from ctcd_ds.training.deepspeed_config import read_config
 from ctcd_ds.training.plan import make_plan
 

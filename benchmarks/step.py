@@ -44,7 +44,7 @@ from ctcd_ds.objective.signals import Hidden, Relations, Signal
 from ctcd_ds.peers.build import seed_of
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import OptimizerSection
+from ctcd_ds.recipe.sections import OptimizerSection
 
 KEYS = ("hidden", "relations")
 WAYS = ("naive", "naive_kept", "naive_selected", "ours", "alone", "bare", *KEYS)

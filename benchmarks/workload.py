@@ -25,7 +25,7 @@ from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, padded
 from ctcd_ds.peers.cotrain import CoTraining
-from ctcd_ds.recipe import PeerSection
+from ctcd_ds.recipe.sections import PeerSection
 from ctcd_ds.tasks.clm import CausalLM
 from ctcd_ds.tasks.masking import Masking
 from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks

@@ -97,6 +97,10 @@ class _Parser(argparse.ArgumentParser):
                 self.exit(EXIT_MISTAKE, f"error: {said}\n")
         return super().parse_known_args([self._known(word) for word in words], namespace)
 
+    def error(self, message: str) -> NoReturn:
+        """One line, as of every other mistake, in place of all options."""
+        self.exit(EXIT_MISTAKE, f"error: {message} (`{self.prog} --help` says more)\n")
+
     def _known(self, word: str) -> str:
         option, *value = word.split("=", 1)
         options = self._option_string_actions
@@ -215,15 +219,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 128 + 13
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         code = mistake.exit_code
     except RunFailure as failure:
         print(f"failed: {failure}", file=sys.stderr, flush=True)
         code = EXIT_FAILED
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        print("interrupted: broken pipe", file=sys.stderr, flush=True)
+        code = 141  # as a shell says of what SIGPIPE ended
     except OSError as problem:
         if not is_of_the_machine(problem):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _FOLDERS = {
     "experiment": ("an experiment's directory", "`ctcd experiment` makes one"),
     "GLUE results": ("a directory of scores", "`ctcd glue` and `ctcd lm-eval` make one"),
     "corpus": ("a corpus", "`ctcd corpus` makes one"),
-    "cache": ("a cache of a teacher's predictions", "`ctcd cache_logits` makes one"),
+    "cache": ("a cache of a teacher's predictions", "`ctcd cache-logits` makes one"),
     "checkpoint": ("a checkpoint of a run", "`ctcd pretrain` makes one"),
     "model": ("a Hugging Face model", "`ctcd export` makes models of a run"),
     "tokenizer": ("a tokenizer", "`ctcd tokenizer` makes one"),
@@ -66,6 +67,17 @@ def folder_kind(path: Path) -> str | None:
     return "tokenizer" if any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt")) else None
 
 
+def missing(path: Path) -> str:
+    """'no such file or directory; did you mean …?': of a path that is not there, with one under a like name that is."""
+    meant = Path(path.anchor)
+    for part in path.parts[len(meant.parts) :]:
+        known = [part] if (meant / part).exists() else sorted(entry.name for entry in meant.glob("*"))
+        if not (near := difflib.get_close_matches(part, known, n=1)):
+            return "no such file or directory"
+        meant /= near[0]
+    return f"no such file or directory; did you mean {meant}?"
+
+
 def weights_in(path: Path) -> list[Path]:
     """The weight files of a model's directory. (A run's peers/ hold configs alone.)"""
     return sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
@@ -85,7 +97,7 @@ def instead(path: Path, *wanted: str) -> str:
     Names what is wanted and lies up to two folders below; where nothing does, the command that makes it.
     """
     if not path.exists():
-        return "no such directory"
+        return missing(path)
     below = [place for pattern in ("*", "*/*") for place in sorted(path.glob(pattern)) if folder_kind(place) in wanted]
     said = f"it is {called(path) if path.is_dir() else 'a file'}"
     if below:

@@ -12,7 +12,7 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.kinds import other_file
+from ctcd_ds.kinds import missing, other_file
 
 
 def from_yaml(text: str) -> Any:
@@ -90,5 +90,7 @@ def read_text(path: Path, what: str) -> str:
     except UnicodeDecodeError as problem:
         cure = "save it as UTF-8 (iconv -f ENCODING -t UTF-8)"
         raise UserError(f"{what} {path} cannot be read: it is not UTF-8, byte {problem.start}: {cure}") from None
+    except FileNotFoundError:
+        raise UserError(f"{what} {path}: {missing(path)}") from None
     except OSError as problem:
-        raise UserError(f"{what} {path} cannot be read: {problem}") from None
+        raise UserError(f"{what} {path} cannot be read: {problem.strerror}") from None

@@ -37,7 +37,7 @@ from ctcd_ds.objective.projection import Projection
 from ctcd_ds.peers.build import DTYPES, build_peer
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import Way, find_way
-from ctcd_ds.recipe import PeerSection, Recipe
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.masking import Masking
 from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks

@@ -163,7 +163,7 @@ def _main() -> None:
     from deepspeed.accelerator import get_accelerator
 
     from ctcd_ds.cluster.ranks import find_ranks
-    from ctcd_ds.recipe import load_recipe
+    from ctcd_ds.recipe.reading import load_recipe
     from ctcd_ds.training.engine import device_type, settle_arithmetic
     from ctcd_ds.training.plan import make_plan
     from ctcd_ds.training.run_directory import RunDirectory

@@ -27,7 +27,7 @@ from ctcd_ds.peers.heads import Way, way_of
 from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
 from ctcd_ds.peers.signals import signal_mistakes
 from ctcd_ds.peers.states import Shapes, planned_shapes
-from ctcd_ds.recipe import PeerSection, Recipe
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Task
 from runs import bert, chain_corpus

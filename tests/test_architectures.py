@@ -19,7 +19,7 @@ from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, peer_config
 from ctcd_ds.peers.reading import as_inputs, uncached
 from ctcd_ds.peers.states import planned_shapes, shapes_of
-from ctcd_ds.recipe import PeerSection
+from ctcd_ds.recipe.sections import PeerSection
 from ctcd_ds.tasks import TASKS
 from runs import Job, chain_corpus, drop_checkpoint, final_weights, run_jobs
 from survey import KINDS, PAGE, PREFACE, ROOT, SENTINELS, insides, line, look, recipe

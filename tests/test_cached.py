@@ -32,7 +32,9 @@ from ctcd_ds.objective.reference import reference_objective
 from ctcd_ds.peers.build import build_peers
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import Mistakes, Recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.cache import Cache, record
 from ctcd_ds.tasks.loader import Cut
@@ -440,7 +442,7 @@ def test_tokens_beyond_the_vocabulary_are_damage(cache: Path, tmp_path: Path) ->
         ({"objective__temperature": 2.0}, "objective.temperature = 1.0, and here it is 2.0"),
         ({"objective__soft_positions": "all"}, "objective.soft_positions = 'targets', and here it is 'all'"),
         ({"training__steps": 8}, "it holds 56 rows, and the run reads 64: train for fewer steps"),
-        ({"cached_teachers": {"teacher": "nowhere"}}, "is no cache: no such directory"),
+        ({"cached_teachers": {"teacher": "nowhere"}}, "is no cache: no such file or directory"),
         ({"cached_teachers": {"teacher": "corpus"}}, "is no cache: it is a corpus; "),
         ({"objective__divergence": "jsd"}, "peers.student.divergence.teacher = 'jsd': a cache's few tokens give KL's"),
         (

@@ -17,7 +17,8 @@ from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.checkpointing import checkpoint_layers
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import Mistakes, Recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.plan import describe, make_plan, memory_per_rank
 from runs import FP32, bert, chain_corpus
 

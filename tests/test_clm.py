@@ -21,7 +21,10 @@ from ctcd_ds.corpus.tokenizer import bring_tokenizer, load_tokenizer, special_id
 from ctcd_ds.peers.build import build_peer, peer_config
 from ctcd_ds.peers.reading import keeps_apart, sees_the_future, uncached
 from ctcd_ds.peers.rehearsal import rehearse
-from ctcd_ds.recipe import Mistakes, PeerSection, Recipe, load_recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.tasks.clm import CausalLM, positions_by_document
 from ctcd_ds.tasks.loader import Cut
 from ctcd_ds.training.plan import make_plan

@@ -10,7 +10,7 @@ import pytest
 
 from commands import ROOT
 from ctcd_ds.cli import UserError
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.deepspeed_config import read_config, resolve
 from runs import Job, bert, chain_corpus, metrics, run_jobs
 
@@ -148,11 +148,13 @@ def test_a_missing_zero_block_is_stage_0_and_refused() -> None:
     assert "zero_optimization" in mistakes({})
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"bf16": {}, "bf16": {}}', "[" * 100_000])
-def test_a_file_that_is_no_json_object_is_one_message(tmp_path: Path, text: str) -> None:
-    (tmp_path / "d.json").write_text(text)
-    with pytest.raises(UserError, match=r"d\.json"):
+@pytest.mark.parametrize("text", ["{", "[1]", '{"bf16": {}, "bf16": {}}', "[" * 100_000, "\xff", None])
+def test_a_file_that_is_no_json_object_is_one_message(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "d.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"d\.json") as problem:
         read_config(tmp_path / "d.json")
+    assert str(problem.value).count("d.json") == 1
     (tmp_path / "d.json").write_text("\ufeff{}", encoding="utf-8")  # as Notepad saves it
     assert read_config(tmp_path / "d.json") == {}
 

@@ -11,7 +11,7 @@ import pytest
 from ctcd_ds.cli import RunFailure
 from ctcd_ds.commands import demo
 from ctcd_ds.commands.recipes import SHIPPED
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 
 
 def logged(run: Path, rows: list[dict[str, Any]]) -> None:
@@ -30,7 +30,7 @@ def test_each_demo_has_a_pair_and_each_of_its_peers_alone(task: str) -> None:
 
 
 def test_the_proof_holds_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "pretrain", lambda *_: None)  # the runs are there
+    monkeypatch.setattr(demo, "pretrain", lambda *_, **__: None)  # the runs are there
     values = {"loss/student/hard": 2.5, "grad_norm/student": 0.1, "valid/student/loss": 3.0}
     alone = [{"step": step, "seconds": 1.0, **values} for step in (1, 2)]
     beside = [{**row, "seconds": 2.0, "loss/teacher/hard": 2.0} for row in alone]

@@ -19,7 +19,7 @@ from ctcd_ds.experiments.planning import PlannedCell, plan_cells
 from ctcd_ds.experiments.results import PeerResult, read_results, write_results
 from ctcd_ds.experiments.running import failure_message, places
 from ctcd_ds.experiments.specification import base_recipe, load_experiment, only
-from ctcd_ds.recipe import Mistakes
+from ctcd_ds.recipe.schema import Mistakes
 from runs import bert, chain_corpus
 
 SHIPPED = sorted((ROOT / "ds_configs" / "experiments").glob("*.yaml"))
@@ -253,7 +253,7 @@ def test_sizes_seeds_and_directories_are_checked(tmp_path: Path, corpus: Path, m
         (("--max_parallel", "0"), "is not a whole number from 1"),
         (("--set", "training.steps"), "write key=value"),
         (("--output_dir", tmp_path / "full"), "holds other files"),
-        (("--experiment", tmp_path / "no.yaml"), "cannot be read"),
+        (("--experiment", tmp_path / "no.yaml"), "no such file"),
     ):
         given = {"--experiment": path, "--output_dir": tmp_path / "out"} | {options[0]: options[1]}
         words = [word for pair in given.items() for word in pair]
@@ -311,8 +311,8 @@ def real(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, 
     folder = tmp_path_factory.mktemp("real")
     task = folder / "glue" / "RTE"
     task.mkdir(parents=True)
-    for split in ("train", "dev"):
-        rows = [f"{n}\tw{n + 5} w6 w7\tw8 w{n + 9}\t{('entailment', 'not_entailment')[n % 2]}" for n in range(8)]
+    for split, first in (("train", 5), ("dev", 15)):
+        rows = [f"{n}\tw{n + first} w6 w7\tw8 w{n + 9}\t{('entailment', 'not_entailment')[n % 2]}" for n in range(8)]
         (task / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
     frozen = {"peers.teacher": {"pretrained": {"cell": "alone", "peer": "teacher"}, "frozen": True}}
     cells = {

@@ -16,7 +16,8 @@ from ctcd_ds.corpus.tokenizer import load_tokenizer
 from ctcd_ds.export.hf import export
 from ctcd_ds.measuring import peak_bytes
 from ctcd_ds.peers.build import build_peer, build_peers
-from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.training.plan import describe, make_plan
 from runs import BF16, FP32, Job, bert, chain_corpus, drop_checkpoint, final_weights, finish, metrics, run_jobs
 

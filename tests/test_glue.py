@@ -267,7 +267,7 @@ def refuse(home: Path, match: str, output_dir: Path, **changed: object) -> None:
 def test_mistakes_are_told_before_anything_is_written(home: Path, tmp_path: Path) -> None:
     out, empty = tmp_path / "out", tmp_path / "empty"
     empty.mkdir()
-    refuse(home, r"nowhere is no Hugging Face model .*: no such directory", out, models=[tmp_path / "nowhere"])
+    refuse(home, r"nowhere is no Hugging Face model .*: no such file or directory", out, models=[tmp_path / "nowhere"])
     refuse(home, r"no config\.json\): it is a folder", out, models=[empty])
     torn = write_model(tmp_path / "torn")
     weights = (torn / "model.safetensors").read_bytes()

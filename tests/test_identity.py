@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 from ctcd_ds.training.identity import changes, identity
 from ctcd_ds.training.plan import Plan, make_plan
 from runs import BF16, FP32, bert, chain_corpus

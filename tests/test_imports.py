@@ -40,7 +40,7 @@ def module_name(file: Path) -> str:
 
 
 def room(module: str) -> str:
-    """ctcd_ds.corpus.rows → corpus, ctcd_ds.recipe → recipe, and the package itself → ctcd_ds."""
+    """ctcd_ds.corpus.rows → corpus, ctcd_ds.plain → plain, and the package itself → ctcd_ds."""
     return module.split(".")[1] if "." in module else module
 
 

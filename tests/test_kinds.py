@@ -10,9 +10,9 @@ import pytest
 from ctcd_ds.cli import UserError
 from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.experiments.specification import load_experiment
-from ctcd_ds.kinds import folder_kind, instead
+from ctcd_ds.kinds import folder_kind, instead, missing
 from ctcd_ds.plain import read_file
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 from ctcd_ds.training.deepspeed_config import read_config
 
 RECIPE, EXPERIMENT = SHIPPED / "recipes" / "paper.yaml", SHIPPED / "experiments" / "baselines.yaml"
@@ -73,4 +73,8 @@ def test_a_folder_for_another_kind_is_named_with_what_lies_below_it(tmp_path: Pa
     assert instead(run.parent, "run", "experiment").endswith(f"; give {experiment} {run}")
     assert instead(corpus.parent, "corpus").endswith(f"give {corpus}")
     assert instead(corpus, "model") == "it is a corpus; `ctcd export` makes models of a run"
-    assert instead(tmp_path / "nowhere", "run") == "no such directory"
+    absent = "no such file or directory"
+    assert instead(tmp_path / "nowhere", "run") == absent
+    assert missing(tmp_path / "run" / "ctdc") == f"{absent}; did you mean {run}?"
+    assert missing(run / "recipe.yml") == f"{absent}; did you mean {run / 'recipe.yaml'}?"
+    assert missing(run / "recipe.yaml" / "x") == missing(tmp_path / "quite" / "other") == absent

@@ -21,7 +21,7 @@ from ctcd_ds.corpus.tokenizer_training import train_tokenizer
 from ctcd_ds.experiments.report.agreement import held_out_answers
 from ctcd_ds.experiments.report.build import write_report
 from ctcd_ds.export.hf import export
-from ctcd_ds.recipe import CorpusSection
+from ctcd_ds.recipe.sections import CorpusSection
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory

@@ -14,7 +14,8 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.peers.build import build_peers, config_mistakes, weights_sha256
 from ctcd_ds.peers.layers import from_layers, with_layers
-from ctcd_ds.recipe import PeerSection, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.sections import PeerSection
 from runs import bert
 
 DEPTH = 6

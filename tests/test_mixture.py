@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from corpora import SPECIAL, random_documents, write_corpus
 from ctcd_ds.corpus.mixture import PLACES, MixedRows, open_corpus, quotas_of
 from ctcd_ds.corpus.rows import Corpus, Rows, batch_rows
-from ctcd_ds.recipe import CorpusSection, Mistakes, load_recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import CorpusSection
 from ctcd_ds.tasks.loader import Cut
 from ctcd_ds.tasks.masking import Masking
 from ctcd_ds.tasks.mlm import MaskedLM, PeerMasks

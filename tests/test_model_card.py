@@ -12,7 +12,10 @@ from huggingface_hub import ModelCard
 
 from ctcd_ds.evaluation import finetune, glue
 from ctcd_ds.export.hf import export
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.export.model_card import _plateau, _read
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.sections import Recipe
+from ctcd_ds.training.run_directory import RunDirectory
 from glue_files import write_tsv
 from runs import Job, bert, chain_corpus, run_jobs
 
@@ -65,6 +68,7 @@ def test_the_metadata_is_the_hubs_and_survives_its_library(exported: Path) -> No
     assert [metric["type"] for metric in result["metrics"]] == ["loss", "accuracy"]
     loss, accuracy = (metric["value"] for metric in result["metrics"])
     assert 3 < loss < 7 and 0 < accuracy < 1, "fractions for the hub, percent for people"
+    assert "1,536 tokens in rows of 32. Corpus `tales`" in card.text and "of at most 16 rows" in card.text
     assert f"| {loss} nats |" in card.text and f"| {100 * accuracy:.2f} % |" in card.text
     broken = str(card).replace("- task:", "- tusk:")
     with pytest.raises(ValueError, match="model_index"):
@@ -77,6 +81,25 @@ def test_the_code_in_the_card_runs(exported: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.chdir(exported / peer)
         exec(code, {})
         assert "token_str" in capsys.readouterr().out
+
+
+def test_the_card_says_how_much_of_its_text_was_read_again_and_how_few_rows_are_held_out() -> None:
+    raw = {"corpus": {"path": "x"}, "peers": {"a": {"model": bert(32, 1)}}, "training": {"epochs": 4}}
+    reduced = {**raw, "corpus": {"path": "x", "train_rows": 80}, "training": {"steps": 30, "global_batch_rows": 16}}
+    half = {"step": 15, "steps": 30}
+    assert _read(Recipe.model_validate(raw), half) == " (the whole corpus 2.0 times)"
+    assert _read(Recipe.model_validate(reduced), half) == " (80 of the corpus's rows, 3.0 times each)"
+
+
+def test_a_card_says_that_its_model_is_at_word_frequencies(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"unigram_loss": 6.2}')
+    run, said = (
+        RunDirectory(tmp_path),
+        "- It is still at word frequencies, which alone give 6.200 nats: train longer.\n",
+    )
+    assert _plateau(run, [{"step": 4, "valid/a/loss": 6.1}], 4, "a") == said
+    for rows in ([{"step": 4, "valid/a/loss": 5.1}], [{"step": 2, "valid/a/loss": 6.1}], [{"step": 4}], []):
+        assert _plateau(run, rows, 4, "a") == ""
 
 
 def test_the_recipe_in_the_card_is_the_runs(run: Path, exported: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.peers.build import build_peer
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, TrainLoader
 from runs import ROOT, Job, bert, chain_corpus, metrics, run_jobs

@@ -16,7 +16,7 @@ from ctcd_ds.objective.batch import Batch
 from ctcd_ds.peers.accounting import cost
 from ctcd_ds.peers.build import build_peer, config_mistakes, frozen_sha256, peer_config, weights_sha256
 from ctcd_ds.peers.cotrain import CoTraining
-from ctcd_ds.recipe import OptimizerSection, PeerSection, Recipe
+from ctcd_ds.recipe.sections import OptimizerSection, PeerSection, Recipe
 from runs import bert, chain_documents
 
 VOCABULARY, LENGTH = 300, 24

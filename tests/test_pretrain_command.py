@@ -156,7 +156,7 @@ def test_every_shipped_recipe_is_good(
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_deepspeed_config_is_good(path: Path, good: dict[str, Any]) -> None:
-    from ctcd_ds.recipe import Recipe
+    from ctcd_ds.recipe.sections import Recipe
     from ctcd_ds.training.deepspeed_config import read_config, resolve
 
     for world in (1, 8):
@@ -178,7 +178,7 @@ def with_change(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "value", "said"),
     [
-        ("corpus.path", "/no/such/corpus", "no such directory"),
+        ("corpus.path", "/no/such/corpus", "no such file or directory"),
         ("corpus.sequence_length", 128, "less than corpus.sequence_length = 128"),
         ("corpus.sequence_length", 100_000, "takes 99998"),
         ("peers.teacher.model.num_attention_heads", 5, "does not divide hidden_size = 48"),
@@ -232,10 +232,10 @@ def test_a_pretrained_peer_with_another_tokenizer_is_refused(
     assert code == 2 and "its tokenizer has 'w8' as token 7, the corpus's has 'w7'" in err
     recipe = with_change(good, "peers.teacher", {"pretrained": str(tmp_path / "nowhere"), "frozen": True})
     code, _, err = pretrain(recipe)
-    assert code == 2 and err.count("nowhere'") == 1 and "no such directory" in err, "the hub is not spoken of"
+    assert code == 2 and err.count("nowhere'") == 1 and "no such file or directory" in err, "the hub is not spoken of"
     recipe = with_change(good, "peers.teacher", {"pretrained": "runs/nowhere", "frozen": True})
     code, _, err = pretrain(recipe)
-    assert code == 2 and "peers.teacher.pretrained = 'runs/nowhere': no such directory, and no model of the hub" in err
+    assert code == 2 and "peers.teacher.pretrained = 'runs/nowhere': no model of the hub, and here no such file" in err
 
 
 def test_a_directory_that_holds_something_is_not_touched(
@@ -304,7 +304,7 @@ def test_a_run_in_a_bare_and_awkward_place(good: dict[str, Any], tmp_path: Path)
     bare_place = environment() | {"PATH": str(bare), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run([str(word) for word in line], env=bare_place, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "--resume: there is no run in" in done.stdout and "begins at step 0" in done.stdout
+    assert "no such file or directory; this run begins at step 0" in done.stdout
     assert "?" in done.stdout and "next: ctcd export --checkpoint" in done.stdout
     assert re.search(r"finished: 2 steps in [\d.]+ s, .*\n  teacher: held-out loss \d\.\d{3} nats", done.stdout)
     assert json.loads((place / "environment.json").read_text())["git_commit"] is None
@@ -435,7 +435,7 @@ def test_export_writes_models_that_load_and_agree(finished: Path, monkeypatch: p
     ("arguments", "said"),
     [
         (("--checkpoint", "run", "--peer", "techer"), "did you mean 'teacher'?"),
-        (("--checkpoint", "nowhere"), "neither a run nor one of its checkpoints: no such directory"),
+        (("--checkpoint", "nowhere"), "neither a run nor one of its checkpoints: no such file or directory"),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(

@@ -98,3 +98,16 @@ def test_every_path_the_readme_names_exists() -> None:
 def test_every_shipped_recipe_is_in_the_readmes_table() -> None:
     for path in (ROOT / "ds_configs" / "recipes").glob("*.yaml"):
         assert path.stem in README, path.name
+
+
+def test_every_link_of_the_docs_leads_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)\s]+)\)", page.read_text())]
+    assert len(links) > 50
+    for page, link in links:
+        path, _, heading = link.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), f"{page.name}: {link}"
+        headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings]
+        assert not heading or heading in slugs, f"{page.name}: {link}"

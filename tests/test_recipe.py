@@ -18,7 +18,10 @@ from ctcd_ds.objective.course import Course
 from ctcd_ds.objective.divergences import Divergence
 from ctcd_ds.objective.signals import Hidden, Relations
 from ctcd_ds.plain import from_yaml
-from ctcd_ds.recipe import Mistakes, Recipe, load_recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 
 GOOD: dict[str, Any] = {
     "corpus": {"path": "corpora/text"},
@@ -293,7 +296,10 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 
 def test_a_missing_or_binary_file_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for name, said in (("absent.yaml", "cannot be read"), ("binary.yaml", "is not UTF-8, byte 0: save it as UTF-8")):
+    for name, said in (
+        ("absent.yaml", "no such file"),
+        ("binary.yaml", "is not UTF-8, byte 0: save it as UTF-8"),
+    ):
         with pytest.raises(UserError, match=rf"{name}.*{said}"):
             load_recipe(tmp_path / name)
 
@@ -330,6 +336,15 @@ def test_null_takes_a_peer_away_with_what_points_at_it(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(changed("peers.teacher", None)))
     with pytest.raises(UserError, match=r"peers\.teacher = None"):
         load_recipe(tmp_path / "r.json")
+
+
+def test_a_key_of_a_mistyped_peer_is_no_new_peer(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(GOOD))
+    with pytest.raises(UserError, match=r"peers.studnet: no peer has this name; did you mean 'student'\?") as problem:
+        load_recipe(tmp_path / "r.json", ["peers.studnet.soft.teacher=2", "peers.studnet.hard=0.5"])
+    assert str(problem.value).startswith("one mistake")
+    model = json.dumps(GOOD["peers"]["student"]["model"])
+    assert list(load_recipe(tmp_path / "r.json", [f"peers.third.model={model}"]).peers)[2:] == ["third"]
 
 
 def test_null_takes_away_what_a_peer_learns_from_others(tmp_path: Path) -> None:

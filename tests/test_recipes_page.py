@@ -16,7 +16,9 @@ from pydantic import BaseModel
 from commands import ROOT
 from ctcd_ds.commands.recipes import SHIPPED
 from ctcd_ds.plain import from_yaml
-from ctcd_ds.recipe import PeerSection, Recipe, load_recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.training.deepspeed_config import resolve
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()

@@ -17,7 +17,8 @@ from ctcd_ds.peers.build import build_peer, config_mistakes, missing_weights, pe
 from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.reading import fit_tokenizer, longest_row, row_limit
 from ctcd_ds.peers.rehearsal import rehearse
-from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.training.plan import make_plan, rehearse_peers
 from runs import bert, chain_corpus
 

@@ -22,7 +22,7 @@ from ctcd_ds.experiments.report.drawing import HEIGHT, draw
 from ctcd_ds.experiments.report.grids import grid_pictures
 from ctcd_ds.experiments.report.logs import slug
 from ctcd_ds.experiments.report.study import Study, read_study
-from ctcd_ds.experiments.report.words import role, statements
+from ctcd_ds.experiments.report.words import answer, opening, role, setting, statements
 from ctcd_ds.experiments.results import Condition, Results, write_results
 from ctcd_ds.experiments.statistics import compare, spread
 from ctcd_ds.objective.graph import DistillationGraph
@@ -84,16 +84,22 @@ def test_only_what_was_trained_alike_is_compared(runs: list[Path], tmp_path: Pat
     """The same names, one with another learning rate: no comparison, and Mind names the key with both values."""
     places = {path.name: path for path in runs}
     together, alone = places["together <b>$1-seed-1"], places["teacher_alone-seed-1"]
-    assert read_study([together, alone]).results.comparisons
-    for name, old, new in (("lr", "lr: 0.003", "lr: 0.001"), ("length", "sequence_length: 32", "sequence_length: 16")):
+    alike = read_study([together, alone])
+    assert alike.results.comparisons and "(held-out loss; one seed cannot tell it from chance)" in answer(alike)
+    changes = (("lr", "lr: 0.003", "lr: 0.001"), ("length", "sequence_length: 32", "sequence_length: 16"))
+    for name, old, new in (*changes, ("text", "/corpus\n", "/tales\n  train_rows: 40\n")):
         other = tmp_path / f"teacher_alone_{name}"
         shutil.copytree(alone, other)
         text = (other / "recipe.yaml").read_text()
         assert old in text
         (other / "recipe.yaml").write_text(text.replace(old, new))
-    results = read_study([together, *tmp_path.iterdir()]).results
+    study = read_study([together, *tmp_path.iterdir()])
+    assert "same text" not in opening(study) and "holds them against" not in opening(study)
+    assert "rows of 16 tokens" in setting(study) and "corpus and tales, 40 of its rows or all" in setting(study)
+    results = study.results
     assert results.comparisons == []
     said = "\n".join(results.caveats)
+    assert "corpus.train_rows (None and 40)" in said, "a reduced corpus, on one side only"
     assert "optimizer.lr (0.003 and 0.001)" in said and "corpus.sequence_length (32 and 16)" in said
     assert "seed" not in said, "nothing is compared, so no number of seeds is claimed"
 

@@ -260,7 +260,7 @@ def test_too_little_text_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_no_corpus_no_directory_not_finished(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="no such file or directory"):
         Corpus.open(tmp_path / "nowhere")
     path = write_corpus(tmp_path / "c", [[5] * 100])
     (path / "manifest.json").rename(path / "aside")

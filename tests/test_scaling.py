@@ -10,7 +10,7 @@ import pytest
 from ctcd_ds.cluster.peaks import PEAKS, stated_peak
 from ctcd_ds.cluster.scaling import Cluster, Work, predict, state_bytes
 from ctcd_ds.cluster.scaling_table import COLUMNS, ENOUGH, improve, step_table
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.plan import make_plan, memory_per_rank
 from runs import bert, chain_corpus
 

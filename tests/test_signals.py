@@ -29,7 +29,8 @@ from ctcd_ds.peers.cotrain import CoTraining
 from ctcd_ds.peers.heads import compilable, project_positions
 from ctcd_ds.peers.signals import signal_cost
 from ctcd_ds.peers.states import shapes_of, watching
-from ctcd_ds.recipe import Mistakes, Recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.training.plan import describe, make_plan
 from runs import BF16, FP32, Job, bert, chain_corpus, drop_checkpoint, final_weights, metrics, run_jobs

@@ -17,7 +17,7 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
 from ctcd_ds.corpus.tokenizer import load_tokenizer, special_ids
 from ctcd_ds.export.hf import export
-from ctcd_ds.recipe import CorpusSection, Recipe
+from ctcd_ds.recipe.sections import CorpusSection, Recipe
 from ctcd_ds.tasks.span import SpanCorruption, Spans
 from runs import Job, metrics, run_jobs
 from test_clm import LINES, run_tool

@@ -64,7 +64,9 @@ def test_models_of_all_tasks_are_measured_that_transformers_can_make_classifiers
         for task, model in (("clm", LLAMA), ("span", BART), ("span", T5))
     ]
     assert all(speed.can_classify(path) for path in written)
-    measured = speed.measure_speed(written, [4], [16], CPU, seconds=0.1).models
+    found = speed.measure_speed(written, [4], None, CPU, seconds=0.1)
+    measured = found.models
+    assert found.sizes == [(4, 64)], "as long as all can read"
     assert [model.parameters for model in measured] == [
         sum(p.numel() for p in TASKS[task].auto_class().from_pretrained(path).parameters())
         for task, path in zip(("clm", "span", "span"), written, strict=True)

@@ -85,7 +85,7 @@ def test_a_chain_of_an_array_exports_each_run_and_compares_all_models(submit: An
         (("--seeds", "1,1"), "two of the runs would be in one directory"),
         (("--gpus_per_node", -1), "--gpus_per_node -1"),
         (("--gpus_per_node", 4, "--tasks_per_node", 2), "one task per GPU"),
-        (("--cluster", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        (("--cluster", "nowhere.yaml"), "nowhere.yaml: no such file"),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_queued(

@@ -15,7 +15,7 @@ from ctcd_ds.objective.graph import DistillationGraph
 from ctcd_ds.objective.reference import reference_objective
 from ctcd_ds.peers.build import build_peer
 from ctcd_ds.peers.cotrain import CoTraining
-from ctcd_ds.recipe import PeerSection, Recipe
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut
 from runs import BF16, FP32, Job, chain_corpus, drop_checkpoint, final_weights, finish, metrics, run_jobs

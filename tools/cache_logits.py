@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""`ctcd cache_logits`, from a checkout."""
+"""`ctcd cache-logits`, from a checkout."""
 
 from ctcd_ds import cli
 from ctcd_ds.commands.cache_logits import main

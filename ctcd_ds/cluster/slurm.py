@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from ctcd_ds.cli import UserError, count
 from ctcd_ds.cluster.owner import note_queued, owned
 from ctcd_ds.plain import read_file
-from ctcd_ds.recipe import Count, Mistakes, Section, explained
+from ctcd_ds.recipe.schema import Count, Mistakes, Section, explained
 
 DEFAULTS = Path("~/.config/ctcd_ds/cluster.yaml")
 _MARK = "# --- the job ---\n"

@@ -9,7 +9,7 @@ DeepSpeed config.
 from __future__ import annotations
 
 from ctcd_ds import cli
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ctcd_ds import cli
 from ctcd_ds.corpus import options, sources
 from ctcd_ds.corpus.prepare import Settings, cores, prepare
-from ctcd_ds.recipe import set_name_mistake
+from ctcd_ds.recipe.mistakes import set_name_mistake
 
 
 def main() -> None:

@@ -63,13 +63,18 @@ def main() -> None:
         shutil.rmtree(place)  # an earlier demo's
     place.mkdir(parents=True)
     started = time.monotonic()
+    title("text, tokenizer, corpus")
     for line in data_commands(place / "data", place, arguments.size_megabytes):
         run(line)
     length = [] if arguments.steps is None else [f"training.steps={arguments.steps}"]
+    title("each model alone, then both together: three runs on the same rows")
     for name, changes in RUNS.items():
         pretrain(place, name, arguments.task, arguments.ranks, [*changes, *length])
+    title("to Hugging Face models")
     models = export(place)
+    title(f"the proof: {PROOF_STEPS} steps of the student, beside a teacher it does not learn from, and alone")
     equal = proof(place, arguments.task, arguments.ranks)
+    title("what came out")
     run(command("report", *(place / name for name in RUNS), "--output_dir", place / "report"))
     table = measured(place)
     (place / "table.json").write_text(json.dumps(table, indent=1) + "\n")
@@ -77,14 +82,18 @@ def main() -> None:
     show(table, equal, place, time.monotonic() - started)
 
 
-def pretrain(place: Path, name: str, task: str, ranks: int, changes: Sequence[str]) -> None:
+def title(text: str) -> None:
+    print(f"\n===== {text}", flush=True)
+
+
+def pretrain(place: Path, name: str, task: str, ranks: int, changes: Sequence[str], silent: bool = False) -> None:
     """One run under the deepspeed launcher."""
     launcher = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
     files = ["--recipe", SHIPPED / "recipes" / RECIPES[task], "--deepspeed_config", SHIPPED / "cpu.json"]
     line = command(
         "pretrain", *files, "--output_dir", place / name, "--set", f"corpus.path={place / 'corpus'}", *changes
     )
-    run([*launcher, *line[2:]])
+    run([*launcher, *line[2:]], silent)
 
 
 def export(place: Path) -> list[Path]:
@@ -106,7 +115,7 @@ def proof(place: Path, task: str, ranks: int) -> int:
     short = [f"training.steps={PROOF_STEPS}", "training.log_every=1"]
     apart = ["peers.teacher.soft.student=0", "peers.student.soft.teacher=0"]
     for name, changes in (("beside", apart), ("alone", RUNS["student_alone"])):
-        pretrain(place, f"proof/{name}", task, ranks, [*changes, *short])
+        pretrain(place, f"proof/{name}", task, ranks, [*changes, *short], silent=True)
     beside, alone = (
         {
             (row["step"], key): value
@@ -121,13 +130,14 @@ def proof(place: Path, task: str, ranks: int) -> int:
     return len(values)
 
 
-def run(line: list[str]) -> None:
-    """Prints and runs a command of this environment; ends the demo where it fails."""
+def run(line: list[str], silent: bool = False) -> None:
+    """Prints and runs a command of this environment, its stdout lost if `silent`; ends the demo where it fails."""
     print(f"\n$ {cli.as_typed(line)}", flush=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # On the CPU everywhere: one GPU could not hold two ranks. Models this small gain nothing from threads.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
-    if (code := subprocess.run(line, env=environment, check=False).returncode) != 0:
+    shown = subprocess.DEVNULL if silent else None
+    if (code := subprocess.run(line, env=environment, stdout=shown, check=False).returncode) != 0:
         raise SystemExit(code)
 
 

@@ -14,7 +14,7 @@ from ctcd_ds import cli
 from ctcd_ds.cluster.options import add_cluster_options, cluster_of
 from ctcd_ds.cluster.owner import owned
 from ctcd_ds.cluster.ranks import Ranks, find_ranks
-from ctcd_ds.recipe import load_recipe
+from ctcd_ds.recipe.reading import load_recipe
 
 
 def main() -> int:

@@ -24,7 +24,8 @@ def main() -> None:
         default="1,32",
         help="rows of a batch; 1 is the latency of a single request",
     )
-    add("--sequence_lengths", type=cli.whole_numbers, default="128", help="tokens of a row")
+    lengths = "tokens of a row; left out: 128, or what all models can read where that is less"
+    add("--sequence_lengths", type=cli.whole_numbers, help=lengths)
     add("--device", choices=("cpu", "cuda"), help="left out: cuda where torch sees a GPU")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation")
     add("--seconds", type=float, default=20.0, help="seconds for each size of batch, at least 5 rounds")
@@ -39,7 +40,7 @@ def main() -> None:
     from ctcd_ds.evaluation import speed
 
     for option in ("batch_sizes", "sequence_lengths"):
-        if min(getattr(options, option)) < 1:
+        if min(getattr(options, option) or [1]) < 1:
             raise cli.UserError(f"--{option}: whole numbers from 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise cli.UserError("--device cuda: torch sees no GPU here; use --device cpu")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ctcd_ds import cli
 from ctcd_ds.cluster.slurm import DEFAULTS, Run, Scoring, SlurmSettings, Submission, load_cluster
-from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.sections import Recipe
 
 STAGES = ("export", "glue")
 

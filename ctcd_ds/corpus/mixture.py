@@ -16,7 +16,8 @@ from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import SOURCE_ORDER, hashed
 from ctcd_ds.corpus.rows import Corpus, Rows, endless_rows
 from ctcd_ds.manifest import canonical_sha256
-from ctcd_ds.recipe import CorpusSection, Mistakes
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import CorpusSection
 
 PLACES = 1 << 16  # a period: how often each source comes in so many rows is exact
 

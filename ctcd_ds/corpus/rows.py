@@ -21,9 +21,9 @@ from typing_extensions import NotRequired, TypedDict
 from ctcd_ds.cli import Damage, UserError
 from ctcd_ds.corpus.hashing import ROW_ORDER, extended, hashed
 from ctcd_ds.corpus.indexed import Header
-from ctcd_ds.kinds import instead
+from ctcd_ds.kinds import instead, missing
 from ctcd_ds.manifest import FileEntry, check_shape, read_manifest
-from ctcd_ds.recipe import NAME
+from ctcd_ds.recipe.sections import NAME
 
 FORMAT, VERSION = "ctcd_ds.corpus", 2
 # By roles of the tokenizer: what ends each document in the shards, and what models that want a frame see around a row.
@@ -245,7 +245,7 @@ def read_corpus_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a corpus directory. Raises UserError where there is none of this version, else Damage."""
     file = path / "manifest.json"
     if not path.is_dir():
-        found = "it is a file" if path.exists() else "no such directory"
+        found = "it is a file" if path.exists() else missing(path)
         raise UserError(f"there is no corpus at {path}: {found} (`ctcd corpus` makes one)")
     if not file.exists():
         unfinished = "it has no manifest.json (was `ctcd corpus` finished?)"

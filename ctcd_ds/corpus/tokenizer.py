@@ -7,7 +7,6 @@ be is for the task to say.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import ABSENT, BERT_LAYOUT, MASKED_LM, Role, SpecialIds
 from ctcd_ds.hub import settle_hub
+from ctcd_ds.kinds import missing
 from ctcd_ds.manifest import canonical_sha256
 
 if TYPE_CHECKING:
@@ -151,11 +151,8 @@ def _refuse_a_path(source: str) -> None:
     is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not is_file
     if is_name and ("/" not in source or not path.parent.exists()):
         return
-    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
     seen = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
-    raise UserError(f"tokenizer {source}: no such file or directory{seen}{hint}")
+    raise UserError(f"tokenizer {source}{seen}: {missing(path)}")
 
 
 def _compare_with_native(path: Path, tokenizer: PreTrainedTokenizerBase, sample: list[str]) -> None:

@@ -162,20 +162,23 @@ class _Candidate:
 def measure_speed(
     models: Sequence[Path],
     batch_sizes: Sequence[int],
-    sequence_lengths: Sequence[int],
+    sequence_lengths: Sequence[int] | None,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     seconds: float = 20.0,
 ) -> Speed:
     """Measures exported peers side by side; each size of batch for about `seconds`, at least 5 rounds.
 
+    `sequence_lengths`: None is 128, or what all can read where that is less.
     Raises UserError for what is no model, and for rows longer than a model can read.
     """
     with quiet_libraries():
         candidates = [_Candidate(path, name, device, dtype) for path, name in model_names(models)]
-        sizes = [(batch_size, length) for length in sequence_lengths for batch_size in batch_sizes]
+        readable = min(candidate.checkpoint.positions for candidate in candidates)
+        lengths = [min(128, readable)] if sequence_lengths is None else sequence_lengths
+        sizes = [(batch_size, length) for length in lengths for batch_size in batch_sizes]
         for candidate in candidates:
-            if (longest := max(sequence_lengths)) > candidate.checkpoint.positions:
+            if (longest := max(lengths)) > candidate.checkpoint.positions:
                 raise UserError(
                     f"--sequence_lengths: {longest}: {candidate.checkpoint.path} reads at most "
                     f"{candidate.checkpoint.positions} tokens"

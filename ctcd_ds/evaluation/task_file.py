@@ -33,7 +33,7 @@ from ctcd_ds.evaluation.metrics import OF_LABELS, OF_SCORES
 from ctcd_ds.evaluation.tables import as_text
 from ctcd_ds.evaluation.tasks import GLUE, Table, Task, plain_name
 from ctcd_ds.plain import read_file
-from ctcd_ds.recipe import Mistakes, explained
+from ctcd_ds.recipe.schema import Mistakes, explained
 
 FILE = "task.yaml"  # in a folder given instead of a file
 

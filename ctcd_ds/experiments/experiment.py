@@ -24,7 +24,7 @@ from ctcd_ds.experiments.results import write_results
 from ctcd_ds.experiments.running import places, recipe_place
 from ctcd_ds.experiments.specification import FULL, Experiment, base_recipe, load_experiment, only
 from ctcd_ds.manifest import write_atomic
-from ctcd_ds.recipe import Mistakes
+from ctcd_ds.recipe.schema import Mistakes
 from ctcd_ds.training.engine import device_type
 from ctcd_ds.training.run_directory import git_commit
 

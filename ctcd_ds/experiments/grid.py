@@ -13,7 +13,7 @@ from typing import Any
 from ctcd_ds.cli import did_you_mean, one_folder
 from ctcd_ds.experiments.results import Value
 from ctcd_ds.experiments.specification import Experiment, Group, set_key
-from ctcd_ds.recipe import Mistakes
+from ctcd_ds.recipe.schema import Mistakes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from ctcd_ds.experiments.grid import CellPlan, Point, export_place, partner, poi
 from ctcd_ds.experiments.results import PeerResult
 from ctcd_ds.experiments.specification import Experiment, prerequisites
 from ctcd_ds.manifest import canonical_sha256
-from ctcd_ds.recipe import Mistakes, Recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.deepspeed_config import read_config
 from ctcd_ds.training.plan import Plan, make_plan
 

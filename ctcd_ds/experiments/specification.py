@@ -31,7 +31,8 @@ from pydantic import Field, ValidationError
 from ctcd_ds.cli import did_you_mean, names
 from ctcd_ds.experiments.results import Value
 from ctcd_ds.plain import read_file
-from ctcd_ds.recipe import Count, Mistakes, Section, apply_override, explained
+from ctcd_ds.recipe.reading import apply_override
+from ctcd_ds.recipe.schema import Count, Mistakes, Section, explained
 
 FULL = "full"
 _SIZES = ("tiny",)

@@ -5,22 +5,22 @@ The metadata (model-index included) is huggingface_hub's, so that the hub and it
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
 
 from ctcd_ds import __version__
 from ctcd_ds.export.curves import LoggedRows, draw
-from ctcd_ds.manifest import write_atomic
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.manifest import read_json, write_atomic
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.task import Words
 from ctcd_ds.training.metrics import held_out_values
-from ctcd_ds.training.run_directory import RunDirectory
+from ctcd_ds.training.run_directory import RunDirectory, at_word_frequencies
 
 FILE, CURVES = "README.md", "curves.png"
 _BEGIN, _END = "<!-- scores: `ctcd glue` and `ctcd lm-eval` write them here -->", "<!-- end of scores -->"
@@ -47,7 +47,7 @@ To fine-tune it, load it with `AutoModelForSequenceClassification.from_pretraine
 
 ## Training
 
-{steps}, {tokens:,} tokens of {length}; corpus `{corpus}`, fingerprint `{fingerprint}`.
+{steps}, {tokens:,} tokens in rows of {row_length}{read}. Corpus `{corpus}`, fingerprint `{fingerprint}`.
 {curves}
 Licence of the training text: {data_license}
 
@@ -58,11 +58,11 @@ The recipe that repeats it:
 
 ## Limits
 
-- It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
-- It reads rows of at most {positions} tokens; it was trained on rows of {row_length}.
+{plateau}- It knows the text it was trained on, with its mistakes and biases; nobody has looked for those here.
+- It {longest}was trained on rows of {row_length}.
 - {limit}, and its facts are not to be relied on.
-- Held-out values are measured with fixed masks, on held-out documents of the same corpus where no other set is named;
-  they say nothing of other text.
+- Held-out values are those of at most {valid_rows:,} rows, the same ones all along, of held-out documents of the same
+  corpus where no other set is named; they say nothing of other text.
 - Scores of tasks are those of fine-tuned copies (but for N-shot ones); a difference within the spread of a few seeds
   is none.
 """
@@ -75,7 +75,8 @@ def write_card(
 
     `data_license`: the licence of the training text in the user's words; without it the card says it was not stated.
     """
-    config = json.loads((run.peers / name / "config.json").read_text())
+    config = AutoConfig.from_pretrained(run.peers / name)
+    places = getattr(config, "max_position_embeddings", None)
     rows = [row for row in run.logged() if row["step"] <= manifest["step"]]
     section, task, unfinished = recipe.peers[name], TASKS[recipe.objective.task], manifest["step"] < manifest["steps"]
     terms = [f"hard loss with weight {section.hard_weight:g}"] if section.hard_weight else []
@@ -88,25 +89,27 @@ def write_card(
     results = _held_out(rows, manifest["step"], name, recipe.corpus.title, task.words)
     body = _BODY.format(
         name=name,
-        model_type=config["model_type"],
+        model_type=config.model_type,
         kind=task.words.model,
         auto_class=task.auto_class().__name__,
         example=task.words.example,
         limit=task.words.limit,
-        layers=next((config[key] for key in ("num_hidden_layers", "n_layers") if key in config), "?"),
+        layers=getattr(config, "num_hidden_layers", "?"),
         origin=f"`{section.origin}`" if section.origin else "scratch",
         version=__version__,
         how=", ".join(terms),
         scores=_scores(results),
         steps=f"{manifest['step']:,} steps" + (f" of {manifest['steps']:,}; the run goes on" if unfinished else ""),
         tokens=manifest["step"] * recipe.training.global_batch_rows * recipe.corpus.sequence_length,
-        length=f"rows of {recipe.corpus.sequence_length}",
+        read=_read(recipe, manifest),
+        valid_rows=recipe.training.valid_rows,
+        plateau=_plateau(run, rows, manifest["step"], name),
         corpus=recipe.corpus.title,
         fingerprint=manifest["corpus"][:16],
         curves=f"\n![Losses of {', '.join(recipe.peers)} by step]({CURVES})\n" if drawn else "",
         data_license=data_license or "not stated by whoever exported this model.",
         recipe=recipe.to_yaml(),
-        positions=config.get("max_position_embeddings", "?"),
+        longest=f"reads rows of at most {places} tokens; it " if places else "",
         row_length=recipe.corpus.sequence_length,
     )
     data = ModelCardData(
@@ -144,6 +147,29 @@ def add_scores(model: Path, results: Sequence[EvalResult]) -> list[str] | None:
     return replaced
 
 
+def _read(recipe: Recipe, manifest: dict[str, Any]) -> str:
+    """How much text the tokens are, where the recipe says it: the same row read again is no new text."""
+    if rows := recipe.corpus.train_rows:
+        times = manifest["step"] * recipe.training.global_batch_rows / rows
+        return f" ({rows:,} of the corpus's rows, {times:.1f} times each)"
+    if epochs := recipe.training.epochs:
+        return f" (the whole corpus {epochs * manifest['step'] / manifest['steps']:.1f} times)"
+    return ""
+
+
+def _plateau(run: RunDirectory, rows: LoggedRows, step: int, name: str) -> str:
+    """A warning, where the peer has learned no more than how often each word occurs."""
+    found = _last(rows, step).get(f"valid/{name}/loss")
+    unigram_loss = read_json(run.path / "summary.json").get("unigram_loss")
+    said = at_word_frequencies({"it": found} if isinstance(found, float) else {}, unigram_loss)
+    return f"- {said[0].upper()}{said[1:]}.\n" if said else ""
+
+
+def _last(rows: LoggedRows, step: int) -> Mapping[str, Any]:
+    """What was logged at the exported step: values of another are other weights'."""
+    return rows[-1] if rows and rows[-1]["step"] == step else {}
+
+
 def _key(result: EvalResult) -> tuple[Any, ...]:
     return (*result.unique_identifier, result.metric_type)
 
@@ -167,8 +193,7 @@ def _scores(results: Sequence[EvalResult]) -> str:
 
 
 def _held_out(rows: LoggedRows, step: int, name: str, corpus: str, words: Words) -> list[EvalResult]:
-    """The peer's held-out values as results, of the step that `rows` end with: those of another are other weights'."""
-    last = rows[-1] if rows and rows[-1]["step"] == step else {}
+    """The peer's held-out values as results."""
     return [
         EvalResult(
             task_type=words.pipeline,
@@ -179,6 +204,6 @@ def _held_out(rows: LoggedRows, step: int, name: str, corpus: str, words: Words)
             metric_name=f"{metric} at {words.target}",
             metric_value=round(value, 4),
         )
-        for of, found in held_out_values(last, name).items()
+        for of, found in held_out_values(_last(rows, step), name).items()
         for metric, value in found.items()
     ]

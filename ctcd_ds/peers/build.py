@@ -16,11 +16,11 @@ from torch import Tensor
 from ctcd_ds.cli import UserError, did_you_mean
 from ctcd_ds.corpus.rows import ABSENT, Corpus, SpecialIds
 from ctcd_ds.hub import settle_hub
-from ctcd_ds.kinds import instead
+from ctcd_ds.kinds import instead, missing
 from ctcd_ds.peers.layers import chosen, depth_of, from_layers, with_layers
 from ctcd_ds.peers.reading import uncached
 from ctcd_ds.peers.vocabulary import KEPT, fit_tables, parts_with_vocabulary, set_vocabulary
-from ctcd_ds.recipe import PeerSection
+from ctcd_ds.recipe.sections import PeerSection
 
 TOLERANCE = 1e-4  # of the logits' own size, from a model to its export: only the shape of the last GEMM differs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -126,8 +126,8 @@ def config_mistakes(
     try:
         config = peer_config(section, corpus, auto, peers)
     except UserError as mistake:
-        hub = f"{section.checkpoint_key} = {section.checkpoint!r}: no such directory, and no model of the hub"
-        yield f"{hub if section.checkpoint is not None else 'model'}: {mistake}"
+        hub = f"{section.checkpoint_key} = {section.checkpoint!r}: no model of the hub, and here "
+        yield f"{'model' if section.checkpoint is None else hub + missing(Path(section.checkpoint))}: {mistake}"
         return
     if type(config) not in auto._model_mapping:
         fits = [
@@ -162,7 +162,7 @@ def _place_mistake(checkpoint: str) -> str | None:
         return f"no config.json there: {instead(place, 'model')}"
     looks_local = checkpoint.startswith((".", "/")) or checkpoint.count("/") > 1
     if looks_local:
-        return "no such directory"
+        return missing(place)
     settle_hub()
     return None
 

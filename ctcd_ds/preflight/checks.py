@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ctcd_ds.preflight.probes import GIB, PACKAGES
-from ctcd_ds.recipe import is_corpus_place
+from ctcd_ds.recipe.reading import is_corpus_place
 
 CLOCK_S = 2.0  # more than that, and logs of several hosts no longer tell what came first
 

@@ -28,7 +28,7 @@ from ctcd_ds.preflight.checks import Facts, Hosts, common_mistake, judge
 from ctcd_ds.preflight.meeting import Meeting
 from ctcd_ds.preflight.reach import Listener, reach
 from ctcd_ds.preflight.verdict import host_table
-from ctcd_ds.recipe import flat, load_recipe
+from ctcd_ds.recipe.reading import flat, load_recipe
 
 if TYPE_CHECKING:
     from ctcd_ds.training.plan import Plan

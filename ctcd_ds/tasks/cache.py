@@ -24,7 +24,8 @@ from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import FileEntry, check_shape, file_problems, read_manifest
 from ctcd_ds.objective.batch import Batch, Drawn
-from ctcd_ds.recipe import Recipe, flat, is_corpus_place
+from ctcd_ds.recipe.reading import flat, is_corpus_place
+from ctcd_ds.recipe.sections import Recipe
 
 FORMAT, VERSION = "ctcd_ds.cache", 1
 PROGRESS = "unfinished.json"  # stands for the manifest until all is written
@@ -161,7 +162,7 @@ def read_cache_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a cache. Raises UserError where there is none of this version, else Damage."""
     file = path / "manifest.json"
     if (path / PROGRESS).exists() and not file.exists():
-        raise UserError(f"{path} is an unfinished cache: give the `ctcd cache_logits` again that was writing it")
+        raise UserError(f"{path} is an unfinished cache: give the `ctcd cache-logits` again that was writing it")
     if not file.exists():
         raise UserError(f"{path} is no cache: {instead(path, 'cache')}")
     manifest = read_manifest(file)

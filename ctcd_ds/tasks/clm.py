@@ -15,7 +15,7 @@ import numpy as np
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.objective.batch import Batch
 from ctcd_ds.peers.reading import keeps_apart, sees_the_future
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks.everywhere import AskedEverywhere
 from ctcd_ds.tasks.task import Words
 

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from ctcd_ds.corpus.rows import Corpus
 from ctcd_ds.objective.batch import Batch, View
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks.noise import LabelNoise
 from ctcd_ds.tasks.task import Task
 

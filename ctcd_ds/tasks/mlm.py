@@ -16,7 +16,7 @@ import torch
 from ctcd_ds.corpus.hashing import OWN_MASKS, hashed
 from ctcd_ds.corpus.rows import MASKED_LM, Corpus, Role, Rows
 from ctcd_ds.objective.batch import NO_TARGET, Batch, View
-from ctcd_ds.recipe import PeerSection, Recipe
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.tasks.masking import Masking, target_count
 from ctcd_ds.tasks.noise import LabelNoise
 from ctcd_ds.tasks.task import Task, Words

@@ -10,7 +10,7 @@ import numpy as np
 
 from ctcd_ds.corpus.hashing import LABEL_NOISE, extended, hashed
 from ctcd_ds.corpus.rows import Corpus, SpecialIds
-from ctcd_ds.recipe import PeerSection
+from ctcd_ds.recipe.sections import PeerSection
 
 _HALF = np.uint64(32)
 _LOW_HALF = np.uint64(2**32 - 1)

@@ -18,7 +18,7 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.hashing import SPAN_CUTS, SPAN_TURNS, extended, hashed
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.objective.batch import Batch
-from ctcd_ds.recipe import CorpusSection, Recipe
+from ctcd_ds.recipe.sections import CorpusSection, Recipe
 from ctcd_ds.tasks.everywhere import AskedEverywhere
 from ctcd_ds.tasks.task import Words
 

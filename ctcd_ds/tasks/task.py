@@ -10,7 +10,7 @@ import numpy as np
 
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
 from ctcd_ds.objective.batch import Batch
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 
 VALID_SEED = 0x7A11D  # held-out rows are asked the same at every step, in every run, whatever its seed
 

@@ -26,7 +26,9 @@ from ctcd_ds.objective.course import value_at
 from ctcd_ds.objective.projection import chunks, project
 from ctcd_ds.peers.build import DTYPES, build_peer, weights_sha256
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import Mistakes, Recipe, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks.cache import FORMAT, PROGRESS, VERSION, Cache, file_name, record, what_is_asked
 from ctcd_ds.tasks.loader import Cut
 from ctcd_ds.training.plan import Plan

@@ -18,7 +18,8 @@ from typing_extensions import TypedDict
 
 from ctcd_ds.cli import Damage, RunFailure, UserError
 from ctcd_ds.manifest import FileEntry, check_shape, file_problems, read_manifest
-from ctcd_ds.recipe import TrainingSection, recipe_mistakes
+from ctcd_ds.recipe.mistakes import recipe_mistakes
+from ctcd_ds.recipe.sections import TrainingSection
 
 FORMAT, VERSION = "ctcd_ds.checkpoint", 1
 INSIDE = "deepspeed"  # DeepSpeed's own tag: the folder of its files

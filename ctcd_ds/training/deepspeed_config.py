@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ctcd_ds.cli import UserError, count, did_you_mean
 from ctcd_ds.plain import read_file
-from ctcd_ds.recipe import Count, Recipe, Section, explained
+from ctcd_ds.recipe.schema import Count, Section, explained
+from ctcd_ds.recipe.sections import Recipe
 
 _ALLOWED = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),

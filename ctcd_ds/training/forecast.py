@@ -16,7 +16,7 @@ from ctcd_ds.cli import count
 from ctcd_ds.cluster.peaks import stated_peak
 from ctcd_ds.cluster.scaling import Cluster, Work, predict
 from ctcd_ds.cluster.scaling_table import improve, step_table
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.deepspeed_config import resolve
 from ctcd_ds.training.plan import Plan, describe, make_plan
 from ctcd_ds.training.run_directory import duration

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.recipe import Recipe, ScheduleSection, flat, is_corpus_place
+from ctcd_ds.recipe.reading import flat, is_corpus_place
+from ctcd_ds.recipe.sections import Recipe, ScheduleSection
 from ctcd_ds.training.plan import Plan
 from ctcd_ds.training.schedule import lr_factor
 

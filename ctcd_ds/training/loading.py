@@ -55,7 +55,7 @@ def consolidated(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     refuse_code(checkpoint)
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports every shard
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it reports every shard
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=INSIDE)
     peers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctcd_ds.recipe import OptimizerSection
+from ctcd_ds.recipe.sections import OptimizerSection
 
 
 class PeerGradients:

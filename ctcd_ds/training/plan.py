@@ -24,7 +24,8 @@ from ctcd_ds.peers.rehearsal import rehearse, tokenizer_mistake
 from ctcd_ds.peers.signals import SignalCost, signal_cost, signal_mistakes, watched
 from ctcd_ds.peers.states import planned_shapes
 from ctcd_ds.peers.vocabulary import KEPT, new_tokens
-from ctcd_ds.recipe import Mistakes, PeerSection, Recipe
+from ctcd_ds.recipe.schema import Mistakes
+from ctcd_ds.recipe.sections import PeerSection, Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.cache import Cache, CachedTeachers, what_is_asked
 from ctcd_ds.tasks.task import Task
@@ -364,10 +365,14 @@ def describe(plan: Plan) -> str:
         f"FLOPs/token    {plan.flops_per_token / 1e6:.1f} M (forward, backward; heads where logits are needed"
         f"{_beside(plan)})",
         f"DeepSpeed      ZeRO {config.stage}, {config.precision}",
-        f"checkpoints    about {checkpoint_bytes(plan) / GIB:.2f} GiB each",
-        f"memory a rank  {states / GIB:.2f} GiB model states, about {activations / GIB:.2f} GiB activations (estimate)",
+        f"checkpoints    about {_size(checkpoint_bytes(plan))} each",
+        f"memory a rank  {_size(states)} model states, about {_size(activations)} activations (estimate)",
     ]
     return "\n".join(lines)
+
+
+def _size(bytes_: float) -> str:
+    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:.0f} MiB"
 
 
 def _beside(plan: Plan) -> str:

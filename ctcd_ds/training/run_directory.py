@@ -18,8 +18,10 @@ import torch
 from ctcd_ds.cli import Damage, UserError, next_command, typed
 from ctcd_ds.cluster.ranks import Ranks
 from ctcd_ds.ending import ending
+from ctcd_ds.kinds import missing
 from ctcd_ds.manifest import file_entries, file_problems, read_json, read_manifest, write_atomic, write_manifest
-from ctcd_ds.recipe import Mistakes, load_recipe
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.schema import Mistakes
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.identity import changes, identity
 from ctcd_ds.training.metrics import held_out_values
@@ -99,7 +101,8 @@ class RunDirectory:
             others = (p.name for p in self.path.iterdir()) if self.path.is_dir() else ()
             if any(not name.startswith(".") and name not in ("slurm", "checkpoints") for name in others):
                 raise UserError(f"output_dir {self.path} holds other files: give the run a directory of its own")
-            return [f"--resume: there is no run in {self.path}; this one begins at step 0"] if resume else []
+            here = "no run in it" if self.path.exists() else missing(self.path)
+            return [f"--resume: {self.path}: {here}; this run begins at step 0"] if resume else []
         if not resume:
             raise UserError(
                 f"output_dir {self.path} holds a run already: go on with it (--resume), or name another directory"

@@ -6,6 +6,7 @@ cannot write, all ranks hear of it before any of them leaves: one that left alon
 
 from __future__ import annotations
 
+import copyreg
 import os
 import shutil
 from collections.abc import Mapping
@@ -57,12 +58,23 @@ def _save_shards(engine: Any, attempt: _Attempt, temporary: Path) -> None:
     """DeepSpeed's own files, each written by its rank, forced to the disk, and described."""
     writer = engine.checkpoint_engine
     engine.checkpoint_engine = _Recorder(writer, attempt, temporary)
+    stage_as_number()
     # It would put a script of its own beside the files, after which nobody here asks.
     engine._copy_recovery_script = lambda save_path: None
     try:
         engine.save_checkpoint(str(temporary), tag=INSIDE, save_latest=False, exclude_frozen_parameters=True)
     finally:
         engine.checkpoint_engine = writer
+
+
+def stage_as_number() -> None:
+    """Has DeepSpeed's ZeRO stage pickled as most versions of Python do it by themselves.
+
+    3.11.2, which is Debian 12's, would write a call of getattr, and `loading.refuse_code` lets no file ask for that.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
 
 
 def _content(

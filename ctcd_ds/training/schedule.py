@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ctcd_ds.recipe import ScheduleSection
+from ctcd_ds.recipe.sections import ScheduleSection
 
 
 def lr_factor(schedule: ScheduleSection, step: int, steps: int) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ctcd_ds.recipe import Recipe
+from ctcd_ds.recipe.sections import Recipe
 
 
 def write_hparams(directory: Path, recipe: Recipe) -> None:

@@ -23,7 +23,8 @@ from ctcd_ds.export.hf import peer_model
 from ctcd_ds.objective.batch import View
 from ctcd_ds.objective.projection import chunks, project
 from ctcd_ds.peers.heads import project_positions
-from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.tasks.loader import Cut, valid_batches
 from ctcd_ds.training import checkpoint as checkpoints

@@ -14,7 +14,8 @@ from ctcd_ds.cli import UserError
 from ctcd_ds.kinds import instead
 from ctcd_ds.manifest import read_json
 from ctcd_ds.objective.graph import DistillationGraph
-from ctcd_ds.recipe import Recipe, load_recipe
+from ctcd_ds.recipe.reading import load_recipe
+from ctcd_ds.recipe.sections import Recipe
 from ctcd_ds.training.run_directory import RunDirectory
 
 Series = list[tuple[float, float]]  # (x, y), x ascending

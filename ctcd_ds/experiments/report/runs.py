@@ -14,7 +14,7 @@ from ctcd_ds.experiments.results import Cell, Comparison, Condition, PeerResult,
 from ctcd_ds.experiments.statistics import caveats, compare
 from ctcd_ds.manifest import canonical_sha256, read_json
 from ctcd_ds.peers.accounting import Cost, cost
-from ctcd_ds.recipe import flat, is_corpus_place
+from ctcd_ds.recipe.reading import flat, is_corpus_place
 from ctcd_ds.tasks import TASKS
 from ctcd_ds.training import checkpoint
 from ctcd_ds.training.plan import flops_beside, peer_flops, signals_of
@@ -122,16 +122,16 @@ def _configs(run: LoggedRun) -> dict[str, Any]:
 
 def _peers(run: LoggedRun, costs: Mapping[str, Cost]) -> dict[str, PeerResult]:
     """What the peers of a run are."""
-    found = {}
-    for name, section in run.recipe.peers.items():
-        config = read_json(run.directory.peers / name / "config.json")
-        found[name] = PeerResult(
+    configs = _configs(run)
+    return {
+        name: PeerResult(
             frozen=section.frozen,
-            layers=config.get("num_hidden_layers"),
-            hidden_size=config.get("hidden_size"),
+            layers=getattr(configs.get(name), "num_hidden_layers", None),
+            hidden_size=getattr(configs.get(name), "hidden_size", None),
             parameters=costs[name].parameters if name in costs else None,
         )
-    return found
+        for name, section in run.recipe.peers.items()
+    }
 
 
 Peer = tuple[str, str]  # condition, peer
@@ -151,7 +151,8 @@ def _pairings(runs: Mapping[str, LoggedRun]) -> tuple[list[tuple[Peer, Peer]], l
             for against, other in alone.items():
                 ours, theirs = _conditions_of(run, peer), _conditions_of(runs[against], other)
                 model = ours.pop("model"), theirs.pop("model")
-                differing = [f"{k} ({ours.get(k)} and {theirs.get(k)})" for k in ours if ours.get(k) != theirs.get(k)]
+                either = (k for k in ours | theirs if ours.get(k) != theirs.get(k))  # None is left out of both
+                differing = [f"{k} ({ours.get(k)} and {theirs.get(k)})" for k in either]
                 if other == peer and model[0] != model[1]:
                     keys = sorted(k for k in model[0] | model[1] if model[0].get(k) != model[1].get(k))
                     differing.append(f"the model itself ({', '.join(keys)})")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ctcd_ds.cli import count
 from ctcd_ds.evaluation.speed import Speed
@@ -44,20 +43,20 @@ def role_in(study: Study, condition: str, peer: str) -> str:
 
 def opening(study: Study) -> str:
     """What was done, in two sentences that need no knowledge of the project."""
-    aim = TASKS[next(iter(study.runs.values())).recipe.objective.task].words.aim
+    recipes = [run.recipe for run in study.runs.values()]
+    aim = " or ".join(dict.fromkeys(TASKS[recipe.objective.task].words.aim for recipe in recipes))
+    text = "the same text" if len({recipe.corpus.title for recipe in recipes}) == 1 else "text"
     exchange = [run.graph for run in study.runs.values() if run.graph.distilling()]
     if not exchange:
         several = max(len(run.graph.names) for run in study.runs.values()) > 1
-        what = "Language models were trained on the same text" if several else "A language model was trained on text"
+        what = f"Language models were trained on {text}" if several else "A language model was trained on text"
         return f"{what} {aim}. They did not learn from each other."
     mutual = any({(j, i) for i, j, _ in g.edges()} & {(i, j) for i, j, _ in g.edges()} for g in exchange)
     way = (
         "each also learned from what the other predicted" if mutual else "one also learned from what another predicted"
     )
-    return (
-        f"Language models were trained side by side on the same text {aim}, and {way}. "
-        "This page holds them against the same models trained otherwise."
-    )
+    held = " This page holds them against the same models trained otherwise." if study.results.comparisons else ""
+    return f"Language models were trained side by side on {text} {aim}, and {way}.{held}"
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,12 @@ def answer(study: Study) -> str:
     for c in own:
         mean = metric.signed(c.mean or 0.0)
         kinds = {"better": "ends better", "worse": "ends worse", "no evidence": "shows no evidence of a difference"}
-        kind = f"{kinds[c.verdict]} ({mean})" if any(c.differences) else "ends exactly where it ends alone"
-        said.append(f"the {c.peer} {kind}")
+        kind = f"{kinds[c.verdict]} ({mean})" if c.interval is not None else f"ends at {mean}"
+        said.append(f"the {c.peer} {kind if any(c.differences) else 'ends exactly where it ends alone'}")
     over = "one seed" if seeds == 1 else f"{seeds} seeds"
+    over += "" if own[0].interval is not None else f" cannot tell {'it' if len(own) == 1 else 'them'} from chance"
     whole = ", ".join(said[:-1]) + " and " * (len(said) > 1) + said[-1]
-    return f"As “{study.title(own[0].condition)}”, {whole}, against training alone ({metric.name}, {over})."
+    return f"As “{study.title(own[0].condition)}”, {whole}, against training alone ({metric.name}; {over})."
 
 
 def _answering(study: Study) -> list[Comparison]:
@@ -119,11 +119,19 @@ def setting(study: Study) -> str:
         for name, peer in cell.peers.items():
             size = f"{peer.parameters / 1e6:,.1f} M parameters" if peer.parameters else "unknown size"
             models[f"{name} ({size}{f', {peer.layers} layers' if peer.layers else ''})"] = None
-    steps = sorted({cell.steps for cell in study.results.cells if cell.steps})
-    length = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}" if steps else "no"
-    recipe = next(iter(study.runs.values())).recipe
-    rows = f"{recipe.training.global_batch_rows} rows of {recipe.corpus.sequence_length} tokens"
-    return f"{'; '.join(models)}. {length} steps of {rows}; corpus {Path(study.results.corpus).name}."
+    length = _range(cell.steps for cell in study.results.cells)
+    recipes = [run.recipe for run in study.runs.values()]
+    rows = dict.fromkeys(f"{r.training.global_batch_rows} rows of {r.corpus.sequence_length} tokens" for r in recipes)
+    texts = " and ".join(dict.fromkeys(recipe.corpus.title for recipe in recipes))
+    taken = [recipe.corpus.train_rows for recipe in recipes]
+    reduced = f", {_range(taken)} of its rows{'' if all(taken) else ' or all'}" if any(taken) else ""
+    return f"{'; '.join(models)}. {length} steps of {' or '.join(rows)}; corpus {texts}{reduced}."
+
+
+def _range(numbers: Iterable[int | None]) -> str:
+    """'800', '100 to 800'; 'no' where there is none."""
+    found = sorted({number for number in numbers if number})
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}" if found else "no"
 
 
 def _one(study: Study, comparison: Comparison) -> Statement:
