@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctcd_ds.cli import UserError
-from ctcd_ds.corpus.tokenizer import panics_heard
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,6 +38,17 @@ NAMES = {
     "sep": ("[SEP]", "<sep>", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
+
+
+@contextmanager
+def panics_heard() -> Iterator[None]:
+    """What makes the `tokenizers` library panic, a damaged table for one, is an Exception here: a panic is none."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from None
 
 
 def import_sentencepiece(

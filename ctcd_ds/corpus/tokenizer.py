@@ -12,8 +12,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import ABSENT, BERT_LAYOUT, MASKED_LM, Role, SpecialIds
+from ctcd_ds.corpus.sentencepiece_model import panics_heard
 from ctcd_ds.hub import settle_hub
 from ctcd_ds.kinds import missing
 from ctcd_ds.manifest import canonical_sha256
@@ -48,17 +48,6 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     except Exception as problem:  # transformers raises many kinds for what is one thing: no tokenizer there
         raise UserError(f"tokenizer {directory} cannot be loaded: {_reason(Path(directory), problem)}") from None
     return validated(tokenizer, str(directory))
-
-
-@contextmanager
-def panics_heard() -> Iterator[None]:
-    """What makes the `tokenizers` library panic, a damaged table for one, is an Exception here: a panic is none."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as panic:
-        raise RuntimeError(str(panic)) from None
 
 
 def _reason(directory: Path, problem: Exception) -> str:
