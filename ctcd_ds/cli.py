@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +36,19 @@ class Damage(UserError):
 
 class RunFailure(RuntimeError):
     """What ended a run and is nobody's typing mistake (a non-finite loss, a damaged file): one message, exit code 1."""
+
+
+# What a file system says of itself, its user or a name: no fault of a program.
+_OF_THE_MACHINE = {getattr(errno, name) for name in (
+    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOTDIR", "EISDIR",
+    "ELOOP", "ENAMETOOLONG",
+)}  # fmt: skip
+
+
+def is_of_the_machine(problem: BaseException) -> bool:
+    """Whether files, rights or room are the reason; libraries written in Rust say so in the text alone."""
+    number = problem.errno if isinstance(problem, OSError) else re.search(r"\(os error (\d+)\)", str(problem))
+    return (int(number[1]) if isinstance(number, re.Match) else number) in _OF_THE_MACHINE
 
 
 def count(number: int, noun: str) -> str:
@@ -75,6 +91,10 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
+        for before, word in pairwise(["", *words]):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                said = f"{word or before}: nothing stands behind it; is a variable of your shell not set?"
+                self.exit(EXIT_MISTAKE, f"error: {said}\n")
         return super().parse_known_args([self._known(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -190,22 +210,31 @@ def add_run_options(parser: argparse.ArgumentParser, output: str = "the run dire
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command's `main` and ends the process: a UserError is one message without traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, by >&-
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows ? where it has no letter
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         code = mistake.exit_code
     except RunFailure as failure:
         print(f"failed: {failure}", file=sys.stderr, flush=True)
         code = EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = 130
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         print("interrupted: broken pipe", file=sys.stderr, flush=True)
         code = 141  # as a shell says of what SIGPIPE ended
+    except OSError as problem:
+        if not is_of_the_machine(problem):
+            raise
+        print(f"error: {problem.filename or 'this machine'}: {problem.strerror}", file=sys.stderr, flush=True)
+        code = EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
     sys.exit(code or EXIT_DONE)

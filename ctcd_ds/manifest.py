@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
-from ctcd_ds.cli import Damage, UserError
+from ctcd_ds.cli import Damage, UserError, is_of_the_machine
 
 
 def canonical_sha256(content: Any) -> str:
@@ -87,7 +87,7 @@ def built(place: Path) -> Iterator[Path]:
     """
     inside = place.is_dir()
     if place.exists() and not (inside and not any(place.iterdir())):
-        raise UserError(f"--output_dir {place} is not empty: name another")
+        raise UserError(f"--output_dir {place} is {'not empty' if inside else 'a file'}: name another")
     temporary = place / ".unfinished" if inside else place.with_name(f".{place.name}.unfinished")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,6 +105,10 @@ def built(place: Path) -> Iterator[Path]:
                 path.rename(place / path.name)
         else:
             temporary.rename(place)
+    except Exception as problem:
+        if isinstance(problem, UserError) or not is_of_the_machine(problem):
+            raise
+        raise UserError(f"--output_dir {place} cannot be written: {problem}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -115,7 +115,7 @@ def test_the_newest_good_one_is_taken_and_the_others_are_named(run: Path, capsys
 def test_where_none_is_good_nothing_begins_anew(run: Path) -> None:
     for path in (run / "checkpoints").glob("step-*/deepspeed/*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(RunFailure, match="none of its 4 checkpoints is good"):
+    with pytest.raises(RunFailure, match=r"none of its 4 checkpoints is good: \S*step-00000004 is damaged"):
         checkpoint.newest(run / "checkpoints", say=lambda text: None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -30,6 +32,8 @@ def test_an_option_is_known_with_hyphens_too(words: list[str], value: list[int])
     [
         (["--batch_size", "1"], "--batch_size: there is no such option; did you mean '--batch_sizes'?"),
         (["--colour", "1"], "--colour: there is no such option; allowed: --batch_sizes, --help"),
+        (["--batch_sizes", ""], "--batch_sizes: nothing stands behind it; is a variable of your shell not set?"),
+        (["--batch_sizes="], "--batch_sizes=: nothing stands behind it"),
         (["--batch_sizes", "1", "more"], "unrecognized arguments: more"),
         (["--batch_sizes", "1;2"], "argument --batch_sizes: '1;2' is no comma-separated list of whole numbers"),
     ],
@@ -52,6 +56,33 @@ def test_a_reader_that_has_read_enough_gets_no_traceback() -> None:
     assert ours.stdout is not None and ours.stderr is not None
     ours.stdout.close()
     assert ours.stderr.read() == "interrupted: broken pipe\n" and ours.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "PLACE"), "error: PLACE: File name too long\n"),
+        (OSError(errno.EMFILE, "Too many open files"), "error: this machine: Too many open files\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "OURS"), None),
+    ],
+)
+def test_what_the_file_system_says_is_one_message_and_a_fault_of_ours_is_not(
+    problem: OSError, said: str | None, capsys: Any
+) -> None:
+    def main() -> None:
+        raise problem
+
+    with pytest.raises(OSError if said is None else SystemExit) as end:
+        cli.run(main)
+    assert said is None or (getattr(end.value, "code", None), capsys.readouterr().err) == (cli.EXIT_MISTAKE, said)
+
+
+@pytest.mark.parametrize(("end", "code", "said"), [(">&-", 0, ""), ("2>&-", 0, "done\n")])
+def test_a_closed_end_is_no_traceback(end: str, code: int, said: str) -> None:
+    program = "from ctcd_ds import cli; cli.run(lambda: print('done'))"
+    line = f"set -o pipefail; (sleep 0.2; {shlex.quote(sys.executable)} -c {shlex.quote(program)}) {end}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (code, said, "")
 
 
 def test_a_command_is_shown_as_it_is_typed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 from pathlib import Path
 
@@ -49,4 +50,18 @@ def test_a_mount_point_is_filled(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path, place: str, said: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"cannot be written.*{said}"), built(tmp_path / place):
+        pass
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(errno.EDQUOT, "Disk quota exceeded"), RuntimeError("No space left on device (os error 28)")]
+)
+def test_a_disk_that_fills_while_a_result_is_made_is_a_message(tmp_path: Path, problem: Exception) -> None:
+    """Python's own writing says so by a number, safetensors and tokenizers in their text."""
+    said = r"--output_dir \S*result cannot be written: .*(quota|space)"
+    with pytest.raises(UserError, match=said), built(tmp_path / "result"):
+        raise problem
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file: name another"), built(tmp_path / "file"):
         pass

@@ -192,3 +192,8 @@ def test_the_command_of_a_resumed_run_is_the_one_that_repeats_it(
     plain = ["python", *(["-m"] if script == MODULE else []), script, *asked]
     assert said("srun") == ["srun", "-n", str(world), *plain] and said("mpirun") == ["mpirun", "-n", str(world), *plain]
     assert said("alone") == plain
+
+
+def test_rank_0_knows_where_it_waits() -> None:
+    with pytest.raises(UserError, match=r"MASTER_ADDR = 'nowhere\.invalid': rank 0 waits there .* knows no such host"):
+        Ranks(0, 2, 0, 1, "torchrun", "nowhere.invalid", 29500).announce()

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.encode import Encoder
 from ctcd_ds.corpus.prepare import Settings, prepare
-from ctcd_ds.corpus.sentencepiece_model import native_beside
+from ctcd_ds.corpus.sentencepiece_model import native_beside, read_model
 from ctcd_ds.corpus.shards import open_pair
 from ctcd_ds.corpus.sources import Reading
 from ctcd_ds.corpus.tokenizer import bring_tokenizer, save_tokenizer
@@ -222,6 +222,21 @@ def test_a_model_of_lowered_text_lowers_when_told_so(model: Callable[[str], Path
     assert tokenizer.tokenize("The ÄÖ Statement") == tokenizer.tokenize("the äö statement")
     with pytest.raises(UserError, match="contradicts"):
         bring_tokenizer(str(model("albert")), lowercase=False)
+
+
+def test_a_damaged_table_is_a_message(model: Callable[[str], Path], tmp_path: Path) -> None:
+    """`tokenizers` panics over it, which is no Exception; native SentencePiece has an error of its own."""
+    save_tokenizer(bring_tokenizer(str(model("plain"))), tmp_path / "t")
+    text = (tmp_path / "t/tokenizer.json").read_text(encoding="utf-8")
+    place = text.index('"precompiled_charsmap"') + 5000
+    (tmp_path / "t/tokenizer.json").write_text(text[:place] + "!" + text[place + 1 :], encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer \S*t cannot be loaded: "):
+        bring_tokenizer(str(tmp_path / "t"))
+    damaged = read_model(model("plain"))
+    damaged.normalizer_spec.precompiled_charsmap = b"\xff" * 40
+    (tmp_path / "d.model").write_bytes(damaged.SerializeToString())
+    with pytest.raises(UserError, match=r"d\.model is not a SentencePiece model: INTERNAL"):
+        bring_tokenizer(str(tmp_path / "d.model"))
 
 
 def test_a_directory_that_transformers_reads_otherwise_than_its_model_is_refused(

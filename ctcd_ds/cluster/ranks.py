@@ -80,7 +80,16 @@ class Ranks:
         return f"{self.world}{here}, as {self.source} says; they meet at {self.address}:{self.port}"
 
     def announce(self) -> None:
-        """Says it in the variables that torch.distributed and DeepSpeed read, whoever this was learned from."""
+        """Says it in the variables that torch.distributed and DeepSpeed read, whoever this was learned from.
+
+        Raises UserError where rank 0's own address is none that it knows: torch would look for it for half an hour.
+        """
+        try:
+            if self.first:
+                socket.getaddrinfo(self.address, None)
+        except OSError as problem:
+            reason = f"rank 0 waits there for the others, and knows no such host ({problem.strerror})"
+            raise UserError(f"MASTER_ADDR = {self.address!r}: {reason}") from None
         said = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank}
         said |= {"LOCAL_WORLD_SIZE": self.local_world, "MASTER_PORT": self.port or free_port()}
         os.environ.update({key: str(value) for key, value in said.items()}, MASTER_ADDR=self.address)

@@ -32,6 +32,8 @@ def find(path: Path) -> Iterator[Path]:
     """The directories below `path` that have, or should have, a manifest."""
     found = [path] if (path / "manifest.json").exists() else []
     found += sorted((path / "checkpoints").glob("step-*"))
+    if found and path not in found and folder_kind(path) == "run":
+        found.insert(0, path)  # its manifest is missing
     yield from found
     if not found and folder_kind(path) == "run":
         raise cli.UserError(f"{path}: the run has no checkpoint yet")

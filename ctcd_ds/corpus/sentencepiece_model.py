@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,17 @@ NAMES = {
 }
 
 
+@contextmanager
+def panics_heard() -> Iterator[None]:
+    """What makes the `tokenizers` library panic, a damaged table for one, is an Exception here: a panic is none."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(str(panic)) from None
+
+
 def import_sentencepiece(
     path: Path, sample: list[str], lowercase: bool = False, add_special_tokens: bool = True
 ) -> PreTrainedTokenizerBase:
@@ -51,7 +63,8 @@ def import_sentencepiece(
     """
     model = read_model(path)
     try:
-        backend = _backend(model, lowercase)
+        with panics_heard():
+            backend = _backend(model, lowercase)
     except Exception as problem:  # what `tokenizers` finds in a damaged table has no type of its own
         raise UserError(f"{path} is damaged: {problem}") from None
 
@@ -67,11 +80,12 @@ def import_sentencepiece(
 
 def read_model(path: Path) -> Any:
     """The ModelProto of a file. Raises UserError where it is none, or of a kind that cannot be used."""
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(content := path.read_bytes())
+        SentencePieceProcessor(model_proto=content)  # looks into the normaliser's table too
     except Exception as problem:
         raise UserError(f"{path} is not a SentencePiece model: {problem}") from None
     if not model.pieces:

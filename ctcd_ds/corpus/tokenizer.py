@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ctcd_ds.cli import UserError
 from ctcd_ds.corpus.rows import ABSENT, BERT_LAYOUT, MASKED_LM, Role, SpecialIds
+from ctcd_ds.corpus.sentencepiece_model import panics_heard
 from ctcd_ds.hub import settle_hub
 from ctcd_ds.kinds import missing
 from ctcd_ds.manifest import canonical_sha256
@@ -42,13 +43,16 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        with panics_heard():
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as problem:  # transformers raises many kinds for what is one thing: no tokenizer there
         raise UserError(f"tokenizer {directory} cannot be loaded: {_reason(Path(directory), problem)}") from None
     return validated(tokenizer, str(directory))
 
 
 def _reason(directory: Path, problem: Exception) -> str:
+    if directory.is_absolute() and not directory.exists():
+        return "no such directory"
     if raw := sorted(path for end in ("vocab.txt", "*.model") for path in directory.glob(end)):
         return f"give the file itself: {raw[0]}"
     if directory.is_dir() and not (directory / "tokenizer.json").exists():

@@ -51,7 +51,8 @@ def read(checkpoint: Path) -> Manifest:
     manifest = read_manifest(checkpoint / "manifest.json")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise UserError(
-            f"{checkpoint} is no checkpoint of this version: {manifest.get('format')} {manifest.get('version')}"
+            f"{checkpoint} is {manifest.get('format')} of version {manifest.get('version')}, this program reads "
+            f"{FORMAT} of version {VERSION}: use the ctcd_ds that wrote it"
         )
     check_shape(checkpoint / "manifest.json", manifest, _Shape)
     if mistakes := recipe_mistakes(manifest["recipe"]):
@@ -75,15 +76,16 @@ def newest(
     None where there is no checkpoint at all. Raises RunFailure where there are some and none is good: to begin anew
     there would lose what may be mended.
     """
-    found = _tags(directory)
+    found, reasons = _tags(directory), []
     for checkpoint in reversed(found):
         try:
             return checkpoint, judge(checkpoint)
         except UserError as problem:
             say(f"skipping checkpoint {checkpoint.name}: {problem}")
+            reasons.append(str(problem).split("\n")[0])
     if found:
         raise RunFailure(
-            f"{directory}: none of its {len(found)} checkpoints is good (`ctcd verify` lists the damage). "
+            f"{directory}: none of its {len(found)} checkpoints is good: {reasons[0]} (`ctcd verify` lists all). "
             "Restore one from a copy, or start again in another output_dir"
         )
     return None

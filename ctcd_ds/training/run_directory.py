@@ -91,6 +91,8 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir {self.path} is a file")
+        if any("\udc80" <= character <= "\udcff" for character in str(self.path)):
+            raise UserError(f"output_dir {self.path} is no UTF-8, which TensorBoard's files need: name another")
         if not self.holds_a_run():
             if self.checkpoints.is_symlink() and not self.checkpoints.is_dir():
                 raise UserError(f"{self.checkpoints} points to {self.checkpoints.readlink()}, which is no directory")
