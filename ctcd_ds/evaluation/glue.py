@@ -246,8 +246,8 @@ def _chosen(tasks: Sequence[str], data_dir: Path | str | None, others: bool) -> 
         return list(GLUE) if tuple(tasks) == ALL else named(tasks)
     folder = Path(data_dir)
     if not folder.is_dir():
-        there = "a file" if folder.exists() else absent(folder)
-        raise UserError(f"--data_dir {folder}: {there}; give the folder of GLUE's files (CoLA/train.tsv …), or 'hub'")
+        found = "a file" if folder.exists() else absent(folder)
+        raise UserError(f"--data_dir {folder}: {found}; give the folder of GLUE's files (CoLA/train.tsv …), or 'hub'")
     if tuple(tasks) != ALL:
         return named(tasks)
     there, missing = tasks_in(folder)
