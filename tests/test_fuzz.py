@@ -73,12 +73,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "d.json").write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}')
     (folder / "glue" / "RTE").mkdir(parents=True)
-    for name in ("train", "dev"):
+    for first, name in enumerate(("train", "dev")):
         with (folder / "glue" / "RTE" / f"{name}.tsv").open("w", newline="") as file:
             rows = csv.writer(file, delimiter="\t")
             rows.writerow(["index", "sentence1", "sentence2", "label"])
             rows.writerows(
-                [n, documents[n], documents[n + 1], ("entailment", "not_entailment")[n % 2]] for n in range(8)
+                [n, documents[n + first], documents[n + 2], ("entailment", "not_entailment")[n % 2]] for n in range(8)
             )
     return folder
 

@@ -195,7 +195,7 @@ def test_a_card_and_a_report_say_each_language(runs: Path, tmp_path: Path) -> No
         for what, value in values.items():
             assert stated.pop((name or None, what)) == round(value, 4)
     assert not stated and "held-out rows of chinese + english + hindi, english.other" in card.text
-    assert "corpus `chinese + english + hindi`" in card.text
+    assert "Corpus `chinese + english + hindi`" in card.text
     page = write_report([runs / "one"], tmp_path / "report", agreement_rows=9).read_text()
     for words in (
         "held-out loss on chinese (nats)",
