@@ -52,7 +52,7 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerBase:
 
 def _reason(directory: Path, problem: Exception) -> str:
     if directory.is_absolute() and not directory.exists():
-        return "no such directory"
+        return missing(directory)
     if raw := sorted(path for end in ("vocab.txt", "*.model") for path in directory.glob(end)):
         return f"give the file itself: {raw[0]}"
     if directory.is_dir() and not (directory / "tokenizer.json").exists():
