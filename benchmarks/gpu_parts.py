@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -27,7 +24,6 @@ from workload import Shape, Size
 
 from ctcd_ds import cli
 
-_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
 
@@ -44,7 +40,6 @@ class Scale:
     run_steps: int
     run_rows: int
     loader_seconds: float
-    headline: tuple[str, ...]  # what the regime's run has beside the recipe
 
 
 FULL = Scale(
@@ -57,14 +52,8 @@ FULL = Scale(
     run_steps=300,
     run_rows=128,
     loader_seconds=2.0,
-    headline=("corpus.train_rows=40960", "training.epochs=20", "training.valid_every=640", "training.valid_rows=1024"),
 )
-_SMALL = "{model_type: bert, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 1, intermediate_size: 32}"
-_TINY_RUN = ("corpus.train_rows=64", "corpus.sequence_length=32", "training.epochs=2", "training.global_batch_rows=16")
-_TINY_RUN += tuple(f"peers.{name}.model={_SMALL}" for name in ("teacher", "student"))
-TINY = Scale(
-    Shape((Size(2, 32), Size(1, 32)), 32, 4, 512), "float32", (2, 4), (256, 512), 1024, 1, 30, 16, 0.1, _TINY_RUN
-)
+TINY = Scale(Shape((Size(2, 32), Size(1, 32)), 32, 4, 512), "float32", (2, 4), (256, 512), 1024, 1, 30, 16, 0.1)
 
 
 class Skipped(Exception):
@@ -77,8 +66,6 @@ class Suite:
 
     scale: Scale
     device: torch.device
-    corpus: Path | None = None  # of the headline run
-    runs: Path | None = None  # where it stays, to be resumed
 
     def gradient_error(self) -> Any:
         """Errors of the gradients against fp64, in fp32 and bf16."""
@@ -192,29 +179,6 @@ class Suite:
             raise Skipped("DeepSpeed has no fp16 on the CPU")
         return self._run("zero2_fp16")
 
-    def headline(self) -> Any:
-        """The paper's pair over many epochs of little text, alone and together; goes on where it was cut off."""
-        if self.corpus is None or self.runs is None:
-            raise Skipped("it needs --corpus DIR and --runs DIR")
-        sides = {"alone": ("peers.teacher.soft={}", "peers.student.soft={}"), "together": ()}
-        commands, recipe = [], common.ROOT / "ds_configs" / "recipes" / "paper.yaml"
-        config = "zero2_bf16" if self.device.type == "cuda" else "cpu"
-        for side, changes in sides.items():
-            sets = [f"corpus.path={self.corpus}", *self.scale.headline, *changes]
-            sets += ["training.compile=true"] if self.device.type == "cuda" else []
-            options = ["--recipe", recipe, "--deepspeed_config", common.ROOT / "ds_configs" / f"{config}.json"]
-            options += ["--output_dir", self.runs / side, "--set", *sets]
-            options += ["--resume"] if (self.runs / side / "manifest.json").exists() else []
-            commands.append([sys.executable, common.ROOT / "launchers" / "pretrain.py", *options])
-        # Both at once: at 128 rows a step the host is the limit, and there is one for each.
-        # Each by itself: an earlier part's run left here what a launcher would say, its port too.
-        alone = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
-        processes = [subprocess.Popen(list(map(str, command)), env=alone) for command in commands]
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            raise cli.RunFailure(f"the runs ended with {codes}; the same command goes on")
-        return {side: json.loads((self.runs / side / "summary.json").read_text()) for side in sides}
-
     def _our_step(self, compiled: bool = False, shape: Shape | None = None) -> common.Step:
         shape = shape or self.scale.shape
         models = workload.build_models(shape)
@@ -281,4 +245,4 @@ def _profile(ours: common.Step, steps: int = 20) -> dict[str, Any]:
 
 
 PARTS = ("run_bf16", "run_fp16", "run_zero1", "run_bf16_compiled", "profile", "step_ways", "batch_sizes", "compile")
-PARTS += ("attention", "gradient_error", "loader", "memory", "three_peers", "headline")
+PARTS += ("attention", "gradient_error", "loader", "memory", "three_peers")

@@ -3,8 +3,7 @@
 A machine with torch and transformers that reaches nothing: first, where pip works, --make_wheels DIR; then there,
 from a checkout, --wheels DIR. Each part writes its result as soon as it is there; the same command goes on with what
 has none. A part whose packages are missing, or that would begin after --minutes, is skipped with the reason; a
-part that fails says so, the others go on, and the exit code is 1. The last part, `headline`, trains the paper's pair
-alone and together over 20 epochs of a corpus (--corpus, --runs): about 8 minutes on an H200.
+part that fails says so, the others go on, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -90,14 +89,12 @@ def main() -> int:
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: whether it runs at all")
     parser.add_argument("--minutes", type=float, default=25.0, help="no part begins later than this")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--corpus", type=Path, help="the headline run's: English text with BERT's vocabulary")
-    parser.add_argument("--runs", type=Path, help="where the headline's runs stay, to be resumed")
     parser.add_argument("--make_wheels", type=Path, metavar="DIR", help="only makes what a bare machine lacks")
     parser.add_argument("--python", default="3.12", help="that machine's Python, for --make_wheels")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="what --make_wheels made")
     arguments = parser.parse_args()
     device, began = common.begin(arguments), time.monotonic()
-    suite = Suite(FULL if arguments.size == "full" else TINY, device, arguments.corpus, arguments.runs)
+    suite = Suite(FULL if arguments.size == "full" else TINY, device)
     found: dict[str, Any] = {}
     if arguments.output is not None and arguments.output.exists():
         before = json.loads(arguments.output.read_text())["parts"]

@@ -54,7 +54,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many rows as the shipped experiments ask for."""
+    """As many rows as the experiments of little text ask for in their grids."""
     return chain_corpus(tmp_path_factory.mktemp("large") / "corpus", documents=1700, sentinels=16)
 
 
@@ -90,7 +90,7 @@ def test_every_shipped_experiment_builds(path: Path, size: str, tmp_path: Path, 
     experiment = load_experiment(path, size)
     seeds = experiment.seeds[:1]
     one_seed = experiment.model_copy(update={"seeds": seeds, "deepspeed_config": str(ROOT / "ds_configs" / "cpu.json")})
-    cells = expand(one_seed, base_recipe(one_seed, [f"corpus.path={large_corpus}"]), tmp_path)
+    cells = expand(one_seed, base_recipe(one_seed, [f"corpus.path={large_corpus}", "corpus.train_rows=900"]), tmp_path)
     planned = plan_cells(one_seed, cells, tmp_path, 1, "cpu")
     assert len(planned) == len(cells) and all(cell.steps >= 1 and cell.flops > 0 for cell in planned)
     assert len(experiment.seeds) >= (2 if size == "tiny" else 3)
@@ -105,7 +105,7 @@ def test_the_experiments_of_the_plan_are_shipped() -> None:
     names = {path.stem for path in SHIPPED}
     assert names == {
         *("baselines", "weights", "length", "size_ratio", "negative_transfer", "community", "augmentation", "paper"),
-        *("paper_cpu", "regime", "regime_masked", "causal_baselines", "cross_architecture", "signals"),
+        *("paper_cpu", "regime", "regime_masked", "regime_bert", "causal_baselines", "cross_architecture", "signals"),
     }
 
 
