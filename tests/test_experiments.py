@@ -126,6 +126,19 @@ def test_a_cell_is_a_point_of_the_grid_with_a_seed(tmp_path: Path, corpus: Path)
     assert frozen.recipe["peers"]["teacher"]["pretrained"].endswith("out/cells/alone-seed-7/hf/teacher")
 
 
+def test_a_grid_of_pairs_serves_each_of_their_models_alone(tmp_path: Path, corpus: Path) -> None:
+    """What a group takes away stays away whatever its grid sets there; a model in several pairs is trained once."""
+    layers = {f"{t}:{s}": {f"peers.{peer}.model.num_hidden_layers": n for peer, n in (("teacher", t), ("student", s))}
+              for t, s in ((3, 1), (3, 2))}  # fmt: skip
+    grid = {"grid": {"layers": {"points": layers}}}
+    alone = {"set": {"peers.student": None, "peers.teacher.soft": None}, **grid}
+    path = written(tmp_path, corpus, cells={"alone": alone, "pairs": grid})
+    cells = {cell.name: cell for cell in planned_of(path)}
+    assert [cell.recipe["peers"].keys() for cell in cells_of(path)][:2] == [{"teacher"}, {"teacher"}]
+    assert cells["alone-layers-3-2-seed-1"].owner == "alone-layers-3-1-seed-1"
+    assert cells["pairs-layers-3-2-seed-1"].owner == "pairs-layers-3-2-seed-1"
+
+
 def test_cells_that_others_need_come_first_and_equal_recipes_share_a_run(tmp_path: Path, corpus: Path) -> None:
     groups = {
         "frozen": EXPERIMENT["cells"]["frozen"],

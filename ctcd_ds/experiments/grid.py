@@ -68,8 +68,9 @@ def _points(name: str, group: Group) -> Iterator[Point]:
     for steps in itertools.product(*(axis.steps for axis in group.grid.values())):
         coordinates = {axis: value for axis, (value, _) in zip(group.grid, steps, strict=True)}
         changes = dict(group.set)
+        gone = tuple(f"{key}." for key, value in group.set.items() if value is None)
         for _, settings in steps:
-            changes.update(settings)
+            changes.update({key: value for key, value in settings.items() if not key.startswith(gone)})
         yield Point(name, coordinates, changes)
 
 
