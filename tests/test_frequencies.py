@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from corpora import write_corpus
 from ctcd_ds.corpus.frequencies import unigram_loss
+from ctcd_ds.experiments.collecting import reservations
 from ctcd_ds.manifest import read_manifest
 from ctcd_ds.training.run_directory import at_word_frequencies, duration
 
@@ -45,3 +47,13 @@ def test_who_has_learned_no_more_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(12.34, "12.3 s"), (200, "3 min 20 s"), (3725, "1 h 02 min")])
 def test_times_are_said_as_people_say_them(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_many_runs_at_word_frequencies_are_one_line_of_a_report(tmp_path: Path) -> None:
+    runs = [tmp_path / f"cell-seed-{seed}" for seed in range(1, 6)]
+    for run in runs:
+        run.mkdir()
+        loss = 5.0 if run is runs[-1] else 6.9
+        (run / "summary.json").write_text(json.dumps({"valid/teacher/loss": loss, "unigram_loss": 6.98}))
+    (said,) = reservations([*runs, runs[0]])
+    assert said.startswith("cell-seed-1, cell-seed-2, cell-seed-3 and 1 more: teacher is still at word frequencies")

@@ -14,7 +14,7 @@ from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
 from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
-from ctcd_ds.experiments.statistics import caveats, compare, spread
+from ctcd_ds.experiments.statistics import caveats, compare, first_of, spread
 from ctcd_ds.manifest import read_json
 from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory, at_word_frequencies
@@ -121,16 +121,17 @@ def _scored(run: Path) -> list[dict[str, Any]]:
 def reservations(runs: Iterable[Path]) -> list[str]:
     """What must be known of these runs: scores that are not their task's, models that have learned next to nothing."""
     said: dict[str, None] = {}
-    for run in runs:
+    at_frequencies: dict[str, list[str]] = {}
+    for run in dict.fromkeys(runs):
         summary = read_json(run / "summary.json")
         ends = {key.split("/")[1]: v for key, v in summary.items() if re.fullmatch("valid/[^/]+/loss", key) and v}
         if nothing := at_word_frequencies(ends, summary.get("unigram_loss")):
-            said[f"{run.name}: {nothing}."] = None
+            at_frequencies.setdefault(nothing, []).append(run.name)
         for content in _scored(run):
             for task, known in content["tasks"].items():
                 if why := reservation(task, known, content["settings"]):
                     said[f"{called(task, known, content['settings'])}: {why}."] = None
-    return list(said)
+    return [*(f"{first_of(names)}: {nothing}." for nothing, names in at_frequencies.items()), *said]
 
 
 def shapes(results: Results) -> list[str]:
