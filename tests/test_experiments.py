@@ -129,7 +129,7 @@ def test_a_cell_is_a_point_of_the_grid_with_a_seed(tmp_path: Path, corpus: Path)
 
 
 def test_a_grid_of_pairs_serves_each_of_their_models_alone(tmp_path: Path, corpus: Path) -> None:
-    """What a group takes away stays away whatever its grid sets there; a model in several pairs is trained once."""
+    """A peer that is taken away stays away whatever the grid sets there; a model in several pairs is trained once."""
     layers = {f"{t}:{s}": {f"peers.{peer}.model.num_hidden_layers": n for peer, n in (("teacher", t), ("student", s))}
               for t, s in ((3, 1), (3, 2))}  # fmt: skip
     grid = {"grid": {"layers": {"points": layers}}}
@@ -139,6 +139,12 @@ def test_a_grid_of_pairs_serves_each_of_their_models_alone(tmp_path: Path, corpu
     assert [cell.recipe["peers"].keys() for cell in cells_of(path)][:2] == [{"teacher"}, {"teacher"}]
     assert cells["alone-layers-3-2-seed-1"].owner == "alone-layers-3-1-seed-1"
     assert cells["pairs-layers-3-2-seed-1"].owner == "pairs-layers-3-2-seed-1"
+    useless = {**alone, "grid": {"weight": {"key": "peers.student.soft.teacher", "values": [1, 4]}}}
+    with pytest.raises(Mistakes, match="sets only what this cell takes away: peers"):
+        cells_of(written(tmp_path, corpus, cells={"alone": useless, "pairs": grid}))
+    edges = {"set": {"peers.student.soft": None}, "grid": useless["grid"]}  # away with all edges, then one
+    first = cells_of(written(tmp_path, corpus, cells={"edges": edges}, compare=[]))[0]
+    assert first.recipe["peers"]["student"]["soft"] == {"teacher": 1}
 
 
 def test_cells_that_others_need_come_first_and_equal_recipes_share_a_run(tmp_path: Path, corpus: Path) -> None:

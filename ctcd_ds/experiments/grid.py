@@ -68,10 +68,14 @@ def _points(name: str, group: Group) -> Iterator[Point]:
     for steps in itertools.product(*(axis.steps for axis in group.grid.values())):
         coordinates = {axis: value for axis, (value, _) in zip(group.grid, steps, strict=True)}
         changes = dict(group.set)
-        gone = tuple(f"{key}." for key, value in group.set.items() if value is None)
         for _, settings in steps:
-            changes.update({key: value for key, value in settings.items() if not key.startswith(gone)})
+            changes.update({key: value for key, value in settings.items() if not key.startswith(_gone(group))})
         yield Point(name, coordinates, changes)
+
+
+def _gone(group: Group) -> tuple[str, ...]:
+    """How the keys of peers begin that the group takes away."""
+    return tuple(f"{key}." for key, value in group.set.items() if value is None and re.fullmatch(r"peers\.[^.]+", key))
 
 
 def partner(point: Point, others: list[Point]) -> Point | None:
@@ -89,6 +93,9 @@ def expand(experiment: Experiment, base: Mapping[str, Any], directory: Path) -> 
     found, mistakes = points(experiment), []
     cells: list[CellPlan] = []
     for name, group in experiment.cells.items():
+        for label, axis in group.grid.items():
+            if axis.keys and all(key.startswith(_gone(group)) for key in axis.keys):
+                mistakes.append(f"cells.{name}.grid.{label}: sets only what this cell takes away: {axis.keys[0]}")
         for point in found[name]:
             partners = {}
             for other in group.needed:

@@ -14,8 +14,8 @@
     tiny: {recipe: ../recipes/demo.yaml, …}     # laid over the rest by --size tiny
 
 Each entry of `cells` is a group: one condition, or one for every combination of its grid's values; each condition is
-run with every seed. What a group takes away stays away whatever its grid sets there, so that one grid of pairs serves
-each of their models alone as well; conditions whose recipes mean the same are one run. Wherever a recipe takes
+run with every seed. A peer that a group takes away stays away whatever its grid sets there, so that one grid of pairs
+serves each of their models alone as well; conditions whose recipes mean the same are one run. Wherever a recipe takes
 `pretrained: DIR`, a group may say `{cell: GROUP, peer: NAME}`: the export of that peer, from the cell with the same
 seed (and the same values on the axes that both groups have).
 """
