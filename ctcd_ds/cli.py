@@ -56,6 +56,11 @@ def count(number: int, noun: str) -> str:
     return f"one {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def some(names: Sequence[str]) -> str:
+    """At most four of the names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     """'did you mean …?' for a near miss, else what is allowed."""
     known = sorted(allowed)

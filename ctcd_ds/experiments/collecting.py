@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctcd_ds.cli import some
 from ctcd_ds.evaluation import metrics
 from ctcd_ds.evaluation.claims import called, reservation
 from ctcd_ds.experiments.grid import partner, points
@@ -14,7 +15,7 @@ from ctcd_ds.experiments.planning import ExperimentPlan, PlannedCell
 from ctcd_ds.experiments.results import Cell, Comparison, Condition, GlueScore, PeerResult, Results, Spread
 from ctcd_ds.experiments.running import Outcome
 from ctcd_ds.experiments.specification import Experiment
-from ctcd_ds.experiments.statistics import caveats, compare, first_of, spread
+from ctcd_ds.experiments.statistics import caveats, compare, spread
 from ctcd_ds.manifest import read_json
 from ctcd_ds.training.metrics import held_out_values
 from ctcd_ds.training.run_directory import RunDirectory, at_word_frequencies
@@ -131,7 +132,7 @@ def reservations(runs: Iterable[Path]) -> list[str]:
             for task, known in content["tasks"].items():
                 if why := reservation(task, known, content["settings"]):
                     said[f"{called(task, known, content['settings'])}: {why}."] = None
-    return [*(f"{first_of(names)}: {nothing}." for nothing, names in at_frequencies.items()), *said]
+    return [*(f"{some(names)}: {nothing}." for nothing, names in at_frequencies.items()), *said]
 
 
 def shapes(results: Results) -> list[str]:

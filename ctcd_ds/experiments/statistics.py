@@ -14,7 +14,7 @@ from statistics import fmean, median
 import numpy as np
 from scipy import stats
 
-from ctcd_ds.cli import count
+from ctcd_ds.cli import count, some
 from ctcd_ds.experiments.results import Comparison, Spread
 from ctcd_ds.experiments.wording import METRICS, judged
 
@@ -72,16 +72,11 @@ def compare(
     )
 
 
-def first_of(runs: Sequence[str]) -> str:
-    """At most three names, and how many more there are."""
-    return ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
-
-
 def caveats(comparisons: Sequence[Comparison], unfinished: Sequence[str], notes: Sequence[str]) -> list[str]:
     """What must stand beside any reading of these comparisons. `unfinished`: names of runs; `notes` come first."""
     said = list(dict.fromkeys(note for note in notes if note))
     if unfinished:
-        said.append(f"Not finished: {first_of(unfinished)}. What is said of their conditions rests on fewer seeds.")
+        said.append(f"Not finished: {some(unfinished)}. What is said of their conditions rests on fewer seeds.")
     seeds = min((len(comparison.seeds) for comparison in comparisons if comparison.seeds), default=None)
     few = count(seeds or 0, "seed")
     if seeds is not None and seeds < MINIMUM_PAIRS:

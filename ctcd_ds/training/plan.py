@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ctcd_ds.cli import Damage, UserError, count
+from ctcd_ds.cli import Damage, UserError, count, some
 from ctcd_ds.cluster.scaling import Work, state_bytes
 from ctcd_ds.corpus.mixture import open_corpus
 from ctcd_ds.corpus.rows import Corpus, Role, Rows
@@ -301,15 +301,11 @@ def _begun_at_random(sections: Mapping[str, PeerSection], auto: Any, mistakes: l
                 continue
             if section.frozen:
                 raise UserError(
-                    f"a frozen peer teaches what it knows, and this checkpoint lacks {_some(weights)}: they would be "
+                    f"a frozen peer teaches what it knows, and this checkpoint lacks {some(weights)}: they would be "
                     "random numbers"
                 )
             missing[name] = weights
     return missing
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _new_tokens(section: PeerSection, corpus: Corpus) -> list[int]:
@@ -348,7 +344,7 @@ def describe(plan: Plan) -> str:
     lines += ["", "distillation graph", *(f"  {line}" for line in graph.describe())]
     lines += [f"  {name}: {said}" for name, said in _caches(plan)]
     lines += [f"  {name}: {said}" for name, said in plan.task.exceptions()]
-    lines += [f"  {name}: not in its checkpoint, begins at random: {_some(new)}" for name, new in plan.begun.items()]
+    lines += [f"  {name}: not in its checkpoint, begins at random: {some(new)}" for name, new in plan.begun.items()]
     lines += [f"  {name}: {said}" for name, said in _vocabularies(plan)]
     states, activations = memory_per_rank(plan)
     rows_seen = plan.steps * training.global_batch_rows
